@@ -1,0 +1,35 @@
+"""The typed batch: what shards become and what both training stages eat."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class TripletBatch:
+    """Image / caption / mask triplets (paper section 4.1).
+
+    pixel_values: the whole reference picture I_ref, in [-1, 1].
+    subject_mask: M_ref, 1 on the subject and 0 elsewhere.
+    caption: P_ref, without colour, shape and texture words; contains the label.
+    label: the subject word(s), e.g. "cat" or "toy robot".
+    key: the sample's key in its shard.
+    """
+
+    pixel_values: Float[Tensor, "batch 3 height width"]
+    subject_mask: Float[Tensor, "batch 1 height width"]
+    caption: list[str]
+    label: list[str]
+    key: list[str]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+def white_background(
+    pixel_values: Float[Tensor, "batch 3 height width"], subject_mask: Float[Tensor, "batch 1 height width"]
+) -> Float[Tensor, "batch 3 height width"]:
+    """I_wb: the subject on white (1.0). The paper prints I_ref * M_ref; its figures and released code show white."""
+    return torch.where(subject_mask > 0.5, pixel_values, torch.ones_like(pixel_values))
