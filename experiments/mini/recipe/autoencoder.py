@@ -14,10 +14,10 @@ def build() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
+        block_out_channels=(8, 16, 48, 96),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=64,
         mid_block_add_attention=False,
     )
@@ -39,17 +39,17 @@ def loss(vae, pixels, masks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--pictures", type=int, default=40000)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--pictures", type=int, default=90000)
     args = parser.parse_args()
     torch.manual_seed(0)
     images, masks, _ = rendered(args.pictures)
     vae = build().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     held_out = to_pixels(render(sample_world(10_000_000, 128))[0])
-    for step in training_steps("autoencoder", args.steps, {"vae": vae}, optimizer, args.lr, every=250):
+    for step in training_steps("autoencoder", args.steps, {"vae": vae}, optimizer, args.lr, every=500):
         rows = np.random.default_rng([1, step]).integers(0, len(images), args.batch)
         pixels = to_pixels(images[rows]).contiguous(memory_format=torch.channels_last)
         value, _ = loss(vae, pixels, torch.from_numpy(masks[rows])[:, None] / 255)
@@ -57,7 +57,7 @@ def main():
         value.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 500 == 0:
             with torch.no_grad():
                 output = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
             print(f"loss {value:.4f}, held-out PSNR {psnr(output.clamp(-1, 1), held_out):.2f} dB", flush=True)

@@ -101,7 +101,8 @@ def save(model, tokenizer):
     model.save_pretrained(FOUNDATION / "clip")
     for folder in (FOUNDATION / "clip", base / "tokenizer"):
         tokenizer.save_pretrained(folder)
-    image_processor().save_pretrained(FOUNDATION / "clip")
+    for folder in (FOUNDATION / "clip", FOUNDATION / "image_encoder"):
+        image_processor().save_pretrained(folder)
     tower(CLIPTextModel, model.config.text_config, model).save_pretrained(base / "text_encoder")
     tower(CLIPVisionModelWithProjection, model.config.vision_config, model).save_pretrained(FOUNDATION / "image_encoder")
 

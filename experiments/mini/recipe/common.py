@@ -56,7 +56,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 
 def training_steps(name: str, steps: int, modules: dict, optimizer: torch.optim.Optimizer, peak: float,
-                   every: int = 500) -> Iterator[int]:
+                   every: int = 500, save: bool = True) -> Iterator[int]:
     """Yield step numbers, with the schedule set; resumes from and saves to WORK/<name>.ckpt every `every` steps."""
     path, first, started = WORK / f"{name}.ckpt", 0, time.time()
     if path.exists():
@@ -69,7 +69,7 @@ def training_steps(name: str, steps: int, modules: dict, optimizer: torch.optim.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak) * group.get("lr_scale", 1.0)
         yield step
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if save and ((step + 1) % every == 0 or step + 1 == steps):
             state = {"step": step + 1, "optimizer": optimizer.state_dict()} | {k: m.state_dict() for k, m in modules.items()}
             save_beside(path, lambda p: torch.save(state, p))
             left = (time.time() - started) / (step + 1 - first) * (steps - step - 1)

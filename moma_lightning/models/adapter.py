@@ -1,0 +1,112 @@
+"""MoMA's trained part of the diffusion side: subject attention, context attention and the image projector."""
+
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moma_lightning.models.attention import (
+    Conditioning,
+    ContextConditioning,
+    MoMAAttnProcessor,
+    Recorder,
+    SubjectConditioning,
+)
+from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.projector import ImageProjection
+
+Variant = Literal["paper", "released"]
+Reference = dict[int, tuple[Tensor, Tensor]]
+
+
+class SubjectAttention(nn.Module):
+    """W'_k, W'_v and lambda of one self-attention layer (Eq. 3). Identity at first, silent until lambda leaves 0."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.to_k = nn.Linear(channels, channels, bias=False)
+        self.to_v = nn.Linear(channels, channels, bias=False)
+        self.lambda_ = nn.Parameter(torch.zeros(1))
+        nn.init.eye_(self.to_k.weight)
+        nn.init.eye_(self.to_v.weight)
+
+
+class ContextAttention(nn.Module):
+    """to_k_ip and to_v_ip of one cross-attention layer (IP-Adapter's decoupled cross-attention)."""
+
+    def __init__(self, channels: int, cross_attention_dim: int):
+        super().__init__()
+        self.to_k_ip = nn.Linear(cross_attention_dim, channels, bias=False)
+        self.to_v_ip = nn.Linear(cross_attention_dim, channels, bias=False)
+
+
+class MoMAAdapter(nn.Module):
+    """All trained parameters of stage 2, for one UNet architecture.
+
+    Layers are numbered by their position in `unet.attn_processors` (down, up, mid; even = self, odd = cross), as in
+    IP-Adapter's and the released checkpoint's files.
+
+    variant: "released" composes on the frozen layer, K' = W'_k (W_k h), V' = W'_v (W_v h), as the authors' code does;
+    "paper" takes K' = W'_k h and V' = W'_v h (below Eq. 3). h is the layer's input in the reference pass.
+    """
+
+    def __init__(self, layers: dict[int, tuple[int, int | None]], image_embed_dim: int, cross_attention_dim: int, *,
+                 num_tokens: int = 4, variant: Variant = "released"):
+        super().__init__()
+        self.variant = variant
+        self.image_proj = ImageProjection(image_embed_dim, cross_attention_dim, num_tokens)
+        self.subject = nn.ModuleDict({str(i): SubjectAttention(c) for i, (c, text) in layers.items() if text is None})
+        self.context = nn.ModuleDict({str(i): ContextAttention(c, text) for i, (c, text) in layers.items() if text is not None})
+
+    @classmethod
+    def for_unet(cls, unet: UNet2DConditionModel, image_embed_dim: int, *, num_tokens: int = 4, variant: Variant = "released") -> "MoMAAdapter":
+        """An adapter of the UNet's shape, started from its frozen weights: to_{k,v}_ip = to_{k,v} (IP-Adapter's recipe)."""
+        attentions = attention_layers(unet)
+        layers = {i: (a.to_q.out_features, a.to_k.in_features if a.is_cross_attention else None) for i, a in attentions.items()}
+        adapter = cls(layers, image_embed_dim, unet.config.cross_attention_dim, num_tokens=num_tokens, variant=variant)
+        with torch.no_grad():
+            for i, context in adapter.context.items():
+                context.to_k_ip.weight.copy_(attentions[int(i)].to_k.weight)
+                context.to_v_ip.weight.copy_(attentions[int(i)].to_v.weight)
+            if variant == "paper":
+                for i, subject in adapter.subject.items():
+                    subject.to_k.weight.copy_(attentions[int(i)].to_k.weight)
+                    subject.to_v.weight.copy_(attentions[int(i)].to_v.weight)
+        return adapter
+
+    def context_conditioning(self, image_embeds: Float[Tensor, "batch dim"], scale: float = 1.0) -> ContextConditioning:
+        """Keys and values of the image tokens for every cross-attention layer. Zeros are the unconditional embedding."""
+        tokens = self.image_proj(image_embeds)
+        return ContextConditioning({int(i): (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for i, layer in self.context.items()}, scale)
+
+    def subject_conditioning(
+        self, reference: Reference, reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None, beta: float = 1.0
+    ) -> SubjectConditioning:
+        """K', V' of every self-attention layer from the reference pass's features (Eq. 3)."""
+        key_values = {int(i): (layer.to_k(reference[int(i)][0]), layer.to_v(reference[int(i)][1])) for i, layer in self.subject.items()}
+        lambdas = {int(i): layer.lambda_ for i, layer in self.subject.items()}
+        return SubjectConditioning(key_values, lambdas, reference_mask, generated_mask, beta)
+
+    @torch.no_grad()
+    def reference_features(
+        self, unet: UNet2DConditionModel, latents: Float[Tensor, "batch 4 h w"], prompt_embeds: Float[Tensor, "batch text dim"]
+    ) -> Reference:
+        """One pass of the frozen UNet over the clean reference at t = 0 with the label as text (section 3.2).
+
+        Returns what K' and V' are made from, by layer: (h, h) for the paper's variant, (W_k h, W_v h) for the released one.
+        """
+        recorder = Recorder(keep_reference=True)
+        unet(latents, 0, prompt_embeds, cross_attention_kwargs={"conditioning": Conditioning(recorder=recorder)})
+        return {i: (h, h) if self.variant == "paper" else (k, v) for i, (h, k, v) in recorder.reference.items()}
+
+
+def attention_layers(unet: UNet2DConditionModel) -> dict[int, nn.Module]:
+    """The UNet's attention modules by their number in `unet.attn_processors`."""
+    return {i: unet.get_submodule(name.removesuffix(".processor")) for i, name in enumerate(unet.attn_processors)}
+
+
+def install_processors(unet: UNet2DConditionModel) -> None:
+    """Give every attention layer MoMA's stateless processor; until conditioning is passed the UNet computes the same bits."""
+    unet.set_attn_processor({name: MoMAAttnProcessor(i) for i, name in enumerate(unet.attn_processors)})

@@ -1,0 +1,144 @@
+"""The attention processor with MoMA's two additions (paper Eq. 3 and section 3.2), free of parameters and of state.
+
+Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...}`: keys and values made once by
+`MoMAAdapter`, masks, and beta. Without conditioning it computes what diffusers' AttnProcessor2_0 computes, bit for bit.
+"""
+
+from dataclasses import dataclass, field
+
+from diffusers.models.attention_processor import Attention
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from moma_lightning.models.masks import MaskPyramid
+
+KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch positions channels"]]
+
+
+@dataclass
+class SubjectConditioning:
+    """The second term of Eq. 3: lambda * beta * M_gen . Attn(Q, K', V', key mask M_ref).
+
+    key_values: K', V' of each self-attention layer; batch 1 serves a whole batch.
+    lambda_: the learned scalar of each layer.
+    reference_mask: M_ref. generated_mask: M_gen, or None while it is unknown (the first step): no masking then.
+    """
+
+    key_values: dict[int, KeyValue]
+    lambda_: dict[int, Tensor]
+    reference_mask: MaskPyramid
+    generated_mask: MaskPyramid | None = None
+    beta: float = 1.0
+
+
+@dataclass
+class ContextConditioning:
+    """Decoupled cross-attention to the image tokens (IP-Adapter): scale * Attn(Q, K_ip, V_ip), optionally times M_gen."""
+
+    key_values: dict[int, KeyValue]
+    scale: float = 1.0
+    generated_mask: MaskPyramid | None = None
+
+
+@dataclass
+class Recorder:
+    """What a forward pass is asked to write down, by layer; writing a layer twice (recomputation) changes nothing.
+
+    reference: the self-attention layers' inputs [batch, positions, channels] and their frozen keys and values.
+    label_tokens: weights [batch, text length] that pick the label's tokens; when given, `label_maps` receives each
+    cross-attention layer's probability of the label, summed over its tokens and averaged over heads [batch, positions].
+    """
+
+    keep_reference: bool = False
+    label_tokens: Float[Tensor, "batch text"] | None = None
+    reference: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    label_maps: dict[int, Float[Tensor, "batch positions"]] = field(default_factory=dict)
+
+
+@dataclass
+class Conditioning:
+    """The one entry MoMA adds to `cross_attention_kwargs`."""
+
+    subject: SubjectConditioning | None = None
+    context: ContextConditioning | None = None
+    recorder: Recorder | None = None
+
+
+class MoMAAttnProcessor:
+    """Attention layer number `layer` of the UNet (its position in `unet.attn_processors`; even = self, odd = cross)."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Float[Tensor, "batch positions channels"],
+        encoder_hidden_states: Float[Tensor, "batch text dim"] | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> Float[Tensor, "batch positions channels"]:
+        is_self = encoder_hidden_states is None
+        source = hidden_states if is_self else encoder_hidden_states
+        key, value = attn.to_k(source), attn.to_v(source)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], len(key)).unflatten(0, (len(key), attn.heads))
+        output = attend(query, key, value, attn.heads, attention_mask)
+        if conditioning is not None:
+            if conditioning.recorder is not None:
+                self._record(conditioning.recorder, attn, query, hidden_states, key, value, is_self)
+            if is_self and conditioning.subject is not None:
+                output = output + subject_attention(conditioning.subject, self.layer, query, attn.heads)
+            if not is_self and conditioning.context is not None:
+                output = output + context_attention(conditioning.context, self.layer, query, attn.heads)
+        output = attn.to_out[1](attn.to_out[0](output.to(query.dtype)))
+        return output / attn.rescale_output_factor
+
+    def _record(self, recorder, attn, query, hidden_states, key, value, is_self):
+        if is_self and recorder.keep_reference:
+            recorder.reference[self.layer] = (hidden_states, key, value)
+        if not is_self and recorder.label_tokens is not None:
+            recorder.label_maps[self.layer] = label_map(query, key, attn.heads, attn.scale, recorder.label_tokens)
+
+
+def split_heads(x: Float[Tensor, "batch positions channels"], heads: int) -> Float[Tensor, "batch heads positions dim"]:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Float[Tensor, "batch positions channels"]:
+    """softmax(Q K^T / sqrt(d) + bias) V with heads split from the keys and values and merged in the output."""
+    output = F.scaled_dot_product_attention(query, split_heads(key, heads), split_heads(value, heads), attn_mask=bias)
+    return output.transpose(1, 2).flatten(2)
+
+
+def subject_attention(subject: SubjectConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:
+    """The second term of Eq. 3 for one layer; zero for a sample whose mask leaves no key."""
+    key, value = (x.to(query.dtype).expand(len(query), -1, -1) for x in subject.key_values[layer])
+    bias, alive = subject.reference_mask.log_bias(key.shape[1])
+    bias = bias.to(query.dtype).expand(len(query), -1, -1, -1)
+    output = attend(query, key, value, heads, bias) * (subject.lambda_[layer] * subject.beta * alive)
+    if subject.generated_mask is not None:
+        output = output * subject.generated_mask.weight(query.shape[2])[..., None]
+    return output.to(query.dtype)
+
+
+def context_attention(context: ContextConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:
+    key, value = (x.to(query.dtype) for x in context.key_values[layer])
+    output = context.scale * attend(query, key, value, heads)
+    if context.generated_mask is not None:
+        output = output * context.generated_mask.weight(query.shape[2])[..., None].to(output.dtype)
+    return output
+
+
+def label_map(query: Tensor, key: Tensor, heads: int, scale: float, label_tokens: Float[Tensor, "rows text"]) -> Float[Tensor, "rows positions"]:
+    """Attention probability of the label's tokens, summed over them, averaged over heads; for the last `rows` of the batch.
+
+    Under classifier-free guidance the conditional half comes last; its rows are the ones with a label.
+    """
+    rows = len(label_tokens)
+    scores = query[-rows:] @ split_heads(key[-rows:], heads).transpose(-1, -2) * scale
+    probability = scores.float().softmax(-1).mean(1)
+    return (probability * label_tokens[:, None, :]).sum(-1)

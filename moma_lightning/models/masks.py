@@ -1,0 +1,60 @@
+"""Spatial masks at the attention layers' resolutions, and the foreground / background weights made of them."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def layer_size(sequence_length: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the layer with `sequence_length` positions, in a UNet over `height` x `width` latents.
+
+    Every downsampler of a diffusers UNet halves and rounds up. Raises ValueError when no halving fits.
+    """
+    h, w = height, width
+    while h * w > sequence_length and h * w > 1:
+        h, w = math.ceil(h / 2), math.ceil(w / 2)
+    if h * w != sequence_length:
+        raise ValueError(f"no halving of {height}x{width} latents has {sequence_length} positions")
+    return h, w
+
+
+def resize_mask(mask: Float[Tensor, "batch 1 height width"], size: tuple[int, int]) -> Float[Tensor, "batch 1 h w"]:
+    """Coverage of each cell in [0, 1] (area average): a small subject keeps weight at any resolution."""
+    if mask.shape[-2:] == size:
+        return mask
+    if all(new <= old for new, old in zip(size, mask.shape[-2:], strict=True)):
+        return F.adaptive_avg_pool2d(mask, size)
+    return F.interpolate(mask, size, mode="bilinear", align_corners=False)
+
+
+def mask_weight(mask: Float[Tensor, "..."], strength: float) -> Float[Tensor, "..."]:
+    """Weight 1 on the foreground and 1 - strength on the background: 1 is full masking, 0 none (Tab. 3)."""
+    return 1 - strength * (1 - mask)
+
+
+class MaskPyramid:
+    """One mask seen at every layer's resolution, resized when first asked for."""
+
+    def __init__(self, mask: Float[Tensor, "batch 1 height width"], latent_size: tuple[int, int], strength: float = 1.0):
+        self.mask, self.latent_size, self.strength = mask, latent_size, strength
+        self._levels: dict[int, Tensor] = {}
+
+    def weight(self, sequence_length: int) -> Float[Tensor, "batch positions"]:
+        """Weights in [0, 1] for the layer with `sequence_length` positions."""
+        if sequence_length not in self._levels:
+            size = layer_size(sequence_length, *self.latent_size)
+            self._levels[sequence_length] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength)
+        return self._levels[sequence_length]
+
+    def log_bias(self, sequence_length: int) -> tuple[Float[Tensor, "batch 1 1 positions"], Float[Tensor, "batch 1 1"]]:
+        """Additive key bias log(weight), and 1 where any key is left, else 0.
+
+        Where no key is left the bias is 0 everywhere, so that the softmax stays finite and the second value silences it.
+        """
+        weight = self.weight(sequence_length)
+        alive = (weight > 0).any(1, keepdim=True)
+        bias = torch.where(alive, weight, torch.ones_like(weight)).log()
+        return bias[:, None, None, :], alive[:, :, None].to(weight.dtype)

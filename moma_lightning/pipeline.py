@@ -1,0 +1,248 @@
+"""MoMAPipeline: a picture of a subject and prompts to new pictures of it. The one sampler of the project."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import BaseOutput
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from moma_lightning.batch import white_background
+from moma_lightning.checkpoints import load_adapter
+from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder, local_path
+from moma_lightning.models.adapter import MoMAAdapter, Reference, Variant
+from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
+from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
+from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.segmentation import SamMasker
+
+
+@dataclass
+class MoMAPipelineOutput(BaseOutput):
+    """images: PIL pictures, prompt by prompt. masks: M_gen estimated at each step [steps, batch, 1, h, w], if asked for."""
+
+    images: list[Image.Image] | Tensor | np.ndarray
+    masks: Tensor | None = None
+
+
+@dataclass
+class VariantSettings:
+    """Where the paper's text and the authors' released code sample differently (README, "Paper and released code")."""
+
+    white_reference: bool  # the reference pass sees I_wb (paper) or the whole picture
+    mask_context: bool  # M_gen also multiplies the context attention
+    subject_below: int  # subject attention acts at timesteps below this
+    wait_for_mask: bool  # and not before a first M_gen exists
+
+
+VARIANTS: dict[Variant, VariantSettings] = {
+    "paper": VariantSettings(white_reference=True, mask_context=False, subject_below=1000, wait_for_mask=False),
+    "released": VariantSettings(white_reference=False, mask_context=True, subject_below=950, wait_for_mask=True),
+}
+
+
+@dataclass
+class Subject:
+    """What is made once per reference picture and shared by all its prompts, seeds and steps."""
+
+    white_background: Float[Tensor, "1 3 height width"]
+    features: Reference
+    mask: Float[Tensor, "1 1 height width"]
+    latent_size: tuple[int, int]
+    label: str
+
+
+class MoMAPipeline(StableDiffusionPipeline):
+    """Stable Diffusion with MoMA's two conditions. Without a picture it is StableDiffusionPipeline, bit for bit.
+
+    adapter: subject and context attention. decoder: the MLLM that predicts the context embedding (None: pass `image_embeds`).
+    image_encoder: CLIP, for IP-Adapter-style embeddings. masker: finds M_ref when no mask is given.
+    """
+
+    def __init__(self, base: Base, adapter: MoMAAdapter | None = None, decoder: ImageFeatureDecoder | None = None,
+                 image_encoder: ImageEncoder | None = None, masker: SamMasker | None = None):
+        super().__init__(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, safety_checker=None,
+                         feature_extractor=None, requires_safety_checker=False)
+        self.adapter, self.decoder, self.image_encoder, self.masker = adapter, decoder, image_encoder, masker
+        self.set_progress_bar_config(disable=True)
+
+    def to(self, *args, **kwargs) -> "MoMAPipeline":
+        super().to(*args, **kwargs)
+        for part in (self.adapter, self.decoder, self.image_encoder, self.masker):
+            if isinstance(part, nn.Module):
+                part.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def __call__(  # noqa: PLR0913 - the arguments are the method's own knobs
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | None = None,
+        mask: Image.Image | Tensor | None = None,
+        label: str | None = None,
+        *,
+        beta: float = 1.0,
+        mask_strength: float = 1.0,
+        context_scale: float = 1.0,
+        image_embeds: Float[Tensor, "rows dim"] | None = None,
+        guidance_scale: float = 7.5,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_masks: bool = False,
+        mask_threshold: float = 0.2,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> MoMAPipelineOutput:
+        """New pictures of the subject in `image`, for each prompt.
+
+        image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains.
+        beta: subject strength (Eq. 3); 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
+        mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
+        context_scale: weight of the context cross-attention; 0 turns it off.
+        image_embeds: used instead of the decoder's prediction: one row, or one a prompt.
+        Raises ValueError for a label that no prompt names, an empty mask, or a reference without adapter or label.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        height, width = height or self._default_size(), width or self._default_size()
+        device, guided = self._execution_device, guidance_scale > 1
+        positive, negative = self.encode_prompt(prompts, device, num_images_per_prompt, guided, negative_prompt)
+        text = torch.cat([negative, positive]) if guided else positive
+        batch = len(prompts) * num_images_per_prompt
+        subject = self.prepare_subject(image, mask, label, height * width) if image is not None else None
+        context = self._context(subject, prompts, image_embeds, context_scale, num_images_per_prompt, guided)
+        latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
+        guide = None
+        if subject is not None and (beta > 0 or return_masks):
+            guide = SubjectGuide(self, subject, prompts, num_images_per_prompt, latents.shape[-2:], beta, mask_strength, mask_threshold)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
+        masks = []
+        for t in self.progress_bar(self.scheduler.timesteps):
+            doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            conditioning = Conditioning(context=context) if guide is None else guide.conditioning(t, context, guided)
+            noise_pred = self.unet(doubled, t, text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
+            if guided:
+                unconditional, conditional = noise_pred.chunk(2)
+                noise_pred = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(noise_pred, t, latents, **extra, return_dict=False)[0]
+            if guide is not None:
+                masks.append(guide.update(conditioning.recorder))
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        return MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)
+
+    def prepare_subject(self, image: Image.Image, mask: Image.Image | Tensor | None, label: str | None, area: int) -> Subject:
+        """Mask, white-background picture and reference features of a subject, at about `area` pixels, aspect ratio kept."""
+        if self.adapter is None or label is None:
+            raise ValueError("a reference picture needs an adapter (load_pipeline(..., adapter=...)) and a label, the word for its subject")
+        pixels = self._pixels(image, area)
+        foreground = self._foreground(mask, image, pixels.shape[-2:])
+        if not foreground.any():
+            raise ValueError(f"the mask of {label!r} is empty: no pixel is above half; give another mask or none, to let SAM find one")
+        white = white_background(pixels, foreground)
+        seen = white if VARIANTS[self.adapter.variant].white_reference else pixels
+        encoded = self.vae.encode(seen.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+        text, _ = self.encode_prompt(label, self._execution_device, 1, False)
+        features = self.adapter.reference_features(self.unet, encoded, text)
+        return Subject(white, features, foreground, tuple(encoded.shape[-2:]), label)
+
+    def _default_size(self) -> int:
+        return self.unet.config.sample_size * self.vae_scale_factor
+
+    def _pixels(self, image: Image.Image, area: int) -> Float[Tensor, "1 3 height width"]:
+        """The picture in [-1, 1], upright, scaled to about `area` pixels with sides that the UNet can halve."""
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        scale = (area / (image.width * image.height)) ** 0.5
+        width, height = (max(1, round(side * scale / multiple)) * multiple for side in image.size)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        array = np.array(image, dtype=np.float32)
+        return torch.from_numpy(array).permute(2, 0, 1)[None].div(127.5).sub(1).to(self._execution_device)
+
+    def _foreground(self, mask, image, size) -> Float[Tensor, "1 1 height width"]:
+        """M_ref as 0 / 1 at the picture's size; half grey decides, so that JPEG noise is not foreground."""
+        if mask is None:
+            if self.masker is None:
+                raise ValueError("no mask was given and no SAM is loaded: pass mask=..., or set foundation.sam")
+            mask = self.masker(ImageOps.exif_transpose(image).convert("RGB"))
+        if isinstance(mask, Image.Image):
+            mask = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
+        mask = mask.float().reshape(1, 1, *mask.shape[-2:]).to(self._execution_device)
+        return (nn.functional.interpolate(mask, size, mode="nearest-exact") > 0.5).float()
+
+    def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
+        """Image tokens' keys and values for the whole batch; the unconditional half gets projector(zeros)."""
+        if scale == 0 or self.adapter is None or (image_embeds is None and (subject is None or self.decoder is None)):
+            return None
+        if image_embeds is None:
+            image_embeds = self.decoder(subject.white_background.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), prompts)
+        image_embeds = image_embeds.to(self._execution_device).expand(len(prompts), -1).repeat_interleave(repeats, 0)
+        if guided:
+            image_embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds])
+        return self.adapter.context_conditioning(image_embeds, scale)
+
+    def _decode(self, latents, output_type):
+        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+
+class SubjectGuide:
+    """The subject side of one call: K', V' made once, M_gen(t) carried from each step to the next (Figure 3 b)."""
+
+    def __init__(self, pipe: MoMAPipeline, subject: Subject, prompts, repeats, latent_size, beta, mask_strength, threshold):
+        self.settings = VARIANTS[pipe.adapter.variant]
+        self.latent_size, self.mask_strength, self.threshold, self.beta = tuple(latent_size), mask_strength, threshold, beta
+        reference_mask = MaskPyramid(subject.mask, subject.latent_size, mask_strength)
+        self.subject = pipe.adapter.subject_conditioning(subject.features, reference_mask, beta=beta)
+        self.label_tokens = pipe_label_tokens(pipe, prompts, subject.label).repeat_interleave(repeats, 0)
+        self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
+
+    def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool) -> Conditioning:
+        waiting = self.settings.wait_for_mask and self.generated_mask is None and self.mask_strength > 0
+        acts = self.beta > 0 and t < self.settings.subject_below and not waiting
+        pyramid = None
+        if self.generated_mask is not None:
+            mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
+            pyramid = MaskPyramid(mask, self.latent_size, self.mask_strength)
+        self.subject.generated_mask = pyramid
+        if context is not None and self.settings.mask_context:
+            context.generated_mask = pyramid
+        return Conditioning(self.subject if acts else None, context, Recorder(label_tokens=self.label_tokens))
+
+    def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
+        self.generated_mask = estimate_mask(recorder.label_maps, self.latent_size, self.threshold)
+        return self.generated_mask
+
+
+def pipe_label_tokens(pipe: StableDiffusionPipeline, prompts: Sequence[str], label: str) -> Float[Tensor, "prompts text"]:
+    """Which tokens of each prompt are the label's: as it is written, and its plural."""
+    ids = pipe.tokenizer(list(prompts), padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    spellings = [pipe.tokenizer(word, add_special_tokens=False).input_ids for word in (label, f"{label}s")]
+    return find_label_tokens(ids, spellings, prompts, label).to(pipe._execution_device)
+
+
+def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | None = None, decoder: str | None = None) -> MoMAPipeline:
+    """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
+
+    adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote.
+    """
+    foundation = foundation or FoundationConfig()
+    base = load_base(foundation)
+    masker = SamMasker.from_pretrained(foundation.sam) if foundation.sam and (local_path(foundation.sam) is not None) else None
+    return MoMAPipeline(
+        base,
+        adapter=load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None,
+        decoder=ImageFeatureDecoder.from_pretrained(local_path(decoder) or Path(decoder), foundation).eval() if decoder else None,
+        image_encoder=load_image_encoder(foundation),
+        masker=masker,
+    )
