@@ -1,0 +1,23 @@
+"""Training losses: pure functions, each with the equation it stands for."""
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def image_embedding_loss(
+    predicted: Float[Tensor, "batch embed_dim"], target: Float[Tensor, "batch embed_dim"]
+) -> Float[Tensor, ""]:
+    """Eq. 4: the squared distance of the predicted embedding to CLIP(I_ref).
+
+    The mean over the batch *and* over the embedding's dimensions, i.e. Eq. 4 divided by embed_dim: values then compare
+    between image encoders, and Adam does not feel the factor. Computed in float32 whatever the inputs' type.
+    """
+    return F.mse_loss(predicted.float(), target.float())
+
+
+def image_embedding_cosine(
+    predicted: Float[Tensor, "batch embed_dim"], target: Float[Tensor, "batch embed_dim"]
+) -> Float[Tensor, ""]:
+    """Mean cosine similarity in [-1, 1] of predicted and target embeddings. For logging: Eq. 4 does not contain it."""
+    return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()

@@ -1,0 +1,42 @@
+"""How well predicted image embeddings match the true ones."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class EmbeddingMatch(Metric):
+    """Mean cosine similarity, and retrieval R@1: how often an embedding's nearest among `pool` true ones is its own.
+
+    Both in [-1, 1] and [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples; with fewer samples than
+    one pool, all of them are the pool. True embeddings equal to its own (one picture in two samples) count as its own.
+    """
+
+    full_state_update = False
+    predicted: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, pool: int = 256):
+        super().__init__()
+        self.pool = pool
+        self.add_state("predicted", default=[], dist_reduce_fx="cat")
+        self.add_state("target", default=[], dist_reduce_fx="cat")
+
+    def update(self, predicted: Float[Tensor, "batch embed_dim"], target: Float[Tensor, "batch embed_dim"]) -> None:
+        self.predicted.append(F.normalize(predicted.detach().float(), dim=-1))
+        self.target.append(F.normalize(target.detach().float(), dim=-1))
+
+    def compute(self) -> dict[str, Tensor]:
+        predicted, target = dim_zero_cat(self.predicted), dim_zero_cat(self.target)
+        return {"cosine": (predicted * target).sum(-1).mean(), "r_at_1": self._recall(predicted, target)}
+
+    def _recall(self, predicted: Tensor, target: Tensor) -> Tensor:
+        pool = min(self.pool, len(target))
+        hits = []
+        for start in range(0, len(target) - pool + 1, pool):
+            similarity = predicted[start : start + pool] @ target[start : start + pool].T
+            hits.append(similarity.diagonal() >= similarity.max(1).values - 1e-6)
+        return torch.cat(hits).float().mean()

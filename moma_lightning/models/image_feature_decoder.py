@@ -1,0 +1,144 @@
+"""The multimodal generative image-feature decoder (paper section 3, figure 2 top left): MLLM + token + mapping."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from moma_lightning.foundation import FoundationConfig, load_mllm
+from moma_lightning.models.mapping import Mapping
+from moma_lightning.models.preprocess import preprocess
+from moma_lightning.models.trained_weights import read_config, read_weights, write_folder
+
+#: The instruction's wording. The released code reads the output at its last word, `*`, and has no token of its own.
+TEMPLATES = {
+    "paper": "<image>\nAn image of {label}. Describe {prompt}",
+    "released": "USER: <image>\n A photo of a {label}. Describe a new image of the same {label} in: {prompt}. ASSISTANT: *",
+}
+
+
+@dataclass
+class DecoderConfig:
+    """Options of the image-feature decoder.
+
+    template: the instruction's wording (see TEMPLATES).
+    learnable_token: append one learnable token and read the output there; None: as the template has it (paper yes, released
+        no). Without it the output is read at the instruction's last token.
+    trainable: regexes of the decoder's parameter names; every parameter in which none is found stays frozen.
+    """
+
+    template: Literal["paper", "released"] = "paper"
+    learnable_token: bool | None = None
+    trainable: list[str] = field(
+        default_factory=lambda: [r"^mllm\.language_model\.", r"^mllm\.multi_modal_projector\.", r"^token$", r"^mapping\."]
+    )
+
+
+def instruction(template: str, label: str, prompt: str) -> str:
+    """The words the MLLM reads, with one `<image>` in them. The templates bring their own article and final period."""
+    label = re.sub(r"^(a|an|the)\s+", "", label.strip(), flags=re.IGNORECASE)
+    return TEMPLATES[template].format(label=label, prompt=prompt.strip().removesuffix(".").rstrip())
+
+
+class ImageFeatureDecoder(nn.Module):
+    """Predicts the CLIP image embedding of the picture a prompt describes, with the subject of a white-background picture.
+
+    Only the inner model of `mllm` is kept: there is no language-model head, so no vocabulary logits. Parameter names begin
+    with `mllm.` (`vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
+    """
+
+    def __init__(self, mllm: LlavaForConditionalGeneration, processor: LlavaProcessor, embed_dim: int, config: DecoderConfig):
+        super().__init__()
+        hidden_size = mllm.config.text_config.hidden_size
+        self.config, self.embed_dim = config, embed_dim
+        self.tokenizer, self.image_processor, self.image_token = processor.tokenizer, processor.image_processor, processor.image_token
+        self.mllm = mllm.model
+        self.mapping = Mapping(hidden_size, embed_dim)
+        has_token = config.template == "paper" if config.learnable_token is None else config.learnable_token
+        self.token = nn.Parameter(hidden_size**-0.5 * torch.randn(hidden_size)) if has_token else None
+        self._choose_trained()
+
+    @classmethod
+    def from_foundation(cls, foundation: FoundationConfig, config: DecoderConfig, embed_dim: int) -> "ImageFeatureDecoder":
+        """A decoder that has not seen stage 1: the foundation's MLLM with a new token and mapping."""
+        mllm, processor = load_mllm(foundation)
+        return cls(mllm, processor, embed_dim, config)
+
+    def _choose_trained(self) -> None:
+        for pattern in self.config.trainable:
+            if pattern != r"^token$" and not any(re.search(pattern, name) for name, _ in self.named_parameters()):
+                raise ValueError(f"trainable: {pattern!r} is found in no parameter name of the image-feature decoder")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.config.trainable))
+
+    def train(self, mode: bool = True) -> "ImageFeatureDecoder":
+        """As nn.Module's, but the frozen vision tower stays in eval mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.mllm.vision_tower.parameters()):
+            self.mllm.vision_tower.eval()
+        return self
+
+    def forward(
+        self, white_background: Float[Tensor, "batch 3 height width"], label: list[str], prompt: list[str]
+    ) -> Float[Tensor, "batch embed_dim"]:
+        """Eq. 4's MLLM(CLIP(I_wb), P, Token), mapped; one label and one prompt for each picture in [-1, 1], of any size."""
+        if not len(white_background) == len(label) == len(prompt):
+            raise ValueError(f"{len(white_background)} pictures, {len(label)} labels and {len(prompt)} prompts: must be as many")
+        image_features = self.image_features(white_background)
+        input_ids, mask = (t.to(image_features.device) for t in self.tokenize(label, prompt, image_features.shape[1]))
+        embeds = self.mllm.get_input_embeddings()(input_ids)
+        is_image = (input_ids == self.mllm.config.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(is_image, image_features.to(embeds.dtype))
+        if self.token is not None:
+            embeds, mask = append_token(embeds, mask, self.token)
+        hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return self.mapping(last.to(self.mapping.down_proj.weight.dtype))
+
+    def image_features(self, white_background: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens hidden"]:
+        """The pictures as the language model sees them: vision tower and multimodal projector."""
+        pixel_values = preprocess(white_background, self.image_processor).to(self.mllm.vision_tower.dtype)
+        return torch.stack(list(self.mllm.get_image_features(pixel_values, return_dict=True).pooler_output))
+
+    def tokenize(
+        self, label: list[str], prompt: list[str], image_tokens: int
+    ) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+        """Instructions as right-padded token ids with `image_tokens` places for the picture, and which of them are real."""
+        texts = [instruction(self.config.template, a, b) for a, b in zip(label, prompt, strict=True)]
+        for text in texts:
+            if text.count(self.image_token) != 1:
+                raise ValueError(f"label and prompt must not contain {self.image_token}: {text!r}")
+        texts = [text.replace(self.image_token, self.image_token * image_tokens) for text in texts]
+        tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        return tokens.input_ids, tokens.attention_mask.bool()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the trained parameters (`model.safetensors`) and the options (`config.json`); the rest is the foundation's."""
+        weights = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        write_folder(Path(folder), weights, {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":
+        """Read a folder of `save_pretrained`, in eval mode.
+
+        Raises FileNotFoundError for a missing file, ValueError (with file, keys and shapes) for one that does not fit the
+        foundation's MLLM.
+        """
+        options = read_config(Path(folder))
+        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"])
+        read_weights(Path(folder), {name: p for name, p in decoder.named_parameters() if p.requires_grad})
+        return decoder.eval()
+
+
+def append_token(
+    embeds: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"], token: Float[Tensor, " hidden"]
+) -> tuple[Float[Tensor, "batch tokens_plus_1 hidden"], Bool[Tensor, "batch tokens_plus_1"]]:
+    """Put the learnable token right after each row's last real token (right-padded rows)."""
+    embeds, mask = nn.functional.pad(embeds, (0, 0, 0, 1)), nn.functional.pad(mask, (0, 1))
+    place = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True)
+    return torch.where(place[..., None], token.to(embeds.dtype), embeds), mask | place

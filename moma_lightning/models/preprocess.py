@@ -1,0 +1,54 @@
+"""What a CLIP-style image processor does, on tensors that are already pictures in [-1, 1]."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+#: PIL's resampling filters, by number, as torch calls them.
+INTERPOLATION = {2: "bilinear", 3: "bicubic"}
+
+
+def preprocess(pixel_values: Float[Tensor, "batch 3 height width"], image_processor) -> Float[Tensor, "batch 3 size size"]:
+    """Resize, crop and normalise as `image_processor` (a CLIPImageProcessor) says, without leaving the device.
+
+    `pixel_values` are in [-1, 1], of any size. Raises ValueError when the processor asks for a filter that is not
+    bilinear or bicubic.
+    """
+    pixels = (pixel_values.float() + 1) / 2
+    if image_processor.do_resize:
+        pixels = _resize(pixels, _target_size(pixels.shape[-2:], image_processor.size), int(image_processor.resample))
+    if image_processor.do_center_crop:
+        pixels = _center_crop(pixels, image_processor.crop_size["height"], image_processor.crop_size["width"])
+    if image_processor.do_normalize:
+        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
+        pixels = (pixels - mean) / std
+    return pixels
+
+
+def _target_size(current: torch.Size, size) -> tuple[int, int]:
+    """Height and width after resizing: a given pair, or the short side brought to `shortest_edge`."""
+    if size.get("height") and size.get("width"):
+        return size["height"], size["width"]
+    height, width = current
+    short, long = size["shortest_edge"], int(size["shortest_edge"] * max(height, width) / min(height, width))
+    return (short, long) if height <= width else (long, short)
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], resample: int) -> Tensor:
+    if resample not in INTERPOLATION:
+        raise ValueError(f"the image processor's resample filter {resample} is not one of {INTERPOLATION} (PIL's numbers)")
+    if pixels.shape[-2:] == torch.Size(size):
+        return pixels
+    # Bicubic overshoots at hard edges, of which a white background has many; 8-bit pictures clip there, so clip too.
+    return F.interpolate(pixels, size, mode=INTERPOLATION[resample], antialias=True, align_corners=False).clamp(0, 1)
+
+
+def _center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The middle `height` x `width`; pictures smaller than that get a black border, as in the image processor."""
+    missing = max(0, height - pixels.shape[-2]), max(0, width - pixels.shape[-1])
+    if any(missing):
+        top, left = (m // 2 for m in missing)
+        pixels = F.pad(pixels, (left, missing[1] - left, top, missing[0] - top))
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]

@@ -1,0 +1,120 @@
+"""Stage 1, multimodal generative learning: teach the image-feature decoder CLIP's embedding of the whole picture (Eq. 4)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from moma_lightning import losses, optim
+from moma_lightning.batch import TripletBatch, white_background
+from moma_lightning.foundation import FoundationConfig, load_image_encoder
+from moma_lightning.metrics import EmbeddingMatch
+from moma_lightning.models.caption_encoder import CaptionEncoder
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.models.trained_weights import check_fit
+
+#: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
+BASELINES = {
+    "white_background": "CLIP of the white-background picture",
+    "caption": "CLIP text embedding of the caption",
+    "mean": "mean training target",
+}
+
+
+class Stage1(LightningModule):
+    """Trains an ImageFeatureDecoder on I_wb and P_ref against the frozen CLIP(I_ref).
+
+    clip: folder or hub id of the whole CLIP model whose vision tower is the foundation's image encoder; only for the caption
+    baseline in validation, which is left out without it. Checkpoints hold what is trained; the rest is the foundation's.
+    """
+
+    def __init__(
+        self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None
+    ):
+        super().__init__()
+        self.strict_loading = False  # the frozen weights are not in checkpoints; on_load_checkpoint checks the others
+        self.optimizer_config = optimizer
+        self.image_encoder = load_image_encoder(foundation)
+        embed_dim = self.image_encoder.embed_dim
+        self.decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, embed_dim).train()
+        self.caption_encoder = CaptionEncoder.from_pretrained(clip) if clip else None
+        names = ["decoder", *(name for name in BASELINES if clip or name != "caption")]
+        self.matches = nn.ModuleDict({name: EmbeddingMatch() for name in names})
+        self.register_buffer("target_sum", torch.zeros(embed_dim))
+        self.register_buffer("target_count", torch.zeros(()))
+
+    def forward(self, batch: TripletBatch) -> Float[Tensor, "batch embed_dim"]:
+        """Predicted CLIP(I_ref) of each sample."""
+        subject = white_background(batch.pixel_values, batch.subject_mask)
+        return self.decoder(subject, batch.label, batch.caption)
+
+    @torch.no_grad()
+    def target(self, batch: TripletBatch) -> Float[Tensor, "batch embed_dim"]:
+        """CLIP(I_ref), without gradient."""
+        return self.image_encoder(batch.pixel_values).float()
+
+    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
+        predicted, target = self(batch), self.target(batch)
+        self.target_sum += target.sum(0)
+        self.target_count += len(batch)
+        loss = losses.image_embedding_loss(predicted, target)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/cosine", losses.image_embedding_cosine(predicted, target), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
+        predicted, target = self(batch), self.target(batch)
+        loss = losses.image_embedding_loss(predicted, target)
+        self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
+        for name, embeds in {"decoder": predicted, **self.baselines(batch)}.items():
+            self.matches[name].update(embeds, target)
+
+    @torch.no_grad()
+    def baselines(self, batch: TripletBatch) -> dict[str, Float[Tensor, "batch embed_dim"]]:
+        """What could be had without stage 1, by the names in BASELINES."""
+        mean = self.target_sum / self.target_count.clamp(min=1)
+        embeds = {
+            "white_background": self.image_encoder(white_background(batch.pixel_values, batch.subject_mask)),
+            "mean": mean.expand(len(batch), -1),
+        }
+        if self.caption_encoder is not None:
+            embeds["caption"] = self.caption_encoder(batch.caption)
+        return embeds
+
+    def on_validation_epoch_end(self) -> None:
+        scores = {name: match.compute() for name, match in self.matches.items()}
+        for name, score in scores.items():
+            suffix = "" if name == "decoder" else f"_{name}"
+            self.log_dict({f"val/{key}{suffix}": value for key, value in score.items()}, prog_bar=False)
+            self.matches[name].reset()
+        self.print(table(scores))
+
+    def configure_optimizers(self) -> Any:
+        return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the module: trained parameters and the running mean of the targets."""
+        trained: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return trained | {"target_sum": self.target_sum, "target_count": self.target_count}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self.kept()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        source = self._trainer.ckpt_path if self._trainer is not None and self._trainer.ckpt_path else "the checkpoint"
+        check_fit(str(source), checkpoint["state_dict"], self.kept())
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
+
+
+def table(scores: dict[str, dict[str, Tensor]]) -> str:
+    """Scores as lines of text: the decoder first, then the baselines."""
+    lines = [f"{'stage 1, validation':<38} {'cosine':>7} {'R@1':>7}"]
+    for name, score in scores.items():
+        lines.append(f"{BASELINES.get(name, 'image-feature decoder'):<38} {score['cosine']:7.3f} {score['r_at_1']:7.3f}")
+    return "\n".join(lines)
