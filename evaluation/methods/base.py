@@ -1,0 +1,81 @@
+"""What can be evaluated: one small interface."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from datamodules.dreambooth import Subject
+from evaluation.protocols import Sampler
+from evaluation.stamps import content_digest, load_picture
+from moma_lightning.foundation import FoundationConfig, local_path
+from moma_lightning.pipeline import MoMAPipeline, load_pipeline
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The input picture of a subject, and its mask where the data has one."""
+
+    path: Path
+    mask_path: Path | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        return load_picture(self.path)
+
+    @property
+    def mask(self) -> Image.Image | None:
+        return load_picture(self.mask_path).convert("L") if self.mask_path else None
+
+
+@dataclass
+class Models:
+    """The weights under evaluation. Holds one pipeline at a time: methods are run one after another."""
+
+    foundation: FoundationConfig
+    adapter: str | None = None
+    decoder: str | None = None
+    device: str = "cpu"
+    loaded: tuple[tuple[str | None, str | None], MoMAPipeline] | None = field(default=None, repr=False)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def pipeline(self, adapter: str | None, decoder: str | None) -> MoMAPipeline:
+        if self.loaded is None or self.loaded[0] != (adapter, decoder):
+            self.loaded = None  # frees the old one before the new one is read
+            self.loaded = ((adapter, decoder), load_pipeline(self.foundation, adapter, decoder).to(self.device))
+        return self.loaded[1]
+
+    def digest(self, path_or_id: str | None) -> str | None:
+        """Digest of a local file's or folder's content; a hub id stands for itself."""
+        if path_or_id is None:
+            return None
+        if path_or_id not in self.digests:
+            found = local_path(path_or_id)
+            self.digests[path_or_id] = content_digest(found) if found else path_or_id
+        return self.digests[path_or_id]
+
+
+class Method(ABC):
+    """Makes pictures of a subject. Subclasses are dataclasses whose fields are the method's options.
+
+    is_oracle: stands for the real pictures themselves, nothing is generated. uses_reference: what it makes depends on the input.
+    """
+
+    is_oracle: ClassVar[bool] = False
+    uses_reference: ClassVar[bool] = True
+
+    def options(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+    def weights(self, models: Models) -> dict[str, str | None]:
+        """Digests of everything read from disk that the pictures depend on."""
+        return {}
+
+    def setup(self, models: Models, sampler: Sampler) -> None:
+        """Load what is needed; called once before `generate`."""
+
+    @abstractmethod
+    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        """One picture a prompt, its initial noise drawn on the CPU from its seed."""

@@ -1,0 +1,60 @@
+"""Pictures that are not sampled here: the real ones, and those another program made."""
+
+import csv
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from datamodules.dreambooth import Subject
+from evaluation.methods.base import Method, Models, Reference
+from evaluation.protocols import Sampler
+from evaluation.stamps import load_picture
+
+COLUMNS = {"subject", "prompt", "path"}
+
+
+@dataclass
+class RealImages(Method):
+    """The oracle: each real picture scored against the other real pictures of its subject."""
+
+    is_oracle = True
+
+    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        raise NotImplementedError("the real pictures are scored as they are")
+
+
+@dataclass
+class Folder(Method):
+    """Pictures named by a CSV with the columns subject, prompt, path and, where references differ, reference (a file name).
+
+    Paths are relative to the CSV. Several rows of one prompt are its pictures, in order.
+    """
+
+    csv: str
+
+    def rows(self) -> list[dict[str, str]]:
+        with open(self.csv, newline="") as file:
+            reader = csv.DictReader(file)
+            if missing := COLUMNS - set(reader.fieldnames or ()):
+                raise ValueError(f"{self.csv} lacks the columns {', '.join(sorted(missing))}")
+            return list(reader)
+
+    def weights(self, models: Models) -> dict[str, str | None]:
+        digest = hashlib.sha256(Path(self.csv).read_bytes())
+        for row in self.rows():
+            digest.update(self._path(row).read_bytes() if self._path(row).exists() else b"missing")
+        return {"pictures": digest.hexdigest()[:16]}
+
+    def setup(self, models: Models, sampler: Sampler) -> None:
+        self.pictures: dict[tuple[str, str, str], list[Path]] = defaultdict(list)
+        for row in self.rows():
+            self.pictures[row["subject"], row.get("reference") or "", row["prompt"]].append(self._path(row))
+
+    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        raise NotImplementedError
+
+    def _path(self, row: dict[str, str]) -> Path:
+        return Path(self.csv).parent / row["path"]

@@ -1,0 +1,106 @@
+"""Named evaluation protocols: everything that moves a score is a field here.
+
+Published DreamBooth scores differ by more than the methods do because these choices differ silently: which encoder and
+crop, which real pictures, which reference, which text. A score is comparable only to one of the same protocol digest.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from evaluation.metrics import ClipConfig, DinoConfig
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn, the same for every method.
+
+    scheduler: a diffusers scheduler class, configured by the base model's own, or None for the base model's own class.
+    beta, mask_strength: what methods use that do not say their own. height, width: pixels, None for the base's own size.
+    prompt_template: what the base reads; holds `{prompt}` and may hold `{label}`.
+    masks: reference masks from the data set where it has them, or always estimated by SAM.
+    """
+
+    scheduler: str | None = "DDIMScheduler"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    beta: float = 1.0
+    mask_strength: float = 1.0
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    prompt_template: str = "{prompt}"
+    masks: Literal["dataset", "sam"] = "sam"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to evaluate.
+
+    subjects: names, or None for all. references: the first picture of each subject, or each in turn.
+    comparison: real pictures a generated one is compared to: all of its subject, all but the input, or the input alone.
+    context_prompts, texture_prompts: how many a subject (a fixed choice of its own, spread over the list), None for all.
+    text_template, clip_t_scale: what CLIP-T reads and what it is multiplied by.
+    """
+
+    name: str
+    subjects: tuple[str, ...] | None = None
+    references: Literal["first", "every"] = "first"
+    comparison: Literal["all", "others", "input"] = "all"
+    pictures_per_prompt: int = 4
+    context_prompts: int | None = None
+    texture_prompts: int | None = None
+    text_template: str = "{prompt}"
+    clip_t_scale: float = 1.0
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    sampler: Sampler = field(default_factory=Sampler)
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that change with any field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.digest})"
+
+
+HALF = (0.5, 0.5, 0.5)
+PRESETS = {
+    # DreamBooth, section 4: 30 subjects x 25 prompts x 4 pictures = 3,000.
+    "dreambooth": Protocol("dreambooth"),
+    # MoMA reports about 14 k pictures: one reference for every real picture, 158 x 25 x 4 = 15,800.
+    "moma-paper": Protocol("moma-paper", references="every"),
+    # The mini world at 64 pixels, in minutes on two CPU cores. Its scores compare to nothing but themselves.
+    "mini": Protocol(
+        "mini",
+        pictures_per_prompt=1,
+        context_prompts=8,
+        texture_prompts=4,
+        dino=DinoConfig("experiments/mini/foundation/dino", resize=64, crop=64, mean=HALF, std=HALF),
+        clip=ClipConfig("experiments/mini/foundation/clip"),
+        sampler=Sampler(num_inference_steps=12, guidance_scale=3.0, masks="dataset"),
+    ),
+}
+
+
+def named(name: str, overrides: dict[str, Any] | None = None) -> Protocol:
+    """The preset `name`, with `overrides` (nested like the fields). A changed preset is renamed, so that tables tell.
+
+    Raises KeyError for an unknown preset and ValueError for an unknown field or a value of the wrong type.
+    """
+    if name not in PRESETS:
+        raise KeyError(f"no protocol {name!r}; there are {', '.join(PRESETS)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--protocol", type=Protocol, default=PRESETS[name])
+    try:
+        protocol = parser.instantiate(parser.parse_object({"protocol": overrides or {}})).protocol
+    except Exception as error:
+        raise ValueError(f"protocol overrides {overrides}: {error}") from error
+    if protocol != PRESETS[name] and protocol.name == name:
+        return Protocol(**{**vars(protocol), "name": f"{name}, modified"})
+    return protocol

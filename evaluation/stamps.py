@@ -1,0 +1,92 @@
+"""Pictures on disk: each written beside and renamed, with a JSON stamp that says how it was made.
+
+A picture counts only with its stamp: the settings decide whether it is kept, and the digest tells a whole file from half
+a one. The stamp goes first when a picture is replaced and comes last, so a kill at any moment leaves work to redo, never a
+wrong score.
+"""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def stamp_path(picture: Path) -> Path:
+    return picture.with_suffix(".json")
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Write to a hidden neighbour, then rename: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror}): free space there, then run the same command again") from error
+
+
+def write_picture(path: Path, image: Image.Image, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """settings: what the picture depends on. provenance: what is only told (revision, protocol)."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    content = buffer.getvalue()
+    stamp = {"settings": settings, "sha256": hashlib.sha256(content).hexdigest(), "provenance": provenance}
+    stamp_path(path).unlink(missing_ok=True)
+    write_beside(path, content)
+    write_beside(stamp_path(path), json.dumps(stamp, indent=1, sort_keys=True).encode())
+
+
+def read_stamp(picture: Path) -> dict[str, Any] | None:
+    """The stamp beside a picture, or None where there is none that can be read."""
+    try:
+        return json.loads(stamp_path(picture).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def is_current(picture: Path, settings: dict[str, Any]) -> bool:
+    """Whether the picture is there, whole, and made with exactly these settings."""
+    stamp = read_stamp(picture)
+    if stamp is None or stamp.get("settings") != json.loads(json.dumps(settings)) or not picture.exists():
+        return False
+    return hashlib.sha256(picture.read_bytes()).hexdigest() == stamp.get("sha256")
+
+
+def load_picture(path: Path) -> Image.Image:
+    """A decoded RGB picture. Raises OSError naming the file when it is missing, cut short or no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        raise OSError(f"{path} is not a whole picture ({error}): restore it, or delete it and generate again") from error
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file, or of all files of a folder with their names. Raises FileNotFoundError."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def git_revision() -> str | None:
+    """The checkout's commit, with `-dirty` where tracked files differ from it; None outside a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,79 @@
+"""The work list: which pictures a protocol asks for, and the noise each starts from."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol as Interface
+
+from datamodules.dreambooth import Subject
+from evaluation.protocols import Protocol
+
+PromptKind = Literal["context", "texture"]
+
+
+class SubjectData(Interface):
+    """What is evaluated on: `datamodules.dreambooth.DreamBooth` or anything like it."""
+
+    @property
+    def subjects(self) -> list[Subject]: ...
+    def prompts(self, subject: Subject) -> list[str]: ...
+    def texture_prompts(self, subject: Subject) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class PictureTask:
+    """One picture to make. `reference` is the position of the input picture among the subject's."""
+
+    subject: str
+    label: str
+    reference: int
+    kind: PromptKind
+    prompt_index: int
+    prompt: str
+    picture: int
+    seed: int
+
+    @property
+    def file(self) -> Path:
+        """Where the picture goes, below its method's folder."""
+        return Path(self.subject) / f"ref{self.reference:02d}-{self.kind}{self.prompt_index:02d}-{self.picture}.png"
+
+
+def picture_seed(seed: int, subject: str, kind: str, prompt_index: int, picture: int) -> int:
+    """The seed of a picture's noise: the same for every method and reference, on every machine."""
+    name = f"{seed}/{subject}/{kind}/{prompt_index}/{picture}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+
+
+def choose(prompts: list[str], count: int | None, subject: str) -> list[tuple[int, str]]:
+    """`count` of the prompts with their positions: a choice of the subject's own, so that together all prompts are used."""
+    numbered = list(enumerate(prompts))
+    if count is None or count >= len(prompts):
+        return numbered
+    ranked = sorted(numbered, key=lambda item: hashlib.sha256(f"{subject}/{item[1]}/{item[0]}".encode()).digest())
+    return sorted(ranked[:count])
+
+
+def chosen_subjects(protocol: Protocol, data: SubjectData) -> list[Subject]:
+    """Raises ValueError where the protocol names a subject that the data does not have."""
+    known = {subject.name: subject for subject in data.subjects}
+    missing = sorted(set(protocol.subjects or ()) - set(known))
+    if missing:
+        raise ValueError(f"protocol {protocol.name!r} names subjects that the data does not have: {', '.join(missing)}")
+    return [known[name] for name in protocol.subjects or known]
+
+
+def tasks_of(protocol: Protocol, data: SubjectData, subject: Subject) -> Iterator[PictureTask]:
+    """A subject's pictures: reference by reference, context prompts before texture prompts."""
+    references = range(len(subject.images)) if protocol.references == "every" else range(1)
+    prompts: list[tuple[PromptKind, int, str]] = []
+    for index, prompt in choose(data.prompts(subject), protocol.context_prompts, subject.name):
+        prompts.append(("context", index, prompt))
+    for index, prompt in choose(data.texture_prompts(subject), protocol.texture_prompts, subject.name):
+        prompts.append(("texture", index, prompt))
+    for reference in references:
+        for kind, index, prompt in prompts:
+            for picture in range(protocol.pictures_per_prompt):
+                seed = picture_seed(protocol.sampler.seed, subject.name, kind, index, picture)
+                yield PictureTask(subject.name, subject.label, reference, kind, index, prompt, picture, seed)
