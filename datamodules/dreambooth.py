@@ -1,0 +1,193 @@
+"""The DreamBooth set of google/dreambooth, or any folder of its layout: subjects, pictures, masks and prompts.
+
+    <root>/dataset/<subject>/00.jpg ...
+    <root>/dataset/prompts_and_classes.txt
+    <root>/dataset/texture_prompts.txt          (ours, optional: a `prompt_list` as in the file above)
+    <root>/masks/<subject>/00.png ...           (ours, optional: 255 = subject)
+"""
+
+import ast
+import re
+import string
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from datamodules import pictures
+
+PROMPTS_FILE = "prompts_and_classes.txt"
+TEXTURE_FILE = "texture_prompts.txt"
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+#: Classes that get the live prompts: cats and dogs in google/dreambooth, the others in the mini world.
+LIVE_CLASSES = frozenset(("cat", "dog", "duck", "fish", "rabbit"))
+
+#: Used where a folder brings no texture prompts. The paper scores CLIP-T(t) on 10 such prompts and does not publish them,
+#: so these are ours: a score on them carries their name, not the paper's.
+TEXTURE_PROMPTS = (
+    "a {0} {1} made of wood",
+    "a {0} {1} made of gold",
+    "a {0} {1} made of stone",
+    "a {0} {1} made of glass",
+    "a {0} {1} made of ice",
+    "a {0} {1} covered in moss",
+    "a red {0} {1}",
+    "a yellow {0} {1}",
+    "a blue {0} {1}",
+    "a purple {0} {1}",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject: its folder's name, its class as prompts call it, and its pictures in the order of their names."""
+
+    name: str
+    label: str
+    is_live: bool
+    images: list[Path]
+    masks: list[Path] | None
+
+
+@dataclass(frozen=True)
+class PromptsAndClasses:
+    """`prompts_and_classes.txt`: class by subject name, and prompts with `{0}` for a unique token and `{1}` for the class."""
+
+    classes: dict[str, str]
+    object_prompts: list[str]
+    live_prompts: list[str]
+
+
+class DreamBooth:
+    """Reads a root folder (or its `dataset` folder); raises FileNotFoundError or ValueError that name the file and what is wrong with it.
+
+    Subjects of the classes table without a folder are left out and named in `missing` (a part of the set is still a set);
+    folders that the table does not know are left out with a warning.
+    """
+
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        self.dataset = root if (root / PROMPTS_FILE).exists() else root / "dataset"
+        self.root = self.dataset.parent
+        path = self.dataset / PROMPTS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: {root} is not a folder of google/dreambooth's layout")
+        self.table = parse_prompts_and_classes(path.read_text(encoding="utf-8-sig"), str(path))
+        self.missing = [name for name in self.table.classes if not (self.dataset / name).is_dir()]
+        self._warn_of_unknown_folders()
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """Subjects with pictures, in the order of the classes table."""
+        subjects = [self._subject(name, label) for name, label in self.table.classes.items() if name not in self.missing]
+        if not subjects:
+            raise FileNotFoundError(f"{self.dataset} has no folder of any of the {len(self.missing)} subjects in {PROMPTS_FILE}")
+        return subjects
+
+    def prompts(self, subject: Subject, unique_token: str | None = None) -> list[str]:
+        """The context prompts of a subject; without a unique token its place closes up ("a cat in the snow")."""
+        templates = self.table.live_prompts if subject.is_live else self.table.object_prompts
+        return [fill(template, subject.label, unique_token) for template in templates]
+
+    def texture_prompts(self, subject: Subject, unique_token: str | None = None) -> list[str]:
+        """The folder's own texture prompts, else `TEXTURE_PROMPTS`."""
+        return [fill(template, subject.label, unique_token) for template in self._texture_templates]
+
+    @cached_property
+    def _texture_templates(self) -> list[str]:
+        path = self.dataset / TEXTURE_FILE
+        if not path.exists():
+            return list(TEXTURE_PROMPTS)
+        lists = parse_prompt_lists(path.read_text(encoding="utf-8-sig"), str(path))
+        if len(lists) != 1:
+            raise ValueError(f"{path}: expected one prompt_list, found {len(lists)}")
+        return lists[0]
+
+    def _subject(self, name: str, label: str) -> Subject:
+        images = sorted(p for p in (self.dataset / name).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+        if not images:
+            raise FileNotFoundError(f"{self.dataset / name} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+        return Subject(name, label, label in LIVE_CLASSES, images, self._masks(name, images))
+
+    def _masks(self, name: str, images: list[Path]) -> list[Path] | None:
+        folder = self.root / "masks" / name
+        if not folder.is_dir():
+            return None
+        masks = [folder / f"{image.stem}.png" for image in images]
+        absent = [mask.name for mask in masks if not mask.is_file()]
+        if absent:
+            raise FileNotFoundError(f"{folder} lacks {absent}: give every picture of {name} a mask, or remove the folder")
+        return masks
+
+    def _warn_of_unknown_folders(self) -> None:
+        folders = {p.name for p in self.dataset.iterdir() if p.is_dir() and not p.name.startswith(".")}
+        unknown = sorted(folders - self.table.classes.keys())
+        if unknown:
+            warnings.warn(f"{self.dataset}: folders {unknown} have no class in {PROMPTS_FILE} and are left out", stacklevel=3)
+
+
+def load_picture(path: Path) -> Image.Image:
+    """A subject's picture in RGB, turned as its EXIF says; ValueError names a file that cannot be read."""
+    try:
+        return pictures.open_picture(path)
+    except pictures.PICTURE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def load_mask(path: Path) -> Image.Image:
+    """A mask in mode "L", 0 and 255; ValueError names a file that cannot be read."""
+    try:
+        return pictures.open_mask(path)
+    except pictures.PICTURE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as a mask: {error}") from error
+
+
+def fill(template: str, label: str, unique_token: str | None = None) -> str:
+    """Put a class, and a unique token if any, into a prompt template, without doubled spaces."""
+    return " ".join(template.format(unique_token or "", label).split())
+
+
+def parse_prompts_and_classes(text: str, source: str = PROMPTS_FILE) -> PromptsAndClasses:
+    """Parse the text of `prompts_and_classes.txt`; ValueError names `source` and what is missing."""
+    head, found, prompts = text.partition("prompt_list")
+    classes = dict(re.findall(r"^[ \t]*([\w-]+)[ \t]*,[ \t]*(\S.*?)[ \t]*$", head, re.MULTILINE))
+    classes.pop("subject_name", None)
+    if not classes:
+        raise ValueError(f"{source}: no lines of the form subject_name,class before the prompts")
+    lists = parse_prompt_lists(found + prompts, source)
+    if len(lists) != 2:
+        raise ValueError(f"{source}: expected two prompt lists (objects, then live subjects), found {len(lists)}")
+    return PromptsAndClasses(classes, *lists)
+
+
+def parse_prompt_lists(text: str, source: str) -> list[list[str]]:
+    """Every `prompt_list = [...]` of a text, as templates. The Python in it is parsed, never run."""
+    blocks = re.findall(r"^[ \t]*prompt_list\s*=\s*(\[.*?^[ \t]*\])", text, re.MULTILINE | re.DOTALL)
+    try:
+        return [[_template(node) for node in _elements(block)] for block in blocks]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{source}: a prompt_list is not a list of '...'.format(unique_token, class_token): {error}") from error
+
+
+def _elements(block: str) -> list[ast.expr]:
+    body = ast.parse(block, mode="eval").body
+    if not isinstance(body, ast.List):
+        raise ValueError(f"{ast.unparse(body)} is not a list")
+    return body.elts
+
+
+def _template(node: ast.expr) -> str:
+    """'a {0} {1}'.format(unique_token, class_token), or a bare string, to its text with {0} and {1}."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if [ast.unparse(argument) for argument in node.args] != ["unique_token", "class_token"]:
+            raise ValueError(f"{ast.unparse(node)} does not format unique_token and class_token in this order")
+        node = node.func.value
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        raise ValueError(f"{ast.unparse(node)} is not a prompt")
+    fields = [field for _, field, _, _ in string.Formatter().parse(node.value) if field is not None]
+    if "1" not in fields or not {"0", "1"}.issuperset(fields):
+        raise ValueError(f"{node.value!r} needs {{1}} for the class, and no fields besides {{0}} and {{1}}")
+    return node.value

@@ -1,0 +1,136 @@
+"""Exports the mini world as the two data sets everything else reads: triplet shards and a DreamBooth-like folder.
+
+    <out>/shards/{train,val}-{00000..}.tar, manifest.json
+    <out>/dreambooth/dataset/<subject>/00.png ..., prompts_and_classes.txt, texture_prompts.txt
+    <out>/dreambooth/masks/<subject>/00.png ...
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datamodules.mini import world
+from datamodules.mini.prompts import prompts_and_classes, texture_prompts
+from datamodules.mini.render import render
+from datamodules.shards import ShardSample, write_json, write_shards
+
+#: Where each split's identities begin in `world.identity("train", ...)`; far apart, so that validation identities are new to
+#: the adapters and to the base models alike.
+FIRST_IDENTITY = {"train": 0, "val": 1_000_000_000}
+
+#: Triplets: no other materials, few accessories. Captions name the accessory, and lose colour and pattern.
+ACCESSORY_RATE = 0.1
+SUBJECTS_PER_LABEL = 3
+
+
+def export(
+    out: Path = Path("runs/mini/data"),
+    train_count: int = 12_000,
+    val_count: int = 512,
+    samples_per_shard: int = 500,
+    size: int = 64,
+    seed: int = 0,
+) -> None:
+    """Write triplet shards and dreambooth-mini; what is there already stays, what another configuration left is replaced.
+
+    Args:
+        out: folder for both.
+        train_count: training pictures, one identity each.
+        val_count: validation pictures, of other identities.
+        samples_per_shard: training pictures a shard (validation: a quarter of it).
+        size: side of the pictures in pixels.
+        seed: of scenes and poses; identities do not depend on it.
+    """
+    config = {"size": size, "accessory_rate": ACCESSORY_RATE, "renderer": _renderer_digest()}
+    for split, count, a_shard in (("train", train_count, samples_per_shard), ("val", val_count, max(1, samples_per_shard // 4))):
+        part = write_shards(out / "shards", split, count, partial(triplets, split, size=size, seed=seed),
+                            samples_per_shard=a_shard, seed=seed, config=config, overwrite=True)
+        print(f"{split}: {part['count']} triplets in {len(part['shards'])} shards under {out / 'shards'}")
+    export_dreambooth(out / "dreambooth", size, seed)
+    print(f"dreambooth-mini: {len(heldout_subjects())} subjects under {out / 'dreambooth'}")
+
+
+def triplet_picture(split: str, index: int, seed: int = 0) -> world.Picture:
+    """Picture number `index` of the "train" or "val" shards."""
+    identity = FIRST_IDENTITY[split] + index
+    rng = np.random.default_rng([11, seed, identity])
+    return world.sample_picture(rng, world.identity("train", identity), accessory_rate=ACCESSORY_RATE)
+
+
+def triplets(split: str, rows: range, size: int = 64, seed: int = 0) -> Iterator[ShardSample]:
+    """The shard samples of a range of picture numbers."""
+    described = [triplet_picture(split, index, seed) for index in rows]
+    images, masks = render(described, size)
+    for index, picture, image, mask in zip(rows, described, images, masks, strict=True):
+        key, full = f"mini-{split}-{index:06d}", world.caption(picture)
+        fields = {"caption": world.filter_caption(full), "caption_full": full, "label": picture.identity.label, "image_id": key,
+                  "source": "mini", "license": "Apache-2.0", "author": "moma_lightning mini world",
+                  "identity": asdict(picture.identity)}
+        yield ShardSample(key, _png(image), "png", _png(mask), fields)
+
+
+def heldout_subjects() -> dict[str, world.Identity]:
+    """The 30 held-out identities by folder name ("cat", "cat2", "cat3", ...), in the order of `world.LABELS`."""
+    subjects = {}
+    for number, label in enumerate(world.LABELS):
+        for copy in range(SUBJECTS_PER_LABEL):
+            name = label.replace(" ", "_") + (str(copy + 1) if copy else "")
+            subjects[name] = world.identity("heldout", number * SUBJECTS_PER_LABEL + copy, label)
+    return subjects
+
+
+def subject_pictures(subject: int, identity: world.Identity, seed: int = 0) -> list[world.Picture]:
+    """The 4 to 6 pictures of held-out subject number `subject`: each in a scene of its own, without material or accessory."""
+    rng = np.random.default_rng([13, seed, subject])
+    count = int(rng.integers(4, 7))
+    by_scene: dict[str, world.Picture] = {}
+    while len(by_scene) < count:
+        picture = world.sample_picture(rng, identity)
+        by_scene.setdefault(picture.scene, picture)
+    return list(by_scene.values())
+
+
+def export_dreambooth(folder: Path, size: int = 64, seed: int = 0) -> None:
+    """Write dreambooth-mini beside its place and rename it; kept when its manifest says that it is the same already."""
+    manifest = {"size": size, "seed": seed, "renderer": _renderer_digest()}
+    if (folder / "manifest.json").exists() and json.loads((folder / "manifest.json").read_text()) == manifest:
+        return
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    subjects = heldout_subjects()
+    for number, (name, identity) in enumerate(subjects.items()):
+        images, masks = render(subject_pictures(number, identity, seed), size)
+        _write_pictures(beside / "dataset" / name, images)
+        _write_pictures(beside / "masks" / name, masks)
+    labels = {name: identity.label for name, identity in subjects.items()}
+    (beside / "dataset" / "prompts_and_classes.txt").write_text(prompts_and_classes(labels))
+    (beside / "dataset" / "texture_prompts.txt").write_text(texture_prompts())
+    write_json(beside / "manifest.json", manifest)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def _write_pictures(folder: Path, images: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        (folder / f"{number:02d}.png").write_bytes(_png(image))
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def _renderer_digest() -> str:
+    """Of the code that draws and words the world: pictures of an older renderer are not mistaken for this one's."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(code).hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""Pictures and masks as they come from the wild: any mode, any orientation, any shape, made into RGB, binary and square."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Box = tuple[int, int, int, int]
+
+#: What Pillow raises for files that are cut, damaged, of an unknown kind or absurdly large.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+
+#: Masks stored as JPEG, or resized smoothly by someone, have noise around 0: it is not foreground.
+MASK_THRESHOLD = 128
+
+
+def open_picture(source: bytes | Path) -> Image.Image:
+    """Decode a picture completely, turn it as its EXIF says and convert it to 8-bit RGB.
+
+    Transparent parts become white, like the background of I_wb. Raises one of `PICTURE_ERRORS`.
+    """
+    picture = ImageOps.exif_transpose(_decoded(source))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return picture.convert("RGB")
+
+
+def open_mask(source: bytes | Path) -> Image.Image:
+    """Decode a mask to mode "L" holding only 0 and 255, cut at `MASK_THRESHOLD`. Raises one of `PICTURE_ERRORS`."""
+    return _decoded(source).convert("L").point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize a mask to its picture's (width, height), nearest; ValueError when their proportions differ by over 5 %."""
+    if mask.size == size:
+        return mask
+    stretch = mask.width * size[1] / (mask.height * size[0])
+    if not 0.95 < stretch < 1.05:
+        raise ValueError(f"a mask of {mask.width}x{mask.height} does not fit a picture of {size[0]}x{size[1]}")
+    return mask.resize(size, Image.Resampling.NEAREST)
+
+
+def square_box(size: tuple[int, int], subject: Box, rng: np.random.Generator | None = None) -> Box:
+    """The square (left, top, right, bottom) to cut from a picture of (width, height) so that the whole subject is in it.
+
+    As large as the picture's short side, at a random place with `rng` and as central as the subject allows without.
+    A subject longer than the short side gets a square of its own length, which then reaches beyond the picture on both
+    sides of the short axis: nothing is squashed and nothing of the subject is lost.
+    """
+    left, top, right, bottom = subject
+    side = max(min(size), right - left, bottom - top)
+    x, y = _offset(size[0], side, left, right, rng), _offset(size[1], side, top, bottom, rng)
+    return x, y, x + side, y + side
+
+
+def cut(picture: Image.Image, box: Box, size: int) -> Image.Image:
+    """Cut a box and resize it to size x size: pictures bicubic with white beyond their edge, masks nearest with 0."""
+    is_mask = picture.mode == "L"
+    square = Image.new(picture.mode, (box[2] - box[0], box[3] - box[1]), 0 if is_mask else "white")
+    square.paste(picture, (-box[0], -box[1]))
+    return square.resize((size, size), Image.Resampling.NEAREST if is_mask else Image.Resampling.BICUBIC)
+
+
+def to_pixel_values(picture: Image.Image) -> Float[Tensor, "3 height width"]:
+    """An RGB picture as floats in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
+
+
+def to_subject_mask(mask: Image.Image) -> Float[Tensor, "1 height width"]:
+    """A mask from `open_mask` as 0.0 and 1.0."""
+    return torch.from_numpy(np.array(mask)).gt(0).float().unsqueeze(0)
+
+
+def _decoded(source: bytes | Path) -> Image.Image:
+    picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    picture.load()
+    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        grey = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+        grey.info = picture.info
+        return grey
+    return picture
+
+
+def _offset(length: int, side: int, start: int, stop: int, rng: np.random.Generator | None) -> int:
+    if side >= length:
+        return -((side - length) // 2)
+    low, high = max(0, stop - side), min(start, length - side)
+    if rng is not None:
+        return int(rng.integers(low, high + 1))
+    return min(max((length - side) // 2, low), high)

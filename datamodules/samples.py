@@ -1,0 +1,165 @@
+"""From shards to decoded triplets, and what becomes of the bad ones: named in a log and skipped, or fatal."""
+
+import json
+import re
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import webdataset as wds
+from jaxtyping import Float
+from torch import Tensor
+
+from datamodules import pictures
+
+OnError = Literal["skip", "raise"]
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+END_OF_ARCHIVE = bytes(1024)
+
+
+class BadSampleError(ValueError):
+    """A sample or shard that cannot be used; the message says which one and why."""
+
+
+@dataclass
+class Triplet:
+    """One decoded sample: picture in [-1, 1], mask 0 or 1; see `moma_lightning.batch.TripletBatch`."""
+
+    pixel_values: Float[Tensor, "3 height width"]
+    subject_mask: Float[Tensor, "1 height width"]
+    caption: str
+    label: str
+    key: str
+
+
+class BadSamples:
+    """A log of what could not be used: one line `shard <tab> key <tab> reason` for each sample, however often it is met.
+
+    With `on_error="raise"` the first one raises `BadSampleError` instead. Worker processes and ranks append to one file.
+    """
+
+    def __init__(self, path: Path, on_error: OnError):
+        self.path = path
+        self.on_error = on_error
+        self._known: set[str] | None = None
+
+    def report(self, shard: str, key: str, reason: str) -> None:
+        if self.on_error == "raise":
+            raise BadSampleError(f"{shard}, sample {key}: {reason}")
+        line = "\t".join(" ".join(part.split()) for part in (shard, key, reason))
+        self._known = self.lines() if self._known is None else self._known
+        if line in self._known:
+            return
+        if not self._known:
+            warnings.warn(f"{shard}, sample {key}: {reason}. It is skipped; all such are named in {self.path}", stacklevel=2)
+        self._known.add(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+    def lines(self) -> set[str]:
+        return set(self.path.read_text().splitlines()) if self.path.exists() else set()
+
+    def counts(self) -> Counter[str]:
+        """How many samples (and shards) were left out, by the reason's first words."""
+        return Counter(line.split("\t")[2].split(":")[0] for line in self.lines())
+
+
+def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, Any]]:
+    """Undecoded webdataset samples of local shards or URLs, in order.
+
+    A shard that cannot be opened or is cut short is reported under the key "-"; what stands before
+    the cut is used, but for the sample next to it.
+    """
+    for shard in shards:
+        try:
+            yield from wds.tarfile_samples([{"url": shard}])
+            if not _is_complete(shard):
+                bad.report(shard, "-", "shard is cut short: no end-of-archive mark")
+        except BadSampleError:
+            raise
+        except (tarfile.TarError, OSError, EOFError) as error:
+            bad.report(shard, "-", f"shard is cut short or cannot be read: {_message(error)}")
+        except ValueError as error:
+            bad.report(shard, "-", f"shard is malformed, its rest is left out: {_message(error)}")
+
+
+def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | None = None, flip: bool = False) -> Triplet:
+    """Decode and check one sample, cut a square with the whole subject, flip picture and mask together half of the time.
+
+    rng: places the square and decides the flip; None gives the central square, unflipped.
+    Raises BadSampleError with the bare reason.
+    """
+    caption, label = _texts(sample)
+    picture, mask = _picture_and_mask(sample)
+    box = pictures.square_box(picture.size, mask.getbbox(), rng)
+    picture, mask = pictures.cut(picture, box, image_size), pictures.cut(mask, box, image_size)
+    if mask.getbbox() is None:
+        raise BadSampleError(f"subject is too small: nothing of its mask is left at {image_size}x{image_size}")
+    pixel_values, subject_mask = pictures.to_pixel_values(picture), pictures.to_subject_mask(mask)
+    if flip and rng is not None and rng.random() < 0.5:
+        pixel_values, subject_mask = pixel_values.flip(-1), subject_mask.flip(-1)
+    return Triplet(pixel_values, subject_mask, caption, label, sample["__key__"])
+
+
+def contains_label(caption: str, label: str) -> bool:
+    """Whether the label stands in the caption as whole words, in any case."""
+    return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+def _texts(sample: dict[str, Any]) -> tuple[str, str]:
+    if "json" not in sample:
+        raise BadSampleError("json is missing")
+    try:
+        fields = json.loads(sample["json"])
+    except ValueError as error:
+        raise BadSampleError(f"json cannot be read: {error}") from error
+    for name in ("caption", "label"):
+        if not isinstance(fields, dict) or not isinstance(fields.get(name), str) or not fields[name].strip():
+            raise BadSampleError(f"{name} is missing")
+    caption, label = fields["caption"].strip(), fields["label"].strip()
+    if not contains_label(caption, label):
+        raise BadSampleError(f"label is absent from the caption: {label!r} in {caption!r}")
+    return caption, label
+
+
+def _picture_and_mask(sample: dict[str, Any]):
+    extension = next((e for e in PICTURE_EXTENSIONS if e in sample), None)
+    if extension is None:
+        raise BadSampleError("picture is missing: none of " + ", ".join(PICTURE_EXTENSIONS))
+    if "mask.png" not in sample:
+        raise BadSampleError("mask is missing: no mask.png")
+    try:
+        picture = pictures.open_picture(sample[extension])
+    except pictures.PICTURE_ERRORS as error:
+        raise BadSampleError(f"picture cannot be read: {error}") from error
+    try:
+        mask = pictures.fit_mask(pictures.open_mask(sample["mask.png"]), picture.size)
+    except pictures.PICTURE_ERRORS as error:
+        raise BadSampleError(f"mask cannot be used: {error}") from error
+    if mask.getbbox() is None:
+        raise BadSampleError(f"mask is empty: no value reaches {pictures.MASK_THRESHOLD}")
+    return picture, mask
+
+
+def _message(error: Exception) -> str:
+    """Why, without the stream objects that webdataset appends to an exception's arguments."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error.args[0]).split(" @ ")[0] if error.args else repr(error)
+
+
+def _is_complete(shard: str) -> bool:
+    """Whether a local tar ends with its end mark; a tar cut between two files reads like a whole one otherwise."""
+    path = Path(shard)
+    if not path.is_file() or path.suffix != ".tar":
+        return True  # remote or compressed: a cut shows as an error while reading
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - len(END_OF_ARCHIVE)))
+        return file.read() == END_OF_ARCHIVE
