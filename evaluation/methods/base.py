@@ -10,7 +10,8 @@ from PIL import Image
 from datamodules.dreambooth import Subject
 from evaluation.protocols import Sampler
 from evaluation.stamps import content_digest, load_picture
-from moma_lightning.foundation import FoundationConfig, local_path
+from evaluation.tasks import PictureTask
+from moma_lightning.foundation import FoundationConfig, local_path, resolve
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 
 
@@ -48,12 +49,12 @@ class Models:
         return self.loaded[1]
 
     def digest(self, path_or_id: str | None) -> str | None:
-        """Digest of a local file's or folder's content; a hub id stands for itself."""
+        """Digest of a local file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""
         if path_or_id is None:
             return None
         if path_or_id not in self.digests:
             found = local_path(path_or_id)
-            self.digests[path_or_id] = content_digest(found) if found else path_or_id
+            self.digests[path_or_id] = content_digest(found) if found else "@".join(resolve(path_or_id).values())
         return self.digests[path_or_id]
 
 
@@ -77,5 +78,5 @@ class Method(ABC):
         """Load what is needed; called once before `generate`."""
 
     @abstractmethod
-    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        """One picture a prompt, its initial noise drawn on the CPU from its seed."""
+    def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        """One picture a task, its initial noise drawn on the CPU from the task's seed."""

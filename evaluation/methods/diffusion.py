@@ -13,6 +13,7 @@ from torch import Tensor
 from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference
 from evaluation.protocols import Sampler
+from evaluation.tasks import PictureTask
 from moma_lightning.pipeline import MoMAPipeline
 
 
@@ -46,11 +47,11 @@ class DiffusionMethod(Method):
         """What the pipeline is given besides the prompts."""
         return {}
 
-    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+    def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         sampler = self.sampler
         output = self.pipeline(
-            [sampler.prompt_template.format(prompt=prompt, label=subject.label) for prompt in prompts],
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            [sampler.prompt_template.format(prompt=task.prompt, label=task.label) for task in tasks],
+            generator=[torch.Generator("cpu").manual_seed(task.seed) for task in tasks],
             guidance_scale=sampler.guidance_scale,
             num_inference_steps=sampler.num_inference_steps,
             height=sampler.height,

@@ -12,6 +12,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference
 from evaluation.protocols import Sampler
 from evaluation.stamps import load_picture
+from evaluation.tasks import PictureTask
 
 COLUMNS = {"subject", "prompt", "path"}
 
@@ -22,7 +23,7 @@ class RealImages(Method):
 
     is_oracle = True
 
-    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+    def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         raise NotImplementedError("the real pictures are scored as they are")
 
 
@@ -33,17 +34,17 @@ class Folder(Method):
     Paths are relative to the CSV. Several rows of one prompt are its pictures, in order.
     """
 
-    csv: str
+    table: str
 
     def rows(self) -> list[dict[str, str]]:
-        with open(self.csv, newline="") as file:
+        with open(self.table, newline="") as file:
             reader = csv.DictReader(file)
             if missing := COLUMNS - set(reader.fieldnames or ()):
-                raise ValueError(f"{self.csv} lacks the columns {', '.join(sorted(missing))}")
+                raise ValueError(f"{self.table} lacks the columns {', '.join(sorted(missing))}")
             return list(reader)
 
     def weights(self, models: Models) -> dict[str, str | None]:
-        digest = hashlib.sha256(Path(self.csv).read_bytes())
+        digest = hashlib.sha256(Path(self.table).read_bytes())
         for row in self.rows():
             digest.update(self._path(row).read_bytes() if self._path(row).exists() else b"missing")
         return {"pictures": digest.hexdigest()[:16]}
@@ -53,8 +54,15 @@ class Folder(Method):
         for row in self.rows():
             self.pictures[row["subject"], row.get("reference") or "", row["prompt"]].append(self._path(row))
 
-    def generate(self, subject: Subject, reference: Reference, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        raise NotImplementedError
+    def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        return [load_picture(self._find(task, reference.path.name)) for task in tasks]
+
+    def _find(self, task: PictureTask, reference: str) -> Path:
+        for name in (reference, ""):
+            paths = self.pictures.get((task.subject, name, task.prompt), [])
+            if task.picture < len(paths):
+                return paths[task.picture]
+        raise ValueError(f"{self.table} names no picture {task.picture + 1} of subject {task.subject!r}, reference {reference!r}, prompt {task.prompt!r}")
 
     def _path(self, row: dict[str, str]) -> Path:
-        return Path(self.csv).parent / row["path"]
+        return Path(self.table).parent / row["path"]

@@ -1,0 +1,60 @@
+"""`python -m evaluation {generate,score,report,dreambooth,ablate} --config experiments/<family>/eval.yaml`."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser
+
+from evaluation.ablations import run_ablations
+from evaluation.config import EvalConfig
+from evaluation.dreambooth import run_dreambooth, run_scoring
+from evaluation.generation import generate
+from evaluation.report import write_report
+from evaluation.tracking import log_evaluation
+
+
+def report(config: EvalConfig) -> None:
+    """Write the page, then log table and grid."""
+    write_report(config)
+    log_evaluation(config)
+
+
+COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
+    "generate": (generate, "make the missing pictures"),
+    "score": (run_scoring, "score the pictures; write scores.parquet, summary.json and table.md"),
+    "report": (report, "write report/index.html and report/grid.png; log to wandb"),
+    "dreambooth": (run_dreambooth, "generate, then score"),
+    "ablate": (run_ablations, "the grids over beta and mask strength"),
+}
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m evaluation", parser_mode="omegaconf", description="DreamBooth-style evaluation.")
+    commands = parser.add_subcommands(required=True)
+    for name, (_, text) in COMMANDS.items():
+        command = ArgumentParser(parser_mode="omegaconf", description=text)
+        command.add_argument("--config", action="config", help="YAML of EvalConfig's fields")
+        command.add_class_arguments(EvalConfig)
+        commands.add_subcommand(name, command, help=text)
+    return parser
+
+
+def parse(args: Sequence[str] | None = None) -> tuple[str, EvalConfig]:
+    """The command and its config. Exits with a message for unknown keys and wrong types."""
+    parser = build_parser()
+    parsed = parser.parse_args(args)
+    given = parser.instantiate(parsed)[parsed.subcommand]
+    fields = {key: value for key, value in vars(given).items() if key != "config"}
+    return parsed.subcommand, EvalConfig(**fields)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Errors that a person can mend are one line; everything else keeps its traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command, config = parse(args)
+    try:
+        COMMANDS[command][0](config)
+    except (ValueError, FileNotFoundError) as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        sys.exit(f"evaluation {command}: {error}")

@@ -1,0 +1,101 @@
+"""What `python -m evaluation` reads: one dataclass, filled from experiments/<family>/eval.yaml."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from datamodules.dreambooth import DreamBooth
+from evaluation.methods import Method, Models
+from evaluation.protocols import Protocol, named
+from moma_lightning.foundation import FoundationConfig
+
+
+@dataclass
+class AblationConfig:
+    """Grids of the paper's Tables 3 and 4, over the same noise as everything else."""
+
+    beta: tuple[float, ...] = (1.0, 0.5, 0.0)
+    masking: tuple[float, ...] = (1.0, 0.5, 0.0)
+
+
+@dataclass
+class ReportConfig:
+    """subjects, prompts: rows of the picture grid. pixels: pictures wider than this are shrunk in the page."""
+
+    title: str = "MoMA evaluation"
+    subjects: int = 8
+    prompts: int = 3
+    pixels: int = 256
+
+
+@dataclass
+class WandbConfig:
+    """Logging of the table and the grid. Without an API key, and unless WANDB_MODE says otherwise, it stays offline."""
+
+    enabled: bool = True
+    project: str = "moma-lightning"
+    name: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    """An evaluation.
+
+    run: folder that receives eval/, ablations/ and report/. data: folder in google/dreambooth's layout.
+    protocol: a preset's name; overrides: fields of it to change. methods: name -> method, in the table's order.
+    adapter, decoder: what the two stages wrote. num_processes: workers, each with its share of the subjects and threads (on
+    GPUs, one a device). batch_size: pictures a pipeline call.
+    """
+
+    run: str = "runs/mini"
+    data: str = "runs/mini/data/dreambooth"
+    protocol: str = "mini"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    adapter: str | None = "runs/mini/stage2/adapter"
+    decoder: str | None = "runs/mini/stage1/image_feature_decoder"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_processes: int = 1
+    batch_size: int = 16
+    ablations: AblationConfig = field(default_factory=AblationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self):
+        for name in self.methods:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name == "differences":
+                raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and `differences` is a key of summary.json")
+
+    @property
+    def eval_folder(self) -> Path:
+        return Path(self.run) / "eval"
+
+    @property
+    def ablations_folder(self) -> Path:
+        return Path(self.run) / "ablations"
+
+    @property
+    def report_folder(self) -> Path:
+        return Path(self.run) / "report"
+
+    @property
+    def pictures(self) -> Path:
+        return self.eval_folder / "pictures"
+
+    def resolved_protocol(self) -> Protocol:
+        return named(self.protocol, self.overrides)
+
+    def resolved_device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load_data(self) -> DreamBooth:
+        return DreamBooth(self.data)
+
+    def models(self, device: str = "cpu") -> Models:
+        return Models(self.foundation, self.adapter, self.decoder, device)

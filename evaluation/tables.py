@@ -1,0 +1,59 @@
+"""Markdown tables in the form of the paper's Table 1."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from evaluation import published
+from evaluation.protocols import Protocol
+from evaluation.statistics import LEVEL, METRICS, Interval
+
+TITLES = {"dino": "DINO", "clip_t_context": "CLIP-T(c)", "clip_i": "CLIP-I", "clip_t_texture": "CLIP-T(t)"}
+
+
+def with_interval(value: Interval | None) -> str:
+    return f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]" if value else "-"
+
+
+def signed_interval(value: Interval) -> str:
+    return f"{value['mean']:+.3f} [{value['lo']:+.3f}, {value['hi']:+.3f}]"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def method_table(summary: dict[str, Any]) -> str:
+    rows = [[name, *(with_interval(metrics.get(m)) for m in METRICS)] for name, metrics in summary.items() if name != "differences"]
+    return markdown(["Method", *TITLES.values()], rows)
+
+
+def difference_table(summary: dict[str, Any]) -> str:
+    """A row a pair, a column a metric; bold where the interval leaves out zero."""
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for row in summary["differences"]:
+        text = signed_interval(row)
+        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = f"**{text}**" if row["lo"] > 0 or row["hi"] < 0 else text
+    return markdown(["Difference", *TITLES.values()], [[f"{a} - {b}", *(cells.get(m, "-") for m in METRICS)] for (a, b), cells in pairs.items()])
+
+
+def published_table(rows: dict[Any, tuple[float | None, ...]], first: str = "Method") -> str:
+    return markdown([first, *TITLES.values()], [[str(name), *("-" if v is None else f"{v:.3f}" for v in values)] for name, values in rows.items()])
+
+
+def protocol_line(protocol: Protocol, subjects: int) -> str:
+    sampler = protocol.sampler
+    return (f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {protocol.references} reference, compared to "
+            f"{protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
+            f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, CLIP `{protocol.clip.model}`. "
+            f"Brackets: {LEVEL:.0%} bootstrap interval over subjects.")
+
+
+def score_page(summary: dict[str, Any], protocol: Protocol, subjects: int, warnings: Sequence[str]) -> str:
+    """table.md: ours first, then differences, then the published rows in a section of their own."""
+    parts = ["# Scores\n", protocol_line(protocol, subjects) + "\n", method_table(summary)]
+    parts += [f"> **Warning:** {warning}.\n" for warning in warnings]
+    if summary["differences"]:
+        parts += ["## Differences, paired over subjects\n", difference_table(summary)]
+    parts += ["## The paper's Table 1\n", f"*{published.NOTE.capitalize()}.*\n", published_table(published.TABLE_1)]
+    return "\n".join(parts)
