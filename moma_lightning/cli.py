@@ -1,0 +1,159 @@
+"""LightningCLI front end: one YAML a stage, defaults every run shares, and runs that go on where they stopped."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SAVED_STEPS = 200
+
+
+class MoMACLI(LightningCLI):
+    """`python -m moma_lightning fit --config experiments/<experiment>/stage1.yaml`.
+
+    Everything a run writes lies under `trainer.default_root_dir`: config.yaml (resolved), metrics.csv, wandb/ and
+    checkpoints/last.ckpt, from which `fit` goes on unless `--ckpt_path` says otherwise. Options of the ModelCheckpoint are
+    under `checkpoint:`. wandb is offline unless WANDB_API_KEY or WANDB_MODE says otherwise: it never asks for a key.
+    """
+
+    def __init__(self, **kwargs: Any):
+        parser_mode = {"parser_mode": "omegaconf"}
+        super().__init__(
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs=parser_mode | {name: parser_mode for name in SUBCOMMANDS},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({
+            "checkpoint.save_last": True,
+            "checkpoint.save_top_k": 0,
+            "checkpoint.every_n_train_steps": SAVED_STEPS,
+            "checkpoint.enable_version_counter": False,
+        })
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
+
+    def before_instantiate_classes(self) -> None:
+        """Decide, before anything large is loaded, whether `fit` starts, goes on, or has nothing left to do."""
+        config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is None:
+            raise SystemExit("trainer.default_root_dir is not set: name the run's folder, e.g. runs/mini/stage1")
+        self.run = Run(Path(config.trainer.default_root_dir))
+        if config.trainer.fast_dev_run:
+            config.checkpoint.save_last = False  # Lightning would write last.ckpt even so, over the real run's
+        if self.subcommand != "fit" or config.trainer.fast_dev_run:
+            return
+        if config.ckpt_path is None and self.run.is_finished(config.trainer.max_steps):
+            rank_zero_info(f"{self.run.folder}: training is complete; raise trainer.max_steps to go on, or remove the folder to train anew")
+            raise SystemExit(0)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        loggers = run_loggers(self.run.folder) if config["logger"] in (None, True) and not config["fast_dev_run"] else config["logger"]
+        callbacks: list[Callback] = list(config["callbacks"] or [])
+        if config["enable_progress_bar"] is not False:
+            callbacks.append(RichProgressBar())
+        if loggers:
+            callbacks.append(LearningRateMonitor("step"))
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+
+    def fit(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """`Trainer.fit` from `ckpt_path`, else from the run's own last checkpoint, else from the start."""
+        if self.trainer.fast_dev_run:
+            self.trainer.fit(model, **kwargs)
+            return
+        if ckpt_path is None and self.run.last_checkpoint.exists():
+            ckpt_path = str(self.run.last_checkpoint)
+            rank_zero_info(f"going on from {ckpt_path}")
+        elif ckpt_path is None:
+            self.run.forget()
+        self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
+        if self.trainer.checkpoint_callback is not None:
+            self.trainer.save_checkpoint(self.run.last_checkpoint)
+            self.run.mark_finished(self.trainer.global_step)
+
+
+class Run:
+    """A run's folder: is there something to go on from, and is there anything left to do."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.last_checkpoint = Path(checkpoint_folder(str(folder))) / "last.ckpt"
+        self._finished = folder / "finished.json"
+
+    def is_finished(self, max_steps: int) -> bool:
+        """Whether `max_steps` steps were trained to the end, what is exported at the end included."""
+        if not (self._finished.exists() and self.last_checkpoint.exists()):
+            return False
+        return 0 <= max_steps <= json.loads(self._finished.read_text())["step"]
+
+    @rank_zero_only
+    def mark_finished(self, step: int) -> None:
+        beside = self._finished.with_suffix(".writing")
+        beside.write_text(json.dumps({"step": step}) + "\n")
+        beside.replace(self._finished)
+
+    @rank_zero_only
+    def forget(self) -> None:
+        """Remove what an earlier run without checkpoints left, so that its metrics are not taken for the new one's."""
+        for path in (self._finished, self.folder / ExperimentWriter.NAME_METRICS_FILE):
+            path.unlink(missing_ok=True)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved config beside the checkpoints, and shows it to wandb."""
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_unset=False)))
+
+
+class ContinuedWriter(ExperimentWriter):
+    """Goes on with the metrics.csv that is there, where Lightning's writer would remove it."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.exists():
+            self.metrics_keys = path.read_text().split("\n", 1)[0].split(",")
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """CSVLogger whose metrics.csv survives a resume. Steps after the last checkpoint then occur twice: the later row counts."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = ContinuedWriter(log_dir=self.log_dir)
+        return self._experiment
+
+
+def checkpoint_folder(root: str | None) -> str | None:
+    """Where the run under `root` keeps its checkpoints."""
+    return root and str(Path(root) / "checkpoints")
+
+
+def run_loggers(folder: Path) -> list[Logger]:
+    """metrics.csv in the run's folder, and wandb: offline where no key and no WANDB_MODE are set."""
+    if "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
+    wandb = WandbLogger(project="moma-lightning", name="/".join(folder.parts[-2:]), save_dir=folder)
+    return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]

@@ -1,0 +1,186 @@
+"""The command line on a module of one weight: config, loggers, checkpoints, going on after a kill."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import wandb
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+from moma_lightning import __main__ as entry
+from moma_lightning.cli import MoMACLI, Run
+
+
+class OneWeight(LightningModule):
+    """Each step adds 1 to the weight: its value tells how many steps were trained."""
+
+    def __init__(self, slope: float = 1.0, die_at: int = -1, echo: str = ""):
+        super().__init__()
+        self.slope, self.die_at, self.echo = slope, die_at, echo
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.die_at:
+            os._exit(9)
+        self.log("train/loss", self.weight.detach())
+        return -self.slope * self.weight
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+class Numbers(LightningDataModule):
+    def __init__(self, count: int = 8):
+        super().__init__()
+        self.count = count
+
+    def train_dataloader(self):
+        return DataLoader(torch.arange(float(self.count)).tolist(), batch_size=1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that writes a config and runs `fit` in this process; returns the CLI. wandb forgets its mode afterwards."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+
+    def fit(*extra: str, **trainer) -> MoMACLI:
+        monkeypatch.setattr(sys, "argv", ["moma_lightning", "fit", "--config", str(config(tmp_path, **trainer)), *extra])
+        return MoMACLI()
+
+    yield fit
+    wandb.finish()
+    wandb.teardown()
+
+
+def config(folder, **trainer):
+    path = folder / "stage.yaml"
+    path.write_text(yaml.safe_dump({
+        "trainer": {"default_root_dir": str(folder / "runs/tiny/stage1"), "max_steps": 5, "accelerator": "cpu", "log_every_n_steps": 1,
+                    "enable_progress_bar": False, "enable_model_summary": False} | trainer,
+        "checkpoint": {"every_n_train_steps": 2},
+        "model": {"class_path": f"{__name__}.OneWeight"},
+        "data": {"class_path": f"{__name__}.Numbers", "init_args": {"count": 8}},
+    }))
+    return path
+
+
+def last_step(folder) -> int:
+    return torch.load(folder / "runs/tiny/stage1/checkpoints/last.ckpt", weights_only=True)["global_step"]
+
+
+def logged_steps(folder) -> list[int]:
+    with (folder / "runs/tiny/stage1/metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_a_run_leaves_config_metrics_and_the_last_step(run, tmp_path):
+    run("--model.slope", "2.0")
+    folder = tmp_path / "runs/tiny/stage1"
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["slope"] == 2.0 and saved["seed_everything"] == 0
+    assert logged_steps(tmp_path) == [0, 1, 2, 3, 4]
+    assert last_step(tmp_path) == 5, "the last step is kept though it is no multiple of every_n_train_steps"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_finished_run_says_so_and_is_left_alone(run, tmp_path, caplog):
+    run()
+    before = (tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt").stat().st_mtime_ns
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 0 and "training is complete" in caplog.text
+    assert (tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt").stat().st_mtime_ns == before
+
+
+def test_more_steps_go_on_from_a_finished_run(run, tmp_path):
+    run()
+    cli = run(max_steps=7)
+    assert float(cli.model.weight.detach()) == 7.0
+    assert logged_steps(tmp_path) == list(range(7))
+
+
+def test_a_run_cut_before_its_exports_were_made_is_taken_up_again(run, tmp_path):
+    run()
+    (tmp_path / "runs/tiny/stage1/finished.json").unlink()
+    assert run().trainer.global_step == 5
+    assert Run(tmp_path / "runs/tiny/stage1").is_finished(5)
+
+
+def test_without_checkpoints_a_run_begins_anew(run, tmp_path):
+    run()
+    (tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt").unlink()
+    assert float(run().model.weight.detach()) == 5.0
+    assert logged_steps(tmp_path) == [0, 1, 2, 3, 4], "the earlier run's rows are gone"
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(run, tmp_path, caplog):
+    arguments = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(config(tmp_path)), "--model.die_at", "3"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run(arguments, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert last_step(tmp_path) == 2
+    with caplog.at_level("INFO"):
+        cli = run()
+    assert "going on from" in caplog.text
+    assert (cli.trainer.global_step, float(cli.model.weight.detach())) == (5, 5.0)
+
+
+def test_wandb_is_offline_without_a_key_and_knows_the_config(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    cli = run(max_steps=1)
+    experiment = cli.trainer.loggers[1].experiment
+    assert experiment.offline and experiment.config["model"]["class_path"].endswith("OneWeight")
+    experiment.finish()
+    assert list((tmp_path / "runs/tiny/stage1/wandb").glob("offline-run-*"))
+
+
+def test_interpolation_is_resolved(run):
+    assert run(max_steps=1, default_root_dir="runs/of-${data.init_args.count}").trainer.default_root_dir == "runs/of-8"
+
+
+def test_fast_dev_run_touches_no_run(run, tmp_path):
+    run()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "runs").rglob("*") if path.is_file())
+    assert float(run("--trainer.fast_dev_run", "true").model.weight.detach()) == 1.0
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "runs").rglob("*") if path.is_file()) == before
+
+
+@pytest.mark.parametrize("extra", [("--trainer.max_stepz", "3"), ("--model.init_args.slopes", "3"), ("--checkpoint.every", "3")])
+def test_an_unknown_key_is_an_error(run, extra, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*extra)
+    assert stop.value.code == 2 and extra[0].rsplit(".", 1)[1] in capsys.readouterr().err
+
+
+def test_a_run_without_a_folder_is_refused(run):
+    with pytest.raises(SystemExit, match="default_root_dir"):
+        run(default_root_dir=None)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["trian"], 2)])
+def test_usage(arguments, code, capsys):
+    assert entry.main(arguments) == code
+    assert "generate" in capsys.readouterr().out
+
+
+def test_usage_imports_nothing_large():
+    code = "import sys; from moma_lightning.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith("False\n")
+
+
+def test_a_finished_mark_counts_only_with_its_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    run.mark_finished(10)
+    assert json.loads((tmp_path / "finished.json").read_text()) == {"step": 10}
+    assert not run.is_finished(10)
+    run.last_checkpoint.parent.mkdir()
+    run.last_checkpoint.touch()
+    assert run.is_finished(10) and not run.is_finished(11) and not run.is_finished(-1)
