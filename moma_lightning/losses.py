@@ -21,3 +21,10 @@ def image_embedding_cosine(
 ) -> Float[Tensor, ""]:
     """Mean cosine similarity in [-1, 1] of predicted and target embeddings. For logging: Eq. 4 does not contain it."""
     return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
+
+
+def noise_prediction_losses(
+    noise_pred: Float[Tensor, "batch channels height width"], target: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, " batch"]:
+    """Eq. 1 of each sample: the mean squared error of the predicted noise (or velocity), in float32."""
+    return F.mse_loss(noise_pred.float(), target.float(), reduction="none").mean((1, 2, 3))

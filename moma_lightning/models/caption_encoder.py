@@ -3,27 +3,27 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPModel
 
-from moma_lightning.foundation import resolve
+from moma_lightning.foundation import frozen, resolve
 
 
 class CaptionEncoder(nn.Module):
     """Captions to CLIP text embeddings, in the space of the image embeddings. Frozen, in eval mode."""
 
-    def __init__(self, model: CLIPTextModelWithProjection, tokenizer):
+    def __init__(self, clip: CLIPModel, tokenizer):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.text_model, self.text_projection = frozen(clip.text_model), frozen(clip.text_projection)
         self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(cls, path_or_id: str) -> "CaptionEncoder":
-        """The text tower of a CLIP model's folder or hub id."""
+        """The text tower of a whole CLIP model's folder or hub id."""
         location = resolve(path_or_id)
-        return cls(CLIPTextModelWithProjection.from_pretrained(**location), AutoTokenizer.from_pretrained(**location))
+        return cls(CLIPModel.from_pretrained(**location), AutoTokenizer.from_pretrained(**location))
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Float[Tensor, "batch embed_dim"]:
         """Captions longer than the tower reads are cut."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(self.model.device)
-        return self.model(**tokens).text_embeds
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return self.text_projection(self.text_model(**tokens.to(self.text_projection.weight.device)).pooler_output)

@@ -117,10 +117,13 @@ class ImageFeatureDecoder(nn.Module):
         tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return tokens.input_ids, tokens.attention_mask.bool()
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What the foundation's MLLM does not hold: the token, the mapping and whatever of the MLLM is trained."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or not name.startswith("mllm.")}
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the trained parameters (`model.safetensors`) and the options (`config.json`); the rest is the foundation's."""
-        weights = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        write_folder(Path(folder), weights, {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
+        """Write `own_parameters` (`model.safetensors`) and the options (`config.json`)."""
+        write_folder(Path(folder), self.own_parameters(), {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":
@@ -131,7 +134,7 @@ class ImageFeatureDecoder(nn.Module):
         """
         options = read_config(Path(folder))
         decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"])
-        read_weights(Path(folder), {name: p for name, p in decoder.named_parameters() if p.requires_grad})
+        read_weights(Path(folder), decoder.own_parameters())
         return decoder.eval()
 
 

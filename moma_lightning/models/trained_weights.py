@@ -50,7 +50,7 @@ def check_fit(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[st
     ]
     if wrong:
         shown = "\n  ".join(wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []))
-        raise ValueError(f"{source} does not fit the model's trained parameters:\n  {shown}")
+        raise ValueError(f"{source} does not fit the model:\n  {shown}")
 
 
 def _existing(path: Path) -> Path:

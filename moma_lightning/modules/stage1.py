@@ -96,9 +96,9 @@ class Stage1(LightningModule):
         return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the module: trained parameters and the running mean of the targets."""
-        trained: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        return trained | {"target_sum": self.target_sum, "target_count": self.target_count}
+        """What a checkpoint holds of the module: the decoder's own parameters and the running mean of the targets."""
+        own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
+        return own | {"target_sum": self.target_sum, "target_count": self.target_count}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self.kept()}

@@ -1,0 +1,55 @@
+"""Tiny random models in hub folder layout, made once a session."""
+
+import pytest
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from experiments.mini.recipe import captions, llava
+from moma_lightning.foundation import FoundationConfig
+
+HIDDEN, EMBED, VISION_WIDTH = 24, 12, 16
+
+
+def image_processor(size: int) -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size, image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
+
+
+def vision_options() -> dict:
+    return dict(hidden_size=VISION_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=EMBED)
+
+
+def build_llava(tokenizer) -> LlavaForConditionalGeneration:
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, initializer_range=0.5)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**vision_options()), text_config=text,
+                         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_foundation(tmp_path_factory) -> FoundationConfig:
+    """LLaVA, CLIP's image encoder and (beside them, in `clip`) the whole CLIP, with random weights."""
+    folder = tmp_path_factory.mktemp("foundation")
+    torch.manual_seed(0)
+    processor = LlavaProcessor(image_processor=image_processor(16), tokenizer=llava.build_tokenizer(), patch_size=8,
+                               num_additional_image_tokens=1, vision_feature_select_strategy="default")
+    for part in (processor, build_llava(processor.tokenizer)):
+        part.save_pretrained(folder / "llava")
+    for part in (image_processor(16), CLIPVisionModelWithProjection(CLIPVisionConfig(**vision_options()))):
+        part.save_pretrained(folder / "image_encoder")
+    tokenizer = captions.build_tokenizer()
+    text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                max_position_embeddings=captions.MAX_TOKENS, projection_dim=EMBED, eos_token_id=tokenizer.eos_token_id)
+    for part in (tokenizer, CLIPModel(CLIPConfig(text_config=text, vision_config=vision_options(), projection_dim=EMBED))):
+        part.save_pretrained(folder / "clip")
+    return FoundationConfig(mllm=str(folder / "llava"), image_encoder=str(folder / "image_encoder"))

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from moma_lightning.metrics import EmbeddingMatch
+
+
+def measured(predicted, target, pool=256, batch=7):
+    metric = EmbeddingMatch(pool)
+    for start in range(0, len(target), batch):
+        metric.update(predicted[start : start + batch], target[start : start + batch])
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_perfect_predictions():
+    target = torch.randn(40, 8)
+    assert measured(3 * target, target) == pytest.approx({"cosine": 1.0, "r_at_1": 1.0})
+
+
+def test_equals_a_loop_over_pools():
+    torch.manual_seed(0)
+    target = torch.randn(50, 4)
+    predicted = target + torch.randn(50, 4)
+    p, t = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (predicted, target))
+    hits = [np.argmax([p[i] @ t[j] for j in range(start, start + 20)]) == i - start for start in (0, 20) for i in range(start, start + 20)]
+    scores = measured(predicted, target, pool=20)
+    assert scores["r_at_1"] == pytest.approx(np.mean(hits))
+    assert 0.1 < scores["r_at_1"] < 0.9
+    assert scores["cosine"] == pytest.approx(np.mean([a @ b for a, b in zip(p, t, strict=True)]), abs=1e-6)
+
+
+def test_one_prediction_for_all_finds_one_of_the_pool():
+    torch.manual_seed(0)
+    target = torch.randn(64, 8)
+    assert measured(target.mean(0).expand(64, -1), target, pool=32)["r_at_1"] == pytest.approx(1 / 32)
+
+
+def test_a_picture_that_occurs_twice_counts_as_found():
+    target = torch.randn(10, 8)
+    target[5] = target[2]
+    assert measured(target, target)["r_at_1"] == 1.0
+
+
+def test_reset_forgets():
+    metric = EmbeddingMatch()
+    metric.update(torch.randn(4, 3), torch.randn(4, 3))
+    metric.reset()
+    metric.update(torch.ones(4, 3), torch.ones(4, 3))
+    assert metric.compute()["cosine"].item() == pytest.approx(1.0)

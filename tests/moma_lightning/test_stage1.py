@@ -1,0 +1,169 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from moma_lightning.batch import TripletBatch, white_background
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.optim import OptimizerConfig
+
+LABELS = ["cat", "toy robot"]
+
+
+def batch(seed: int, size: int = 4) -> TripletBatch:
+    rng = torch.Generator().manual_seed(seed)
+    label = [LABELS[(seed + i) % 2] for i in range(size)]
+    return TripletBatch(
+        pixel_values=torch.rand(size, 3, 20, 20, generator=rng) * 2 - 1,
+        subject_mask=(torch.rand(size, 1, 20, 20, generator=rng) > 0.5).float(),
+        caption=[f"a {word} on a lake" + " at night" * (i % 2) for i, word in enumerate(label)],
+        label=label,
+        key=[f"{seed}-{i}" for i in range(size)],
+    )
+
+
+def loader(*seeds: int) -> DataLoader:
+    return DataLoader([batch(seed) for seed in seeds], batch_size=None)
+
+
+@pytest.fixture
+def build(tiny_foundation, tmp_path):
+    def make(clip: bool = True, **decoder) -> Stage1:
+        seed_everything(0, verbose=False)
+        folder = tiny_foundation.mllm.replace("llava", "clip") if clip else None
+        return Stage1(tiny_foundation, DecoderConfig(**decoder), OptimizerConfig(lr=1e-2, warmup_steps=1), clip=folder)
+
+    return make
+
+
+def trainer(folder, steps: int, **options) -> Trainer:
+    return Trainer(max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
+                   enable_model_summary=False, num_sanity_val_steps=0, **{"enable_checkpointing": False, **options})
+
+
+def weights(module: Stage1) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+def test_training_changes_what_is_trained_and_nothing_else(build, tmp_path):
+    module = build()
+    before = weights(module)
+    trainer(tmp_path, 2).fit(module, loader(0, 1))
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == trained | {"target_sum", "target_count"}
+    assert {name.split(".")[0] for name in trained} == {"decoder"}
+
+
+def test_the_loss_falls(build, tmp_path):
+    module, data = build(), batch(0)
+
+    @torch.no_grad()
+    def loss():
+        return (module(data) - module.target(data)).square().mean().item()
+
+    first = loss()
+    trainer(tmp_path, 30).fit(module, loader(*[0] * 30))
+    assert loss() < 0.5 * first
+
+
+def test_the_target_is_the_embedding_of_the_whole_picture(build):
+    module, data = build(), batch(3)
+    expected = module.image_encoder(data.pixel_values)
+    assert torch.equal(module.target(data), expected) and not module.target(data).requires_grad
+    subject = white_background(data.pixel_values, data.subject_mask)
+    predicted = module.decoder(subject, data.label, data.caption)
+    module.log = lambda *_, **__: None
+    assert module.training_step(data, 0).item() == pytest.approx((predicted - expected).square().mean().item(), rel=1e-5)
+
+
+def test_the_background_is_not_seen(build):
+    module, data = build(), batch(3)
+    other = copy.deepcopy(data)
+    other.pixel_values = torch.where(data.subject_mask > 0.5, data.pixel_values, -data.pixel_values)
+    assert torch.equal(module(data), module(other))
+    assert not torch.equal(module.target(data), module.target(other))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_training_ends_where_an_unbroken_one_does(build, tmp_path, accumulate):
+    unbroken, second = build(), build()
+    every_epoch = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+    trainer(tmp_path, -1, callbacks=[every_epoch], **options).fit(unbroken, loader(0, 1, 2, 3))
+    path = tmp_path / "epoch=0.ckpt"
+    saved = torch.load(path, weights_only=False)
+    assert set(saved["state_dict"]) == {n for n, p in unbroken.named_parameters() if p.requires_grad} | {"target_sum", "target_count"}
+    resumed = trainer(tmp_path, -1, callbacks=[copy.deepcopy(every_epoch)], **options)
+    resumed.fit(second, loader(0, 1, 2, 3), ckpt_path=path)
+    assert resumed.global_step == 8 // accumulate
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+def save_checkpoint(build, folder, change):
+    module = build()
+    run = trainer(folder, 1)
+    run.fit(module, loader(0))
+    run.save_checkpoint(folder / "one.ckpt")
+    checkpoint = torch.load(folder / "one.ckpt", weights_only=False)
+    change(checkpoint["state_dict"])
+    torch.save(checkpoint, folder / "one.ckpt")
+    return folder / "one.ckpt"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: s.pop("decoder.token"), r"one\.ckpt.*\n.*decoder\.token: missing"),
+    (lambda s: s.update({"decoder.other": torch.zeros(1)}), r"decoder\.other: not expected"),
+    (lambda s: s.update({"decoder.token": torch.zeros(5)}), r"decoder\.token: shape \[5\], expected \[24\]"),
+], ids=["missing", "unexpected", "shape"])
+def test_refuses_a_checkpoint_that_does_not_fit(build, tmp_path, change, message):
+    path = save_checkpoint(build, tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, 2).fit(build(), loader(0), ckpt_path=path)
+
+
+def test_writes_the_decoder_at_the_end(build, tiny_foundation, tmp_path):
+    module = build()
+    trainer(tmp_path, 1).fit(module, loader(0))
+    loaded = ImageFeatureDecoder.from_pretrained(tmp_path / "image_feature_decoder", tiny_foundation)
+    data = batch(5)
+    assert torch.equal(loaded(data.pixel_values, data.label, data.caption), module.decoder(data.pixel_values, data.label, data.caption))
+
+
+def validated(module, folder) -> dict[str, float]:
+    run = trainer(folder, 2)
+    run.fit(module, loader(0, 1), loader(2, 3))
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def test_validation_measures_the_decoder_beside_the_baselines(build, tmp_path, capsys):
+    module = build()
+    scores = validated(module, tmp_path)
+    suffixes = ["", "_white_background", "_caption", "_mean"]
+    assert {"val/loss", *(f"val/{key}{suffix}" for key in ("cosine", "r_at_1") for suffix in suffixes)} <= set(scores)
+    data = [batch(2), batch(3)]
+    targets = torch.cat([module.target(d) for d in data])
+    mean = torch.cat([module.target(batch(s)) for s in (0, 1)]).mean(0)
+    subject = torch.cat([module.image_encoder(white_background(d.pixel_values, d.subject_mask)) for d in data])
+    captions = torch.cat([module.caption_encoder(d.caption) for d in data])
+    for suffix, embeds in (("_white_background", subject), ("_caption", captions), ("_mean", mean.expand(8, -1))):
+        assert scores[f"val/cosine{suffix}"] == pytest.approx(torch.cosine_similarity(embeds, targets).mean().item(), abs=1e-5)
+    assert scores["val/r_at_1_mean"] == pytest.approx(1 / 8)
+    printed = capsys.readouterr().out
+    assert "R@1" in printed and "CLIP text embedding of the caption" in printed
+
+
+def test_without_clip_there_is_no_caption_baseline(build, tmp_path):
+    scores = validated(build(clip=False), tmp_path)
+    assert "val/cosine_mean" in scores and "val/cosine_caption" not in scores
+
+
+def test_bf16_autocast_trains(build, tmp_path):
+    module = build()
+    trainer(tmp_path, 1, precision="bf16-mixed").fit(module, loader(0))
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
