@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def stamp_path(picture: Path) -> Path:
@@ -61,10 +61,10 @@ def is_current(picture: Path, settings: dict[str, Any]) -> bool:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """A decoded RGB picture. Raises OSError naming the file when it is missing, cut short or no picture."""
+    """A decoded RGB picture, turned upright as its EXIF says. Raises OSError naming the file when it is missing, cut short or no picture."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:
         raise OSError(f"{path} is not a whole picture ({error}): restore it, or delete it and generate again") from error
 
