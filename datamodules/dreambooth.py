@@ -62,7 +62,9 @@ class PromptsAndClasses:
 
 
 class DreamBooth:
-    """Reads a root folder (or its `dataset` folder); raises FileNotFoundError or ValueError that name the file and what is wrong with it.
+    """Reads a root folder, or its `dataset` folder.
+
+    Raises FileNotFoundError or ValueError that name the file and what is wrong with it.
 
     Subjects of the classes table without a folder are left out and named in `missing` (a part of the set is still a set);
     folders that the table does not know are left out with a warning.
@@ -168,14 +170,14 @@ def parse_prompt_lists(text: str, source: str) -> list[list[str]]:
     blocks = re.findall(r"^[ \t]*prompt_list\s*=\s*(\[.*?^[ \t]*\])", text, re.MULTILINE | re.DOTALL)
     try:
         return [[_template(node) for node in _elements(block)] for block in blocks]
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: a prompt_list is not a list of '...'.format(unique_token, class_token): {error}") from error
 
 
 def _elements(block: str) -> list[ast.expr]:
     body = ast.parse(block, mode="eval").body
     if not isinstance(body, ast.List):
-        raise ValueError(f"{ast.unparse(body)} is not a list")
+        raise TypeError(f"{ast.unparse(body)} is not a list")
     return body.elts
 
 
@@ -186,7 +188,7 @@ def _template(node: ast.expr) -> str:
             raise ValueError(f"{ast.unparse(node)} does not format unique_token and class_token in this order")
         node = node.func.value
     if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        raise ValueError(f"{ast.unparse(node)} is not a prompt")
+        raise TypeError(f"{ast.unparse(node)} is not a prompt")
     fields = [field for _, field, _, _ in string.Formatter().parse(node.value) if field is not None]
     if "1" not in fields or not {"0", "1"}.issuperset(fields):
         raise ValueError(f"{node.value!r} needs {{1}} for the class, and no fields besides {{0}} and {{1}}")

@@ -1,7 +1,7 @@
 """Triplet shards: webdataset tars, written with the same bytes for the same input, resumable, with a manifest; and found.
 
-A sample is `<key>.png` or `<key>.jpg`, `<key>.mask.png` (8 bit, 255 = subject) and `<key>.json` with at least the
-fields in `REQUIRED_FIELDS`. `datamodules.triplets` reads them.
+A sample is `<key>.png` or `<key>.jpg`, `<key>.mask.png` (8 bit, 255 = subject, of the picture as it is shown, that is after
+its EXIF orientation) and `<key>.json` with at least `REQUIRED_FIELDS`. `datamodules.triplets` reads them.
 """
 
 import glob

@@ -1,0 +1,140 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.samples import BadSampleError, BadSamples, contains_label, decode, read_shards
+
+
+def fields(**changes) -> bytes:
+    return json.dumps({"caption": "a cat on a lake", "label": "cat"} | changes).encode()
+
+
+@pytest.fixture
+def as_read(tools):
+    return lambda **files: {"__key__": "k", "__url__": "u"} | tools.sample(7, **files)
+
+
+def test_a_good_sample(as_read):
+    triplet = decode(as_read(json=fields()), image_size=8)
+    assert (triplet.caption, triplet.label, triplet.key) == ("a cat on a lake", "cat", "k")
+    assert triplet.pixel_values.shape == (3, 8, 8) and triplet.subject_mask.shape == (1, 8, 8)
+    assert triplet.subject_mask.unique().tolist() == [0, 1] and triplet.subject_mask.sum() == 9
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"json": None}, "json is missing"),
+    ({"json": b"{"}, "json cannot be read"),
+    ({"json": b"[]"}, "caption is missing"),
+    ({"json": fields(caption=None)}, "caption is missing"),
+    ({"json": fields(caption="  ")}, "caption is missing"),
+    ({"json": fields(label="")}, "label is missing"),
+    ({"json": fields(caption="a caterpillar on a lake")}, "label is absent from the caption: 'cat'"),
+    ({"png": None}, "picture is missing"),
+    ({"png": b"x" * 50}, "picture cannot be read"),
+    ({"mask_png": None}, "mask is missing"),
+    ({"mask_png": b""}, "mask cannot be used"),
+])
+def test_bad_samples_say_why(as_read, change, reason):
+    with pytest.raises(BadSampleError, match=reason):
+        decode(as_read(**change), image_size=8)
+
+
+def test_truncated_jpeg(as_read, tools):
+    noise = Image.fromarray(tools.rng.integers(0, 255, (64, 64, 3), np.uint8))
+    file = tools.encode(noise, "JPEG")
+    decode(as_read(png=None, jpg=file, mask_png=tools.encode(tools.mask((64, 64)))), 16)
+    with pytest.raises(BadSampleError, match="picture cannot be read: image file is truncated"):
+        decode(as_read(png=None, jpg=file[: len(file) // 2]), 16)
+
+
+def test_empty_masks(as_read, tools):
+    noise = Image.fromarray(np.full((16, 16), 9, np.uint8))  # what JPEG leaves of an empty mask
+    with pytest.raises(BadSampleError, match="mask is empty"):
+        decode(as_read(mask_png=tools.encode(noise)), 16)
+    speck = tools.mask((64, 64), (1, 1, 2, 2))
+    with pytest.raises(BadSampleError, match="nothing of its mask is left at 4x4"):
+        decode(as_read(png=tools.encode(tools.picture(size=(64, 64))), mask_png=tools.encode(speck)), 4)
+
+
+def test_mask_of_another_size(as_read, tools):
+    triplet = decode(as_read(mask_png=tools.encode(tools.mask((32, 32), (8, 8, 20, 20)))), 16)
+    assert torch.equal(triplet.subject_mask, decode(as_read(), 16).subject_mask)
+    with pytest.raises(BadSampleError, match="mask of 16x32 does not fit"):
+        decode(as_read(mask_png=tools.encode(tools.mask((16, 32)))), 16)
+
+
+def test_flip_turns_picture_and_mask_together(as_read, tools):
+    red = tools.picture()
+    red.paste((255, 0, 0), (4, 4, 10, 10))
+    sample, seen = as_read(png=tools.encode(red)), set()
+    for seed in range(12):
+        triplet = decode(sample, 16, np.random.default_rng(seed), flip=True)
+        is_red = (triplet.pixel_values[0] > 0.9) & (triplet.pixel_values[1] < -0.9)
+        assert torch.equal(is_red.float(), triplet.subject_mask[0])
+        seen.add(int(triplet.subject_mask[0, 5].argmax()))
+    assert seen == {4, 6}
+
+
+@pytest.mark.parametrize("caption, label, expected", [
+    ("A Cat sits", "cat", True), ("a toy robot, wet", "toy robot", True), ("a concat", "cat", False), ("cats", "cat", False),
+    ("a c++ book", "c++", True)])
+def test_labels_are_whole_words(caption, label, expected):
+    assert contains_label(caption, label) is expected
+
+
+def bad_log(tmp_path, on_error="skip"):
+    return BadSamples(tmp_path / "deep" / "bad.log", on_error)
+
+
+def test_log_names_each_sample_once(tmp_path):
+    with pytest.warns(UserWarning, match="a.tar, sample k1: mask is empty: why. It is skipped"):
+        bad_log(tmp_path).report("a.tar", "k1", "mask is empty: why")
+    log = bad_log(tmp_path)  # as another process would open it
+    log.report("a.tar", "k1", "mask is empty: why")
+    log.report("a.tar", "k2", "mask is empty: with\ta tab\nand more")
+    assert log.path.read_text().splitlines() == ["a.tar\tk1\tmask is empty: why", "a.tar\tk2\tmask is empty: with a tab and more"]
+    assert log.counts() == {"mask is empty": 2}
+
+
+def test_log_can_raise(tmp_path):
+    with pytest.raises(BadSampleError, match=r"a.tar, sample k1: why"):
+        bad_log(tmp_path, "raise").report("a.tar", "k1", "why")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.fixture
+def three(tmp_path, tools):
+    return tools.write_tar(tmp_path / "x.tar", {f"s{i}": tools.sample(i) for i in range(3)})
+
+
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
+def test_shard_cut_anywhere_is_named_and_its_beginning_used(three, tmp_path):
+    whole = three.read_bytes()
+    with tarfile.open(three) as tar:
+        ends = {m.offset_data + -(-m.size // 512) * 512 for m in tar}
+    assert [s["__key__"] for s in read_shards([str(three)], bad_log(tmp_path))] == ["s0", "s1", "s2"]
+    assert not bad_log(tmp_path).lines()
+    for length in (*sorted(ends), 700, 1300, max(ends) - 600):
+        three.write_bytes(whole[:length])
+        log = BadSamples(tmp_path / f"{length}.log", "skip")
+        samples = list(read_shards([str(three)], log))
+        assert [s["__key__"] for s in samples] == ["s0", "s1", "s2"][: len(samples)]
+        (line,) = log.lines()
+        assert line.startswith(f"{three}\t-\tshard is cut short") and len(line) < len(str(three)) + 100
+        with pytest.raises(BadSampleError, match=r"x.tar, sample -: shard is cut short"):
+            list(read_shards([str(three)], bad_log(tmp_path, "raise")))
+
+
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, None])
+def test_shards_that_are_none_do_not_stop_the_others(three, tmp_path, content):
+    broken = tmp_path / "broken.tar"
+    if content is not None:
+        broken.write_bytes(content)
+    log = bad_log(tmp_path)
+    assert len(list(read_shards([str(broken), str(three)], log))) == 3
+    assert len(log.lines()) == 1 and "broken.tar" in log.lines().pop()
