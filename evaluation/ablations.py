@@ -16,7 +16,10 @@ from evaluation.tables import difference_table, method_table, protocol_line, pub
 logger = logging.getLogger(__name__)
 
 #: Grid -> title, and the paper's rows.
-GRIDS = {"masking": ("Masking (paper, Table 3)", published.MASKING), "beta": ("Subject strength beta (paper, Table 4)", published.BETA)}
+GRIDS = {
+    "masking": ("Masking (paper, Table 3)", published.MASKING),
+    "beta": ("Subject strength beta (paper, Table 4)", published.BETA),
+}
 
 
 def grid(config: EvalConfig, name: str) -> dict[str, Method]:
@@ -53,7 +56,13 @@ def run_ablations(config: EvalConfig) -> None:
         title, paper = GRIDS[name]
         summary = summarise(scores[scores["method"].isin(made)])
         write_json(config.ablations_folder / f"{name}.json", summary)
-        page = [f"# {title}\n", protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n", method_table(summary), difference_table(summary),
-                f"## The paper's numbers\n\n*{published.NOTE.capitalize()}.*\n", published_table(paper, name)]
+        page = [
+            f"# {title}\n",
+            protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n",
+            method_table(summary),
+            difference_table(summary),
+            f"## The paper's numbers\n\n*{published.NOTE.capitalize()}.*\n",
+            published_table(paper, name),
+        ]
         write_beside(config.ablations_folder / f"{name}.md", "\n".join(page).encode())
         logger.info("%s\n%s", title, method_table(summary))

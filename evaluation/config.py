@@ -68,7 +68,9 @@ class EvalConfig:
     def __post_init__(self):
         for name in self.methods:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name == "differences":
-                raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and `differences` is a key of summary.json")
+                raise ValueError(
+                    f"a method cannot be called {name!r}: its name is a folder, and `differences` is a key of summary.json"
+                )
 
     @property
     def eval_folder(self) -> Path:

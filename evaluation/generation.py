@@ -84,4 +84,6 @@ class Progress:
         now = time.monotonic()
         if now - self.told > 10 or self.made == self.total:
             self.told = now
-            logger.info("%s: %d/%d pictures, %.1f a second", self.name, self.made, self.total, self.made / max(now - self.started, 1e-6))
+            logger.info(
+                "%s: %d/%d pictures, %.1f a second", self.name, self.made, self.total, self.made / max(now - self.started, 1e-6)
+            )

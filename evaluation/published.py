@@ -4,7 +4,7 @@ from evaluation.statistics import METRICS
 
 NOTE = "published, real DreamBooth, not comparable with mini"
 
-#: Table 1: DINO, CLIP-T(c), CLIP-I, CLIP-T(t). (0.885 is printed in another column there; it is DreamBooth's CLIP-I of real images.)
+#: Table 1: DINO, CLIP-T(c), CLIP-I, CLIP-T(t). 0.885 is printed in another column there; it is DreamBooth's CLIP-I.
 TABLE_1 = {
     "Real images": (0.774, None, 0.885, None),
     "Textual Inversion": (0.569, 0.255, 0.780, None),

@@ -18,7 +18,7 @@ SCORES = ("dino", "clip_i", "clip_t")
 
 
 def score(evaluation: Evaluation, methods: dict[str, Method], encoders: dict[str, CachedEncoder] | None = None) -> pd.DataFrame:
-    """One row a picture, every method. Raises ValueError where pictures are missing: a mean over some of them is another number."""
+    """One row a picture, every method. Raises ValueError where pictures are missing: a mean over a part is another number."""
     if encoders is None:
         protocol, config = evaluation.protocol, evaluation.config
         encoders = build_encoders(protocol.dino, protocol.clip, config.eval_folder / "cache", config.resolved_device())
@@ -49,9 +49,22 @@ def oracle_rows(evaluation: Evaluation, encoders: dict[str, CachedEncoder]) -> l
                 metric.update([picture], pictures[:i] + pictures[i + 1 :])
         values = {name: metric.per_picture().tolist() for name, metric in metrics.items()}
         for i, path in enumerate(subject.images):
-            rows.append({"subject": subject.name, "label": subject.label, "prompt_kind": "real", "prompt": "", "path": str(path),
-                         "reference": "", "reference_index": i, "prompt_index": 0, "picture": 0, "seed": -1, "clip_t": np.nan}
-                        | {name: values[name][i] for name in values})
+            rows.append(
+                {
+                    "subject": subject.name,
+                    "label": subject.label,
+                    "prompt_kind": "real",
+                    "prompt": "",
+                    "path": str(path),
+                    "reference": "",
+                    "reference_index": i,
+                    "prompt_index": 0,
+                    "picture": 0,
+                    "seed": -1,
+                    "clip_t": np.nan,
+                }
+                | {name: values[name][i] for name in values}
+            )
     return rows
 
 
@@ -68,8 +81,10 @@ def generated_rows(evaluation: Evaluation, name: str, method: Method, encoders: 
     return rows
 
 
-def scored_rows(plans: list[Planned], compared: list, evaluation: Evaluation, encoders: dict[str, CachedEncoder]) -> list[dict[str, Any]]:
-    """Rows of pictures of one reference and kind. Texture prompts change the subject's look: they have CLIP-T only (paper, Table 1)."""
+def scored_rows(
+    plans: list[Planned], compared: list, evaluation: Evaluation, encoders: dict[str, CachedEncoder]
+) -> list[dict[str, Any]]:
+    """Rows of pictures of one reference and kind. Texture prompts change the subject's look: CLIP-T only (paper, Table 1)."""
     pictures, tasks = [load_picture(plan.path) for plan in plans], [plan.task for plan in plans]
     clip_t = TextAlignment(encoders["clip"], evaluation.protocol.text_template, evaluation.protocol.clip_t_scale)
     clip_t.update(pictures, [task.prompt for task in tasks])
@@ -81,9 +96,19 @@ def scored_rows(plans: list[Planned], compared: list, evaluation: Evaluation, en
             metric.update(pictures, real)
             scores[key] = metric.per_picture().tolist()
     return [
-        {"subject": task.subject, "label": task.label, "prompt_kind": task.kind, "prompt": task.prompt, "path": str(plan.path),
-         "reference": str(plan.reference.path), "reference_index": task.reference, "prompt_index": task.prompt_index,
-         "picture": task.picture, "seed": task.seed} | {key: values[i] for key, values in scores.items()}
+        {
+            "subject": task.subject,
+            "label": task.label,
+            "prompt_kind": task.kind,
+            "prompt": task.prompt,
+            "path": str(plan.path),
+            "reference": str(plan.reference.path),
+            "reference_index": task.reference,
+            "prompt_index": task.prompt_index,
+            "picture": task.picture,
+            "seed": task.seed,
+        }
+        | {key: values[i] for key, values in scores.items()}
         for i, (plan, task) in enumerate(zip(plans, tasks, strict=True))
     ]
 
@@ -98,5 +123,7 @@ def comparison(kind: str, real: list, reference: int) -> list:
 def refuse_missing(name: str, plans: list[Planned]) -> None:
     missing = [plan.path for plan in plans if not plan.is_done]
     if missing:
-        raise ValueError(f"{name}: {len(missing)} of {len(plans)} pictures are missing, cut short or made with other settings "
-                         f"(the first is {missing[0]}); run `python -m evaluation generate` with the same config")
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(plans)} pictures are missing, cut short or made with other settings "
+            f"(the first is {missing[0]}); run `python -m evaluation generate` with the same config"
+        )

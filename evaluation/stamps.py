@@ -30,7 +30,9 @@ def write_beside(path: Path, content: bytes) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}): free space there, then run the same command again") from error
+        raise OSError(
+            error.errno, f"{path} could not be written ({error.strerror}): free space there, then run the same command again"
+        ) from error
 
 
 def write_picture(path: Path, image: Image.Image, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -61,7 +63,7 @@ def is_current(picture: Path, settings: dict[str, Any]) -> bool:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """A decoded RGB picture, turned upright as its EXIF says. Raises OSError naming the file when it is missing, cut short or no picture."""
+    """A decoded RGB picture, upright as its EXIF says. Raises OSError naming a file that is missing, cut short or no picture."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

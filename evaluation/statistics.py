@@ -67,7 +67,7 @@ def difference(scores: pd.DataFrame, a: str, b: str, metric: str, resamples: int
 
 
 def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi}]}`; generated methods are compared pairwise."""
+    """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi}]}`; pairs of generated methods."""
     methods = list(dict.fromkeys(scores["method"]))
     summary: dict[str, Any] = {}
     for method in methods:
@@ -100,6 +100,8 @@ def above_oracle(scores: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
                 continue
             for metric in ("dino", "clip_i"):
                 if metric in metrics and metrics[metric]["mean"] > summary[oracle][metric]["mean"]:
-                    warnings.append(f"{method} passes {oracle} in {metric} ({metrics[metric]['mean']:.3f} > "
-                                    f"{summary[oracle][metric]['mean']:.3f}): it may be copying its input")
+                    warnings.append(
+                        f"{method} passes {oracle} in {metric} ({metrics[metric]['mean']:.3f} > "
+                        f"{summary[oracle][metric]['mean']:.3f}): it may be copying its input"
+                    )
     return warnings

@@ -24,7 +24,9 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def method_table(summary: dict[str, Any]) -> str:
-    rows = [[name, *(with_interval(metrics.get(m)) for m in METRICS)] for name, metrics in summary.items() if name != "differences"]
+    rows = [
+        [name, *(with_interval(metrics.get(m)) for m in METRICS)] for name, metrics in summary.items() if name != "differences"
+    ]
     return markdown(["Method", *TITLES.values()], rows)
 
 
@@ -34,19 +36,27 @@ def difference_table(summary: dict[str, Any]) -> str:
     for row in summary["differences"]:
         text = signed_interval(row)
         pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = f"**{text}**" if row["lo"] > 0 or row["hi"] < 0 else text
-    return markdown(["Difference", *TITLES.values()], [[f"{a} - {b}", *(cells.get(m, "-") for m in METRICS)] for (a, b), cells in pairs.items()])
+    return markdown(
+        ["Difference", *TITLES.values()],
+        [[f"{a} - {b}", *(cells.get(m, "-") for m in METRICS)] for (a, b), cells in pairs.items()],
+    )
 
 
 def published_table(rows: dict[Any, tuple[float | None, ...]], first: str = "Method") -> str:
-    return markdown([first, *TITLES.values()], [[str(name), *("-" if v is None else f"{v:.3f}" for v in values)] for name, values in rows.items()])
+    return markdown(
+        [first, *TITLES.values()],
+        [[str(name), *("-" if v is None else f"{v:.3f}" for v in values)] for name, values in rows.items()],
+    )
 
 
 def protocol_line(protocol: Protocol, subjects: int) -> str:
     sampler = protocol.sampler
-    return (f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {protocol.references} reference, compared to "
-            f"{protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
-            f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, CLIP `{protocol.clip.model}`. "
-            f"Brackets: {LEVEL:.0%} bootstrap interval over subjects.")
+    return (
+        f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {protocol.references} reference, compared to "
+        f"{protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
+        f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, "
+        f"CLIP `{protocol.clip.model}`. Brackets: {LEVEL:.0%} bootstrap interval over subjects."
+    )
 
 
 def score_page(summary: dict[str, Any], protocol: Protocol, subjects: int, warnings: Sequence[str]) -> str:

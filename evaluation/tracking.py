@@ -23,12 +23,20 @@ def log_evaluation(config: EvalConfig) -> None:
     methods = {name: metrics for name, metrics in summary.items() if name != "differences"}
     folder = config.eval_folder / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
-    with wandb.init(project=config.wandb.project, name=config.wandb.name, job_type="evaluation", mode=mode(), dir=folder,
-                    config={"protocol": asdict(config.resolved_protocol()), "adapter": config.adapter, "decoder": config.decoder},
-                    settings=wandb.Settings(silent=True, console="off")) as run:
+    with wandb.init(
+        project=config.wandb.project,
+        name=config.wandb.name,
+        job_type="evaluation",
+        mode=mode(),
+        dir=folder,
+        config={"protocol": asdict(config.resolved_protocol()), "adapter": config.adapter, "decoder": config.decoder},
+        settings=wandb.Settings(silent=True, console="off"),
+    ) as run:
         rows = [[name, *(metrics.get(m, {}).get("mean") for m in METRICS)] for name, metrics in methods.items()]
         run.log({"eval/table": wandb.Table(columns=["method", *METRICS], data=rows)})
-        run.log({f"eval/{name}/{metric}": value["mean"] for name, metrics in methods.items() for metric, value in metrics.items()})
+        run.log(
+            {f"eval/{name}/{metric}": value["mean"] for name, metrics in methods.items() for metric, value in metrics.items()}
+        )
         grid = config.report_folder / "grid.png"
         if grid.exists():
             run.log({"eval/grid": wandb.Image(str(grid))})

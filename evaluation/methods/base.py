@@ -49,7 +49,7 @@ class Models:
         return self.loaded[1]
 
     def digest(self, path_or_id: str | None) -> str | None:
-        """Digest of a local file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""
+        """Digest of a file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""
         if path_or_id is None:
             return None
         if path_or_id not in self.digests:
@@ -74,7 +74,7 @@ class Method(ABC):
         """Digests of everything read from disk that the pictures depend on."""
         return {}
 
-    def setup(self, models: Models, sampler: Sampler) -> None:
+    def setup(self, models: Models, sampler: Sampler) -> None:  # noqa: B027 - not every method has something to load
         """Load what is needed; called once before `generate`."""
 
     @abstractmethod

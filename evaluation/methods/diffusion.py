@@ -78,7 +78,9 @@ class Moma(DiffusionMethod):
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
         if models.adapter is None or models.decoder is None:
-            raise ValueError("MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config")
+            raise ValueError(
+                "MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config"
+            )
         return models.adapter, models.decoder
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:

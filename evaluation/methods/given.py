@@ -62,7 +62,8 @@ class Folder(Method):
             paths = self.pictures.get((task.subject, name, task.prompt), [])
             if task.picture < len(paths):
                 return paths[task.picture]
-        raise ValueError(f"{self.table} names no picture {task.picture + 1} of subject {task.subject!r}, reference {reference!r}, prompt {task.prompt!r}")
+        wanted = f"subject {task.subject!r}, reference {reference!r}, prompt {task.prompt!r}"
+        raise ValueError(f"{self.table} names no picture number {task.picture + 1} of {wanted}")
 
     def _path(self, row: dict[str, str]) -> Path:
         return Path(self.table).parent / row["path"]

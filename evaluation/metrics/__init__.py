@@ -12,5 +12,14 @@ from evaluation.metrics.encoders import (
 from evaluation.metrics.subject_fidelity import SubjectSimilarity
 from evaluation.metrics.text_alignment import TextAlignment
 
-__all__ = ["CachedEncoder", "ClipConfig", "ClipEncoder", "DinoConfig", "DinoEncoder", "ImageTextEncoder", "SubjectSimilarity",
-           "TextAlignment", "build_encoders"]
+__all__ = [
+    "CachedEncoder",
+    "ClipConfig",
+    "ClipEncoder",
+    "DinoConfig",
+    "DinoEncoder",
+    "ImageTextEncoder",
+    "SubjectSimilarity",
+    "TextAlignment",
+    "build_encoders",
+]

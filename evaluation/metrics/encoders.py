@@ -62,20 +62,22 @@ class ImageTextEncoder(nn.Module):
 
 
 class DinoEncoder(ImageTextEncoder):
-    """The CLS token after the last norm. timm's own crop_pct for DINO is 0.9, which is not DreamBooth's: only the config counts."""
+    """The CLS token after the last norm. timm's own crop_pct for DINO, 0.9, is not DreamBooth's: only the config counts."""
 
     def __init__(self, config: DinoConfig, model: nn.Module | None = None):
         super().__init__()
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.model = (model or load_timm(config.model)).to(self.dtype).eval().requires_grad_(False)
-        self.transform = v2.Compose([
-            v2.Resize(config.resize, interpolation=v2.InterpolationMode(config.interpolation)),
-            v2.CenterCrop(config.crop),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(config.mean, config.std),
-        ])
+        self.transform = v2.Compose(
+            [
+                v2.Resize(config.resize, interpolation=v2.InterpolationMode(config.interpolation)),
+                v2.CenterCrop(config.crop),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(config.mean, config.std),
+            ]
+        )
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
         return torch.stack([self.transform(image.convert("RGB")) for image in images])
@@ -167,7 +169,9 @@ def load_timm(name: str) -> nn.Module:
     return model
 
 
-def build_encoders(dino: DinoConfig, clip: ClipConfig, cache: Path | None = None, device: str = "cpu") -> dict[str, CachedEncoder]:
+def build_encoders(
+    dino: DinoConfig, clip: ClipConfig, cache: Path | None = None, device: str = "cpu"
+) -> dict[str, CachedEncoder]:
     """{"dino": ..., "clip": ...} with caches under `cache`, in files named by the encoder's settings and weights."""
     encoders: dict[str, ImageTextEncoder] = {"dino": DinoEncoder(dino), "clip": ClipEncoder(clip)}
     configs = {"dino": dino, "clip": clip}

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.report.pictures import Row, as_data, choose_rows, draw_grid
-from evaluation.report.svg import COLORS, Line, interval_chart, line_chart
+from evaluation.report.svg import COLORS, interval_chart, line_chart
 from evaluation.stamps import write_beside
 from evaluation.statistics import LEVEL, METRICS, by_subject
 from evaluation.tables import TITLES
@@ -38,8 +39,13 @@ def write_report(config: EvalConfig) -> Path:
 
 
 def render(values: dict[str, Any]) -> str:
-    environment = Environment(loader=PackageLoader("evaluation.report", "."), autoescape=select_autoescape(default=True),
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("evaluation.report", "."),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template("page.html.j2").render(values)
 
 
@@ -81,14 +87,21 @@ def cells_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
     generated = {name: metrics for name, metrics in methods.items() if "clip_t_context" in metrics or "clip_t_texture" in metrics}
     best = {m: max((metrics[m]["mean"] for metrics in generated.values() if m in metrics), default=None) for m in METRICS}
     return [
-        {"name": name, "cells": [metrics.get(m) and metrics[m] | {"best": name in generated and metrics[m]["mean"] == best[m]} for m in METRICS]}
+        {
+            "name": name,
+            "cells": [
+                metrics.get(m) and metrics[m] | {"best": name in generated and metrics[m]["mean"] == best[m]} for m in METRICS
+            ],
+        }
         for name, metrics in methods.items()
     ]
 
 
 def headline_charts(summary: dict[str, Any]) -> list[str]:
+    """A chart a metric; a method has one colour in all of them."""
     methods = {name: metrics for name, metrics in summary.items() if name != "differences"}
-    rows = {m: [(name, metrics[m]) for name, metrics in methods.items() if m in metrics] for m in METRICS}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(methods)}
+    rows = {m: [(name, metrics[m], colors[name]) for name, metrics in methods.items() if m in metrics] for m in METRICS}
     return [interval_chart(TITLES[m], found) for m, found in rows.items() if found]
 
 
@@ -108,7 +121,10 @@ def subject_table(scores: pd.DataFrame, metric: str) -> dict[str, Any]:
             columns[method] = table["sum"] / table["count"]
     frame = pd.DataFrame(columns)
     labels = scores.groupby("subject")["label"].first()
-    rows = [(name, labels[name], [None if math.isnan(v) else v for v in row]) for name, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)]
+    rows = [
+        (name, labels[name], [None if math.isnan(v) else v for v in row])
+        for name, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)
+    ]
     return {"methods": list(columns), "rows": rows}
 
 
@@ -124,16 +140,21 @@ def training_curves(run: Path) -> dict[str, list[str]]:
 
 
 def stage_charts(table: pd.DataFrame) -> list[str]:
-    names = [c for c in table.columns if c.startswith(CURVES)]
+    if "step" not in table:
+        return []
     charts = []
-    for name in names:
-        points = table[["step", name]].apply(pd.to_numeric, errors="coerce").dropna() if "step" in table else pd.DataFrame()
+    for name in (column for column in table.columns if column.startswith(CURVES)):
+        points = table[["step", name]].apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna()
         if len(points) > 1:
-            charts.append(line_chart(name, Line(name, points["step"].tolist(), points[name].tolist()), COLORS[len(charts) % len(COLORS)]))
+            charts.append(line_chart(name, points["step"].tolist(), points[name].tolist()))
     return charts
 
 
 def ablation_tables(folder: Path) -> list[dict[str, Any]]:
     paper = {"masking": published.MASKING, "beta": published.BETA}
     files = [(name, folder / f"{name}.json") for name in paper]
-    return [{"name": name, "rows": cells_of(json.loads(file.read_text())), "published": paper[name]} for name, file in files if file.exists()]
+    return [
+        {"name": name, "rows": cells_of(json.loads(file.read_text())), "published": paper[name]}
+        for name, file in files
+        if file.exists()
+    ]

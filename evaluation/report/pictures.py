@@ -40,7 +40,7 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def choose_rows(scores: pd.DataFrame, subjects: int, prompts: int) -> list[Row]:
-    """Rows of reference | methods: a few subjects, for each a few context prompts and, where there are any, one texture prompt."""
+    """Rows of reference | methods: a few subjects, each with a few context prompts and, where there is one, a texture prompt."""
     generated = scores[scores["prompt_kind"] != "real"]
     methods = list(dict.fromkeys(generated["method"]))
     rows = []
@@ -68,9 +68,10 @@ def facts_of(score: pd.Series) -> str:
     stamp = read_stamp(Path(score["path"]))
     if stamp is not None:
         sampler, method = stamp["settings"]["sampler"], stamp["settings"]["method"]
+        steps, guidance = sampler["num_inference_steps"], sampler["guidance_scale"]
         options = ", ".join(f"{key} {value}" for key, value in method.items() if key != "kind" and value is not None)
         lines.append(f"{method['kind']}" + (f" ({options})" if options else ""))
-        lines.append(f"{sampler['scheduler']}, {sampler['num_inference_steps']} steps, guidance {sampler['guidance_scale']:g}, seed {score['seed']}")
+        lines.append(f"{sampler['scheduler']}, {steps} steps, guidance {guidance:g}, seed {score['seed']}")
     return "\n".join(lines)
 
 

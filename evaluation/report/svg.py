@@ -3,16 +3,9 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-COLORS = ("#2457d6", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a16207", "#475569")
-
-
-@dataclass
-class Line:
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
+COLORS = ("#475569", "#c2410c", "#15803d", "#7c3aed", "#2457d6", "#b91c1c", "#0e7490", "#a16207")
+WIDTH = 340
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -21,54 +14,68 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         return [low]
     raw = (high - low) / count
     step = min((m * 10 ** math.floor(math.log10(raw)) for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def line_chart(title: str, line: Line, color: str = COLORS[0], width: int = 340, height: int = 170) -> str:
-    """One curve over steps. Points that are not finite are left out."""
-    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    left, right, top, bottom = 46, 10, 26, 22
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    pad = 0.05 * (y1 - y0) or 0.05 * abs(y1) or 1
-    y0, y1 = y0 - pad, y1 + pad
+def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
+    """The range of the values and a little more on both sides, never empty."""
+    low, high = min(values), max(values)
+    pad = share * (high - low) or share * abs(high) or 1.0
+    return low - pad, high + pad
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x0) / ((x1 - x0) or 1) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom))
 
-    parts = [f'<text x="{left}" y="15" class="t">{html.escape(title)}</text>']
+def text(x: float, y: float, content: str, css: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{html.escape(content)}</text>'
+
+
+def stroke(x1: float, y1: float, x2: float, y2: float, rest: str = 'class="g"') -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {rest}/>'
+
+
+def drawing(title: str, height: float, parts: Sequence[str]) -> str:
+    label = html.escape(title)
+    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def line_chart(title: str, x: Sequence[float], y: Sequence[float], color: str = COLORS[4], height: int = 170) -> str:
+    """One curve over steps. Points that are not finite are left out; raises ValueError when none is left."""
+    points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    left, right, top, bottom = 46, WIDTH - 10, 26, height - 22
+    x0, x1 = min(a for a, _ in points), max(a for a, _ in points)
+    y0, y1 = padded([b for _, b in points])
+
+    def across(a: float) -> float:
+        return left + (a - x0) / ((x1 - x0) or 1) * (right - left)
+
+    def down(b: float) -> float:
+        return bottom - (b - y0) / (y1 - y0) * (bottom - top)
+
+    parts = [text(left, 15, title, "t")]
     for tick in ticks(y0, y1):
-        y = at(x0, tick)[1]
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="g"/><text x="{left - 6}" y="{y + 3.5:.1f}" class="a e">{tick:g}</text>')
-    for tick in ticks(x0, x1):
-        parts.append(f'<text x="{at(tick, y0)[0]:.1f}" y="{height - 6}" class="a m">{tick:g}</text>')
-    path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
+        parts += [stroke(left, down(tick), right, down(tick)), text(left - 6, down(tick) + 3.5, f"{tick:g}", "a e")]
+    parts += [text(across(tick), height - 6, f"{tick:g}", "a m") for tick in ticks(x0, x1)]
+    path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
     parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round"/>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    return drawing(title, height, parts)
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, dict[str, float]]], width: int = 340, zero: bool = False) -> str:
-    """A dot and its interval for each row; with `zero`, the line of no difference."""
-    left, right, top, step = 118, 14, 30, 24
+def interval_chart(title: str, rows: Sequence[tuple[str, dict[str, float], str]]) -> str:
+    """A dot and its interval for each row (name, {mean, lo, hi}, colour)."""
+    left, right, top, step = 118, WIDTH - 14, 30, 24
     height = top + step * len(rows) + 24
-    low, high = min(v["lo"] for _, v in rows), max(v["hi"] for _, v in rows)
-    if zero:
-        low, high = min(low, 0), max(high, 0)
-    pad = 0.06 * (high - low) or 0.01
-    low, high = low - pad, high + pad
+    low, high = padded([value[end] for _, value, _ in rows for end in ("lo", "hi")])
 
-    def at(value: float) -> float:
-        return left + (value - low) / (high - low) * (width - left - right)
+    def across(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
 
-    parts = [f'<text x="0" y="15" class="t">{html.escape(title)}</text>']
+    parts = [text(0, 15, title, "t")]
     for tick in ticks(low, high, 3):
-        kind = "z" if zero and tick == 0 else "g"
-        parts.append(f'<line x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{top - 6}" y2="{height - 20}" class="{kind}"/>'
-                     f'<text x="{at(tick):.1f}" y="{height - 6}" class="a m">{tick:g}</text>')
-    for i, (name, value) in enumerate(rows):
-        y, color = top + step * i + 6, COLORS[i % len(COLORS)] if not zero else COLORS[0]
-        parts.append(f'<text x="{left - 8}" y="{y + 4}" class="a e">{html.escape(name)}</text>'
-                     f'<line x1="{at(value["lo"]):.1f}" x2="{at(value["hi"]):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
-                     f'<circle cx="{at(value["mean"]):.1f}" cy="{y}" r="4" fill="{color}"><title>{value["mean"]:.3f} [{value["lo"]:.3f}, {value["hi"]:.3f}]</title></circle>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+        parts += [stroke(across(tick), top - 6, across(tick), height - 20), text(across(tick), height - 6, f"{tick:g}", "a m")]
+    for i, (name, value, color) in enumerate(rows):
+        y = top + step * i + 6
+        told = f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]"
+        parts.append(text(left - 8, y + 4, name, "a e"))
+        parts.append(stroke(across(value["lo"]), y, across(value["hi"]), y, f'stroke="{color}" stroke-width="2"'))
+        parts.append(f'<circle cx="{across(value["mean"]):.1f}" cy="{y}" r="4" fill="{color}"><title>{told}</title></circle>')
+    return drawing(title, height, parts)
