@@ -39,7 +39,7 @@ def configure(
         raise ValueError("no parameter is trained: every one is frozen")
     if config.schedule != "constant" and not math.isfinite(total_steps):
         raise ValueError(f"schedule {config.schedule!r} needs an end of training: set trainer.max_steps or max_epochs")
-    optimizer = torch.optim.AdamW(parameter_groups(trained, config), lr=config.lr, betas=tuple(config.betas))
+    optimizer = torch.optim.AdamW(parameter_groups(trained, config), lr=config.lr, betas=config.betas)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

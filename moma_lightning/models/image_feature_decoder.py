@@ -54,9 +54,10 @@ class ImageFeatureDecoder(nn.Module):
 
     def __init__(self, mllm: LlavaForConditionalGeneration, processor: LlavaProcessor, embed_dim: int, config: DecoderConfig):
         super().__init__()
-        hidden_size = mllm.config.text_config.hidden_size
+        hidden_size = mllm.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr, index]
         self.config, self.embed_dim = config, embed_dim
-        self.tokenizer, self.image_processor, self.image_token = processor.tokenizer, processor.image_processor, processor.image_token
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.image_token = processor.image_token
         self.mllm = mllm.model
         self.mapping = Mapping(hidden_size, embed_dim)
         has_token = config.template == "paper" if config.learnable_token is None else config.learnable_token

@@ -31,6 +31,9 @@ class Stage1(LightningModule):
     baseline in validation, which is left out without it. Checkpoints hold what is trained; the rest is the foundation's.
     """
 
+    target_sum: Tensor
+    target_count: Tensor
+
     def __init__(
         self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None
     ):
@@ -42,7 +45,7 @@ class Stage1(LightningModule):
         self.decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, embed_dim).train()
         self.caption_encoder = CaptionEncoder.from_pretrained(clip) if clip else None
         names = ["decoder", *(name for name in BASELINES if clip or name != "caption")]
-        self.matches = nn.ModuleDict({name: EmbeddingMatch() for name in names})
+        self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})  # type: ignore[assignment]
         self.register_buffer("target_sum", torch.zeros(embed_dim))
         self.register_buffer("target_count", torch.zeros(()))
 
@@ -108,7 +111,7 @@ class Stage1(LightningModule):
         check_fit(str(source), checkpoint["state_dict"], self.kept())
 
     def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
 
 

@@ -21,16 +21,18 @@ HIDDEN, EMBED, VISION_WIDTH = 24, 12, 16
 
 
 def image_processor(size: int) -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size, image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
+    stats = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size, **stats)
 
 
 def vision_options() -> dict:
-    return dict(hidden_size=VISION_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=EMBED)
+    return dict(hidden_size=VISION_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                patch_size=8, projection_dim=EMBED)
 
 
 def build_llava(tokenizer) -> LlavaForConditionalGeneration:
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, initializer_range=0.5)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, initializer_range=0.5)
     config = LlavaConfig(vision_config=CLIPVisionConfig(**vision_options()), text_config=text,
                          image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
     return LlavaForConditionalGeneration(config).eval()

@@ -22,7 +22,8 @@ def test_equals_a_loop_over_pools():
     target = torch.randn(50, 4)
     predicted = target + torch.randn(50, 4)
     p, t = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (predicted, target))
-    hits = [np.argmax([p[i] @ t[j] for j in range(start, start + 20)]) == i - start for start in (0, 20) for i in range(start, start + 20)]
+    pools = [range(0, 20), range(20, 40)]
+    hits = [pool[np.argmax([p[i] @ t[j] for j in pool])] == i for pool in pools for i in pool]
     scores = measured(predicted, target, pool=20)
     assert scores["r_at_1"] == pytest.approx(np.mean(hits))
     assert 0.1 < scores["r_at_1"] < 0.9

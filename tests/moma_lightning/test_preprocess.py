@@ -38,8 +38,8 @@ def test_equals_the_image_processor(size, options):
 def test_a_picture_of_the_right_size_is_only_normalised():
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16, **STATS)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    expected = ((pixels + 1) / 2 - torch.tensor(STATS["image_mean"])[:, None, None]) / torch.tensor(STATS["image_std"])[:, None, None]
-    assert torch.equal(preprocess(pixels, processor), expected)
+    mean, std = (torch.tensor(v)[:, None, None] for v in STATS.values())
+    assert torch.equal(preprocess(pixels, processor), ((pixels + 1) / 2 - mean) / std)
 
 
 def test_refuses_a_filter_it_does_not_have():

@@ -97,7 +97,8 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(build, tmp_path, acc
     trainer(tmp_path, -1, callbacks=[every_epoch], **options).fit(unbroken, loader(0, 1, 2, 3))
     path = tmp_path / "epoch=0.ckpt"
     saved = torch.load(path, weights_only=False)
-    assert set(saved["state_dict"]) == {n for n, p in unbroken.named_parameters() if p.requires_grad} | {"target_sum", "target_count"}
+    trained = {name for name, p in unbroken.named_parameters() if p.requires_grad}
+    assert set(saved["state_dict"]) == trained | {"target_sum", "target_count"}
     resumed = trainer(tmp_path, -1, callbacks=[copy.deepcopy(every_epoch)], **options)
     resumed.fit(second, loader(0, 1, 2, 3), ckpt_path=path)
     assert resumed.global_step == 8 // accumulate
@@ -132,7 +133,8 @@ def test_writes_the_decoder_at_the_end(build, tiny_foundation, tmp_path):
     trainer(tmp_path, 1).fit(module, loader(0))
     loaded = ImageFeatureDecoder.from_pretrained(tmp_path / "image_feature_decoder", tiny_foundation)
     data = batch(5)
-    assert torch.equal(loaded(data.pixel_values, data.label, data.caption), module.decoder(data.pixel_values, data.label, data.caption))
+    inputs = data.pixel_values, data.label, data.caption
+    assert torch.equal(loaded(*inputs), module.decoder(*inputs))
 
 
 def validated(module, folder) -> dict[str, float]:

@@ -32,24 +32,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, special_tokens=list(SPECIAL.values()), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, special_tokens=list(SPECIAL.values()),
+                                  show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.train_from_iterator([*corpus(), "\nan", "\ndescribe."], trainer)
-    bos = SPECIAL["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    special = {name: token for name, token in SPECIAL.items() if name != "image_token"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens={"image_token": SPECIAL["image_token"]}, **special)
+    bos = SPECIAL["bos_token"], tokenizer.token_to_id(SPECIAL["bos_token"])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    special = dict(SPECIAL)
+    extra = {"image_token": special.pop("image_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=extra, **special)
 
 
 def build_processor() -> LlavaProcessor:
-    return LlavaProcessor(image_processor=image_processor(), tokenizer=build_tokenizer(), patch_size=8, num_additional_image_tokens=1,
-                          vision_feature_select_strategy="default")
+    return LlavaProcessor(image_processor=image_processor(), tokenizer=build_tokenizer(), patch_size=8,
+                          num_additional_image_tokens=1, vision_feature_select_strategy="default")
 
 
 def build(tokenizer, vision: CLIPVisionConfig) -> LlavaForConditionalGeneration:
     """About 1.6 M parameters: half vision tower, half Llama. Random weights."""
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4, num_attention_heads=4,
-                       max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+                       num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     image_token = tokenizer.convert_tokens_to_ids(SPECIAL["image_token"])
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token,
@@ -101,7 +102,7 @@ def caption_pictures(model, tokenizer, pixels) -> list[str]:
 
 
 def caption_accuracy(model, tokenizer, count: int = 256) -> dict[str, float]:
-    """How often greedy captions of unseen pictures hold the right category, scene, colour and pattern, or are right to the word."""
+    """How often greedy captions of unseen pictures hold the right category, scene, colour, pattern, or every right word."""
     pictures = sample_world(10_000_000, count, material_rate=0, accessory_rate=0)
     captions = caption_pictures(model.eval(), tokenizer, to_pixels(render(pictures)[0]))
     pairs = list(zip(captions, pictures, strict=True))
@@ -133,7 +134,8 @@ def main():
     for step in training_steps("llava", args.steps, {"llava": model}, optimizer, args.lr, every=100):
         rng = np.random.default_rng([5, step])
         rows = rng.integers(0, len(images), args.batch)
-        value = loss(model.train(), processor.tokenizer, *training_batch(images[rows], masks[rows], [pictures[i] for i in rows], rng))
+        pixels, captions = training_batch(images[rows], masks[rows], [pictures[i] for i in rows], rng)
+        value = loss(model.train(), processor.tokenizer, pixels, captions)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
