@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-SAVED_STEPS = 200
+CHECKPOINTS = "checkpoints"
 
 
 class MoMACLI(LightningCLI):
@@ -35,7 +35,7 @@ class MoMACLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs=parser_mode | {name: parser_mode for name in SUBCOMMANDS},
+            parser_kwargs=parser_mode | dict.fromkeys(SUBCOMMANDS, parser_mode),
             **kwargs,
         )
 
@@ -44,7 +44,7 @@ class MoMACLI(LightningCLI):
         parser.set_defaults({
             "checkpoint.save_last": True,
             "checkpoint.save_top_k": 0,
-            "checkpoint.every_n_train_steps": SAVED_STEPS,
+            "checkpoint.every_n_train_steps": 200,
             "checkpoint.enable_version_counter": False,
         })
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
@@ -94,7 +94,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.last_checkpoint = Path(checkpoint_folder(str(folder))) / "last.ckpt"
+        self.last_checkpoint = folder / CHECKPOINTS / "last.ckpt"
         self._finished = folder / "finished.json"
 
     def is_finished(self, max_steps: int) -> bool:
@@ -137,6 +137,8 @@ class ContinuedWriter(ExperimentWriter):
 class ContinuedCSVLogger(CSVLogger):
     """CSVLogger whose metrics.csv survives a resume. Steps after the last checkpoint then occur twice: the later row counts."""
 
+    _experiment: ExperimentWriter | None
+
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
@@ -147,7 +149,7 @@ class ContinuedCSVLogger(CSVLogger):
 
 def checkpoint_folder(root: str | None) -> str | None:
     """Where the run under `root` keeps its checkpoints."""
-    return root and str(Path(root) / "checkpoints")
+    return root and str(Path(root) / CHECKPOINTS)
 
 
 def run_loggers(folder: Path) -> list[Logger]:

@@ -1,0 +1,73 @@
+# `make help` lists the targets. The first one that runs makes .venv.
+EXP ?= mini
+ARGS ?=
+JOBS ?= 2
+PYTHON ?= python3.11
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+INSTALLED := .venv/.installed
+RUN := .venv/bin/python -m
+STEPS := data stage1 stage2 eval-dreambooth report
+# In this order: each part builds on those before it.
+FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
+
+.PHONY: $(STEPS) help reproduce ablate-beta ablate-masking test lint bench mini-foundation clean
+
+help: ## this list
+	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## ?/\1\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
+
+reproduce: $(INSTALLED) ## data, both stages, evaluation and report, with the time each took
+	@if [ -n "$(ARGS)" ]; then echo "make reproduce takes no ARGS: give them to one of $(STEPS)" >&2; exit 2; fi
+	@begun=$$SECONDS; for step in $(STEPS); do \
+		from=$$SECONDS; $(MAKE) $$step EXP=$(EXP); echo "== $$step: $$((SECONDS - from)) s"; \
+	done; echo "== reproduce: $$((SECONDS - begun)) s in all, see runs/$(EXP)/report/index.html"
+
+data: $(INSTALLED) ## triplet shards and the DreamBooth folder (mini: rendered)
+	@if [ "$(EXP)" != mini ]; then echo "make data renders the mini world only: point experiments/$(EXP)/*.yaml at shards of your own" >&2; exit 2; fi
+	$(RUN) datamodules.mini --out runs/$(EXP)/data $(ARGS)
+
+stage1: $(INSTALLED) ## train the image-feature decoder; goes on from its last checkpoint
+	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage1.yaml $(ARGS)
+
+stage2: $(INSTALLED) ## train the subject and context attention; goes on from its last checkpoint
+	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage2.yaml $(ARGS)
+
+eval-dreambooth: $(INSTALLED) ## make the pictures that are missing, and score them
+	$(RUN) evaluation dreambooth --config experiments/$(EXP)/eval.yaml $(ARGS)
+
+report: $(INSTALLED) ## one HTML page of tables, plots and pictures
+	$(RUN) evaluation report --config experiments/$(EXP)/eval.yaml $(ARGS)
+
+ablate-beta: $(INSTALLED) ## the paper's Table 4: strength of the subject attention
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --ablations.masking '[]' $(ARGS)
+
+ablate-masking: $(INSTALLED) ## the paper's Table 3: strength of the masks
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --ablations.beta '[]' $(ARGS)
+
+test: $(INSTALLED) ## the tests, on JOBS=2 processes
+	OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/bin/pytest -q -n $(JOBS) $(ARGS)
+
+lint: $(INSTALLED) ## ruff, mypy and the rules of what may import what
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+
+bench: $(INSTALLED) ## what subject and context attention cost a denoising step, in time
+	$(RUN) experiments.bench $(ARGS)
+
+mini-foundation: $(INSTALLED) ## train the shipped mini base models again (several hours on 2 cores; goes on where it stopped)
+	@for part in $(FOUNDATION); do echo "== $$part"; $(RUN) experiments.mini.recipe.$$part $(ARGS); done
+
+clean: ## remove runs/EXP
+	rm -rf runs/$(EXP)
+
+$(INSTALLED): pyproject.toml
+	@echo "setting up .venv: some minutes, PyTorch is large"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,58 @@
+"""The Makefile: its help lists every target, and targets pass EXP and ARGS on."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("data stage1 stage2 eval-dreambooth report reproduce ablate-beta ablate-masking test lint bench mini-foundation clean help").split()
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key not in ("EXP", "ARGS", "MFLAGS")}
+    return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
+
+
+def commands_of(*arguments: str) -> str:
+    """What make would run, with the virtual environment taken as set up."""
+    done = make("--dry-run", "--assume-old=.venv/.installed", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("help",)])
+def test_help_lists_every_target_with_a_sentence(arguments):
+    listed = dict(re.findall(r"^  (\S+) +(\S.*)$", make(*arguments).stdout, re.MULTILINE))
+    assert sorted(listed) == sorted(TARGETS)
+
+
+def test_every_rule_in_the_file_is_in_help():
+    rules = re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(rules) == sorted(TARGETS)
+
+
+@pytest.mark.parametrize(("target", "command"), [
+    ("stage1", "moma_lightning fit --config experiments/other/stage1.yaml --trainer.max_steps 3"),
+    ("stage2", "moma_lightning fit --config experiments/other/stage2.yaml --trainer.max_steps 3"),
+    ("eval-dreambooth", "evaluation dreambooth --config experiments/other/eval.yaml --trainer.max_steps 3"),
+    ("report", "evaluation report --config experiments/other/eval.yaml --trainer.max_steps 3"),
+])
+def test_targets_pass_the_experiment_and_extra_arguments(target, command):
+    assert command in commands_of(target, "EXP=other", "ARGS=--trainer.max_steps 3")
+
+
+def test_clean_removes_one_experiment_only():
+    assert commands_of("clean", "EXP=other").split() == ["rm", "-rf", "runs/other"]
+
+
+def test_data_of_another_experiment_is_a_clear_error():
+    done = make("data", "EXP=other", "--assume-old=.venv/.installed")
+    assert done.returncode != 0 and "experiments/other" in done.stderr
+
+
+def test_reproduce_refuses_arguments_it_could_not_place():
+    done = make("reproduce", "ARGS=--seed 3", "--assume-old=.venv/.installed")
+    assert done.returncode != 0 and "takes no ARGS" in done.stderr
