@@ -32,7 +32,8 @@ def vision_options() -> dict:
 
 def build_llava(tokenizer) -> LlavaForConditionalGeneration:
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=2,
-                       num_attention_heads=2, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, initializer_range=0.5)
+                       num_attention_heads=2, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+                       initializer_range=0.5)
     config = LlavaConfig(vision_config=CLIPVisionConfig(**vision_options()), text_config=text,
                          image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
     return LlavaForConditionalGeneration(config).eval()
