@@ -213,16 +213,17 @@ class ValStream(IterableDataset):
 
     def _groups(self) -> Iterator[list[dict[str, Any]]]:
         """This rank's undecoded batches; over and over with several ranks, where the number of batches is fixed."""
-        for repetition in itertools.count():
-            samples = read_shards(self.shards, self.bad)
-            count = 0
-            groups = itertools.islice(_batched(samples, self.config.batch_size), self.rank, None, self.world_size)
-            for count, group in enumerate(groups, start=1):
-                yield group
+        while True:
+            groups = _batched(read_shards(self.shards, self.bad), self.config.batch_size)
+            own = itertools.islice(groups, self.rank, None, self.world_size)
             if self.world_size == 1:
+                yield from own
                 return
-            if count == 0 and repetition == 0:
+            first = next(own, None)
+            if first is None:
                 raise ValueError(f"validation has fewer batches of {self.config.batch_size} than the {self.world_size} ranks")
+            yield first
+            yield from own
 
 
 def collate(triplets: list[Triplet]) -> TripletBatch:
@@ -237,7 +238,12 @@ def collate(triplets: list[Triplet]) -> TripletBatch:
 
 def _loader(stream: IterableDataset, config: TripletConfig) -> DataLoader:
     # Workers live on between epochs: a training worker keeps its place in the shards.
-    return DataLoader(stream, batch_size=None, num_workers=config.num_workers, persistent_workers=config.num_workers > 0)
+    workers = config.num_workers
+    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _batched(samples: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

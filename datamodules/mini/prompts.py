@@ -6,8 +6,8 @@ The mini CLIP and the mini base know the words of `world.caption` only, in that 
 from datamodules.mini.world import ACCESSORIES, LIGHTS, SCENES
 
 #: (accessory, scene) of the live prompts that replace some of the objects' lit scenes.
-WORN = tuple(zip((*ACCESSORIES, *ACCESSORIES, *ACCESSORIES[:2]), ("beach", "snow", "city", "meadow", "mountain", "lake", "floor", "brick"),
-                 strict=True))
+WORN = tuple(zip((*ACCESSORIES, *ACCESSORIES, *ACCESSORIES[:2]),
+                 ("beach", "snow", "city", "meadow", "mountain", "lake", "floor", "brick"), strict=True))
 
 TEXTURES = ("a wooden {0} {1} on the beach", "a golden {0} {1} in the snow", "a stone {0} {1} in a meadow",
             "an icy {0} {1} in the city", "a mossy {0} {1} on the floor", "a red {0} {1} in the snow",

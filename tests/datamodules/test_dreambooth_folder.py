@@ -44,7 +44,8 @@ def root(tmp_path):
 
 def test_subjects(root):
     data = DreamBooth(root)
-    assert [(s.name, s.label, s.is_live) for s in data.subjects] == [("bear_plushie", "stuffed animal", False), ("dog", "dog", True)]
+    assert [s.name for s in data.subjects] == ["bear_plushie", "dog"]
+    assert [(s.label, s.is_live) for s in data.subjects] == [("stuffed animal", False), ("dog", True)]
     assert [path.name for path in data.subjects[0].images] == ["00.jpg", "01.jpg"] and data.subjects[0].masks is None
     assert data.missing == ["absent"]
     assert DreamBooth(root / "dataset").subjects == data.subjects
@@ -53,7 +54,8 @@ def test_subjects(root):
 def test_prompts(root):
     data = DreamBooth(root)
     bear, dog = data.subjects
-    assert data.prompts(bear) == ["a stuffed animal in the jungle", "a stuffed animal with Peter's [hat]", "a cube shaped stuffed animal"]
+    assert data.prompts(bear) == [
+        "a stuffed animal in the jungle", "a stuffed animal with Peter's [hat]", "a cube shaped stuffed animal"]
     assert data.prompts(dog, unique_token="sks") == ["a sks dog wearing a red hat"]
     assert fill("{0} {1}, a {0} {1}", "dog") == "dog, a dog"
 
@@ -61,7 +63,8 @@ def test_prompts(root):
 def test_texture_prompts_from_the_folder_or_ours(root):
     data = DreamBooth(root)
     assert len(set(TEXTURE_PROMPTS)) == 10 and data.texture_prompts(data.subjects[1])[0] == "a dog made of wood"
-    (root / "dataset" / "texture_prompts.txt").write_text("prompt_list = [\n'a wooden {0} {1}'.format(unique_token, class_token)\n]\n")
+    text = "prompt_list = [\n'a wooden {0} {1}'.format(unique_token, class_token)\n]\n"
+    (root / "dataset" / "texture_prompts.txt").write_text(text)
     data = DreamBooth(root)
     assert data.texture_prompts(data.subjects[1]) == ["a wooden dog"]
 
@@ -127,10 +130,10 @@ REAL = os.environ.get("MOMA_DREAMBOOTH")
 def test_real_folder():
     data = DreamBooth(Path(REAL))
     assert len(data.table.classes) == 30 and len(data.subjects) + len(data.missing) == 30
-    assert {name for name, label in data.table.classes.items() if label in ("cat", "dog")} == {"cat", "cat2", "dog", *(f"dog{i}" for i in (2, 3, 5, 6, 7, 8))}
+    live_names = {name for name, label in data.table.classes.items() if label in ("cat", "dog")}
+    assert live_names == {"cat", "cat2", "dog", "dog2", "dog3", "dog5", "dog6", "dog7", "dog8"}
     for subject in data.subjects:
         assert 4 <= len(subject.images) <= 6 and all(load_picture(path).mode == "RGB" for path in subject.images)
         prompts = data.prompts(subject)
         assert len(set(prompts)) == 25 and all(f" {subject.label}" in p and "  " not in p and "{" not in p for p in prompts)
-    live = [s for s in data.subjects if s.is_live]
-    assert {s.label for s in live} <= {"cat", "dog"} and all("a cat wearing a santa hat" in data.prompts(s) for s in live if s.label == "cat")
+        assert subject.is_live == (subject.name in live_names) == (f"a {subject.label} wearing a santa hat" in prompts)

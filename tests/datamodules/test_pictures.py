@@ -14,7 +14,8 @@ def test_any_mode_becomes_rgb_of_the_same_grey(tools, mode):
     if mode == "I;16":
         file = tools.encode(Image.fromarray(np.full((4, 5), 120 * 257, np.uint16)))
     else:
-        file = tools.encode(grey.convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE), "TIFF" if mode == "CMYK" else "PNG")
+        converted = grey.convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+        file = tools.encode(converted, "TIFF" if mode == "CMYK" else "PNG")
     image = pictures.open_picture(file)
     assert image.mode == "RGB" and image.size == (5, 4)
     assert np.abs(np.asarray(image).astype(int) - grey.getpixel((0, 0))).max() <= 4

@@ -1,0 +1,263 @@
+import collections
+import itertools
+import json
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from datamodules.samples import BadSampleError
+from datamodules.triplets import TrainStream, TripletDataModule, ValStream
+from moma_lightning.batch import TripletBatch
+
+ALL = [f"s{row:02d}" for row in range(12)]
+quiet = pytest.mark.filterwarnings("ignore:.*It is skipped")
+
+
+def epochs(module: TripletDataModule, count: int) -> list[list[str]]:
+    """Keys of each batch over some epochs."""
+    loader = module.train_dataloader()
+    return [batch.key for _ in range(count) for batch in loader]
+
+
+def test_batch(shards, tools):
+    batch = next(iter(tools.datamodule(shards, batch_size=3).train_dataloader()))
+    assert isinstance(batch, TripletBatch) and len(batch) == 3
+    assert batch.pixel_values.shape == (3, 3, 16, 16) and batch.subject_mask.shape == (3, 1, 16, 16)
+    assert batch.pixel_values.min() >= -1 and batch.pixel_values.max() <= 1
+    assert batch.subject_mask.unique().tolist() == [0, 1]
+    for key, caption, pixels in zip(batch.key, batch.caption, batch.pixel_values, strict=True):
+        number = int(key[1:])
+        assert caption.endswith(f" {number}") and pixels[1, 5, 5] == pytest.approx(number / 127.5 - 1, abs=1e-6)
+
+
+def test_epochs_have_a_fixed_length_and_go_through_pass_after_pass(shards, tools):
+    loader = tools.datamodule(shards, steps_per_epoch=3).train_dataloader()
+    assert len(loader) == 3 == len(list(loader)) == len(list(loader))
+    keys = list(itertools.chain(*epochs(tools.datamodule(shards, steps_per_epoch=6), 3)))
+    passes = [keys[i : i + 12] for i in range(0, 36, 12)]
+    assert all(sorted(one) == ALL for one in passes), "every pass has every sample once, across the borders of epochs"
+    assert passes[0] != passes[1] != passes[2], "passes are shuffled anew"
+    assert [k[:2] for k in passes[0]] != sorted(k[:2] for k in passes[0])
+
+
+def test_same_seed_same_batches(shards, tools):
+    assert epochs(tools.datamodule(shards), 2) == epochs(tools.datamodule(shards), 2)
+    assert epochs(tools.datamodule(shards), 2) != epochs(tools.datamodule(shards, seed=1), 2)
+
+
+def test_ranks_and_workers_share_a_pass(shards, tools):
+    config = tools.datamodule(shards, batch_size=1).config
+    for ranks in (1, 2, 4):
+        seen = collections.Counter()
+        for rank in range(ranks):
+            module = tools.datamodule(shards)
+            stream = TrainStream(config, module.train_shards, module.bad_samples, rank, ranks, {})
+            seen.update(batch.key[0] for batch, *_ in itertools.islice(stream._batches(0, 1), 12 // ranks))
+        assert sorted(seen.elements()) == ALL
+
+
+def test_two_workers_share_a_pass(shards, tools):
+    module = tools.datamodule(shards, num_workers=2, batch_size=3, steps_per_epoch=4)
+    loader = module.train_dataloader()
+    first, second = ([key for batch in loader for key in batch.key] for _ in range(2))
+    assert sorted(first) == sorted(second) == ALL and first != second
+    assert module.positions == {0: (1, 6), 1: (1, 6)}
+
+
+def test_uneven_shards_give_every_rank_the_same_number_of_steps(shards, tools):
+    tools.write_tar(shards / "train-00000.tar", {"s00": tools.sample(0)})
+    module = tools.datamodule(shards, steps_per_epoch=50)
+    for rank in range(4):
+        stream = TrainStream(module.config, module.train_shards, module.bad_samples, rank, 4, {})
+        assert len(list(stream)) == 50
+
+
+def test_too_few_shards_is_an_early_error(shards, tools):
+    with pytest.raises(ValueError, match=r"4 training shards are too few for 1 ranks x 5 workers"):
+        tools.datamodule(shards, num_workers=5)
+    module = tools.datamodule(shards, num_workers=2, prepared=False)
+    module.trainer = collections.namedtuple("Trainer", "global_rank world_size default_root_dir")(0, 4, "")
+    with pytest.raises(ValueError, match="4 ranks need data.config.val_batches"):
+        module.setup("fit")
+    module.config.val_batches = 1
+    with pytest.raises(ValueError, match="for 4 ranks x 2 workers = 8 readers: set num_workers to at most 1,"):
+        module.setup("fit")
+    module.setup("validate")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_is_each_sample_once_in_the_same_batches(shards, tools, workers):
+    loader = tools.datamodule(shards, num_workers=workers, batch_size=5).val_dataloader()
+    assert tools.keys(loader) == tools.keys(loader) == [ALL[:5], ALL[5:10], ALL[10:]]
+    short = tools.datamodule(shards, num_workers=workers, batch_size=5, val_batches=2).val_dataloader()
+    assert tools.keys(short) == [ALL[:5], ALL[5:10]]
+
+
+def test_validation_over_ranks(shards, tools):
+    def of_rank(rank, ranks, batches):
+        module = tools.datamodule(shards, batch_size=3, val_batches=batches)
+        return [batch.key for batch in ValStream(module.config, module.val_shards, module.bad_samples, rank, ranks)]
+
+    assert [of_rank(rank, 2, 2) for rank in (0, 1)] == [[ALL[:3], ALL[6:9]], [ALL[3:6], ALL[9:]]]
+    assert of_rank(2, 3, 2) == [ALL[6:9], ALL[6:9]] and of_rank(0, 3, 2) == [ALL[:3], ALL[9:]]
+    with pytest.raises(ValueError, match="validation has fewer batches of 3 than the 5 ranks"):
+        of_rank(4, 5, 1)
+
+
+OTHER = json.dumps({"caption": "a dog", "label": "cat"}).encode()
+BAD = {
+    "cut": ("picture cannot be read", lambda tools: {"png": None, "jpg": tools.encode(tools.picture(), "JPEG")[:500]}),
+    "black": ("mask is empty", lambda tools: {"mask_png": tools.encode(tools.mask(box=(0, 0, 0, 0)))}),
+    "mute": ("caption is missing", lambda tools: {"json": json.dumps({"label": "cat"}).encode()}),
+    "other": ("label is absent from the caption", lambda tools: {"json": OTHER}),
+}
+
+
+@pytest.fixture
+def shards_with_bad(shards, tools):
+    samples = {"s00": tools.sample(0)} | {key: tools.sample(0, **make(tools)) for key, (_, make) in BAD.items()}
+    tools.write_tar(shards / "train-00000.tar", samples | {"s01": tools.sample(1), "s02": tools.sample(2)})
+    whole = (shards / "train-00003.tar").read_bytes()
+    (shards / "train-00003.tar").write_bytes(whole[: whole.index(b"s11.json") + 100])
+    return shards
+
+
+@quiet
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_skipped_counted_and_named(shards_with_bad, tools, workers):
+    module = tools.datamodule(shards_with_bad, num_workers=workers, batch_size=1, steps_per_epoch=40)
+    keys = {key for batch in epochs(module, 2) for key in batch}
+    assert keys == set(ALL[:11])
+    assert module.bad_samples.counts() == {reason: 1 for reason, _ in BAD.values()} | {"shard is cut short": 1}
+    log = (shards_with_bad / "bad.log").read_text()
+    for key in BAD:
+        assert f"train-00000.tar\t{key}\t" in log
+    assert "train-00003.tar\t-\t" in log
+
+
+@quiet
+def test_bad_samples_in_validation_leave_batches_smaller(shards_with_bad, tools):
+    loader = tools.datamodule(shards_with_bad, batch_size=4).val_dataloader()
+    assert tools.keys(loader)[:2] == [["s00"], ["s01", "s02", "s03"]] and tools.keys(loader) == tools.keys(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_can_be_fatal(shards_with_bad, tools, workers):
+    module = tools.datamodule(shards_with_bad, on_error="raise", num_workers=workers, steps_per_epoch=40)
+    with pytest.raises(BadSampleError, match=r"train-0000[03].tar, sample (cut|black|mute|other|-): "):
+        epochs(module, 1)
+
+
+@quiet
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_good_sample_at_all_raises(shards, tools, workers):
+    for number in range(4):
+        tools.write_tar(shards / f"train-{number:05d}.tar", {"k": tools.sample(0, json=b"")})
+    module = tools.datamodule(shards, num_workers=workers)
+    with pytest.raises(BadSampleError, match=r"none of 4 shards .* has a usable sample: see .*bad.log"):
+        epochs(module, 1)
+    with pytest.raises(BadSampleError, match="none of 4 shards"):
+        list(module.val_dataloader())
+
+
+@quiet
+def test_a_reader_with_bad_shards_only_goes_on_with_the_next_pass(shards, tools):
+    for number in range(1, 4):
+        tools.write_tar(shards / f"train-{number:05d}.tar", {"k": tools.sample(0, json=b"")})
+    module = tools.datamodule(shards, num_workers=2, batch_size=1, steps_per_epoch=20)
+    assert {key for batch in epochs(module, 1) for key in batch} == {"s00", "s01", "s02"}
+
+
+@pytest.mark.parametrize("handed_over", [1, 3, 4, 7, 11])
+def test_resume_goes_on_with_the_next_batch(shards, tools, handed_over):
+    whole = epochs(tools.datamodule(shards, flip=True), 4)
+    killed = tools.datamodule(shards, flip=True)
+    loader = killed.train_dataloader()
+    stream = itertools.chain.from_iterable(loader for _ in range(4))
+    before = [next(stream).key for _ in range(handed_over)]
+    resumed = tools.datamodule(shards, flip=True)
+    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict()), object_pairs_hook=_integer_keys))
+    after = epochs(resumed, 4)
+    assert before + after[: 16 - handed_over] == whole
+
+
+def _integer_keys(pairs):
+    return {int(key) if key.isdigit() else key: value for key, value in pairs}
+
+
+def test_resumed_pixels_are_the_same(shards, tools):
+    """Not the keys alone: the random square and flip of a sample do not depend on when it was read."""
+    pixels = [batch.pixel_values for batch in tools.datamodule(shards, flip=True, steps_per_epoch=9).train_dataloader()]
+    resumed = tools.datamodule(shards, flip=True, steps_per_epoch=9)
+    resumed.load_state_dict({"readers": [1, 1], "positions": {0: (0, 8)}})
+    assert all(torch.equal(a, b.pixel_values) for a, b in zip(pixels[4:], resumed.train_dataloader(), strict=False))
+
+
+def test_resume_with_workers_repeats_and_loses_nothing_at_an_epochs_end(shards, tools):
+    options = {"num_workers": 2, "steps_per_epoch": 4}
+    whole = epochs(tools.datamodule(shards, **options), 3)
+    killed = tools.datamodule(shards, **options)
+    before = epochs(killed, 1)
+    resumed = tools.datamodule(shards, **options)
+    resumed.load_state_dict(killed.state_dict())
+    assert before + epochs(resumed, 2) == whole
+
+
+def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
+    killed = tools.datamodule(shards)
+    epochs(killed, 2)
+    assert killed.state_dict() == {"readers": [1, 1], "positions": {0: (1, 4)}}
+    resumed = tools.datamodule(shards, num_workers=2)
+    resumed.load_state_dict(killed.state_dict())
+    assert resumed.positions == {0: (2, 0), 1: (2, 0)}
+
+
+class Recorder(LightningModule):
+    """Keeps the keys it sees; fails at a step when told to."""
+
+    def __init__(self, fails_at: int | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.fails_at, self.seen, self.validated = fails_at, [], []
+
+    def training_step(self, batch: TripletBatch, index: int):
+        if self.global_step == self.fails_at:
+            raise KeyboardInterrupt
+        self.seen.append(batch.key)
+        return self.weight * batch.pixel_values.mean()
+
+    def validation_step(self, batch: TripletBatch, index: int):
+        self.validated.append(batch.key)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(folder, module: Recorder, data: TripletDataModule, resume=None):
+    checkpoint = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True, save_top_k=0)
+    trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+                      callbacks=[checkpoint], default_root_dir=folder)
+    trainer.fit(module, data, ckpt_path=resume)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fails_at", [2, 4, 6])
+def test_lightning_run_killed_and_resumed_sees_what_an_unbroken_one_sees(shards, tools, tmp_path, fails_at):
+    whole = fit(tmp_path / "whole", Recorder(), tools.datamodule(shards, prepared=False))
+    assert len(whole.seen) == 12
+    killed = Recorder(fails_at)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "killed", killed, tools.datamodule(shards, prepared=False))
+    resumed = fit(tmp_path / "killed", Recorder(), tools.datamodule(shards, prepared=False), tmp_path / "killed" / "last.ckpt")
+    assert killed.seen + resumed.seen == whole.seen
+    assert resumed.validated[-6:] == whole.validated[-6:] and whole.validated[-6:] == [ALL[i : i + 2] for i in range(0, 12, 2)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_log_stands_in_the_trainers_folder(shards_with_bad, tools, tmp_path):
+    data = tools.datamodule(shards_with_bad, prepared=False, bad_samples=None, steps_per_epoch=9)
+    fit(tmp_path / "run", Recorder(), data)
+    assert "mask is empty" in (tmp_path / "run" / "bad_samples.log").read_text()
