@@ -4,6 +4,7 @@ A sample is `<key>.png` or `<key>.jpg`, `<key>.mask.png` (8 bit, 255 = subject, 
 its EXIF orientation) and `<key>.json` with at least `REQUIRED_FIELDS`. `datamodules.triplets` reads them.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -75,14 +76,20 @@ def write_shards(
 
 
 def write_shard(path: Path, samples: Iterable[ShardSample]) -> int:
-    """Write one tar beside its place and rename it; returns how many samples it has."""
+    """Write one tar beside its place and rename it; returns how many samples it has.
+
+    A full disk raises an OSError that names the shard, and leaves nothing of it behind.
+    """
     beside = path.with_name(f".{path.name}.writing")
-    count = 0
-    with beside.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
-        for sample in samples:
-            text = json.dumps(sample.fields, ensure_ascii=False, sort_keys=True).encode()
-            tar.write({"__key__": sample.key, sample.extension: sample.picture, "mask.png": sample.mask, "json": text})
-            count += 1
+    try:
+        with beside.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+            count = sum(_add(tar, sample) for sample in samples)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = "the disk is full: free some space and run again, finished shards are kept"
+        raise OSError(error.errno, reason, str(path)) from error
     beside.replace(path)
     return count
 
@@ -124,6 +131,12 @@ def require_a_shard_each(shards: int, ranks: int, num_workers: int) -> None:
             f"{shards} training shards are too few for {ranks} ranks x {max(1, num_workers)} workers = {readers} readers: "
             f"set num_workers to at most {shards // ranks}, use fewer ranks, or write at least {readers} smaller shards"
         )
+
+
+def _add(tar: wds.TarWriter, sample: ShardSample) -> int:
+    text = json.dumps(sample.fields, ensure_ascii=False, sort_keys=True).encode()
+    tar.write({"__key__": sample.key, sample.extension: sample.picture, "mask.png": sample.mask, "json": text})
+    return 1
 
 
 def _part(folder: Path, split: str, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any]:

@@ -63,6 +63,14 @@ def test_killed_and_resumed_is_the_same_as_never_killed(tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+def test_full_disk_names_the_shard_and_finished_ones_are_kept(tmp_path):
+    (tmp_path / ".train-00001.tar.writing").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"the disk is full.*train-00001.tar"):
+        write(tmp_path, Source())
+    assert sorted(files(tmp_path)) == ["manifest.json", "train-00000.tar"]
+    assert write(tmp_path, source := Source())["count"] == 5 and source.asked == [2, 3, 4]
+
+
 def test_finished_shards_are_kept_damaged_ones_written_again(tmp_path):
     write(tmp_path, Source())
     before, source = files(tmp_path), Source()
