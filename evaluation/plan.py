@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.dreambooth import Subject
+from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.config import EvalConfig
 from evaluation.methods import Method, Models, Reference
 from evaluation.protocols import Protocol
 from evaluation.stamps import is_current
-from evaluation.tasks import PictureTask, SubjectData, chosen_subjects, tasks_of
+from evaluation.tasks import PictureTask, chosen_subjects, tasks_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Evaluation:
 
     config: EvalConfig
     protocol: Protocol
-    data: SubjectData
+    data: DreamBooth
     models: Models
     subjects: list[Subject] = field(init=False)
 

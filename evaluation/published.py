@@ -5,7 +5,7 @@ from evaluation.statistics import METRICS
 NOTE = "published, real DreamBooth, not comparable with mini"
 
 #: Table 1: DINO, CLIP-T(c), CLIP-I, CLIP-T(t). 0.885 is printed in another column there; it is DreamBooth's CLIP-I.
-TABLE_1 = {
+TABLE_1: dict[str, tuple[float | None, ...]] = {
     "Real images": (0.774, None, 0.885, None),
     "Textual Inversion": (0.569, 0.255, 0.780, None),
     "Re-Imagen": (0.600, 0.270, 0.740, None),

@@ -25,6 +25,8 @@ def score(evaluation: Evaluation, methods: dict[str, Method], encoders: dict[str
     frames = []
     for name, method in methods.items():
         rows = oracle_rows(evaluation, encoders) if method.is_oracle else generated_rows(evaluation, name, method, encoders)
+        if not rows:
+            raise ValueError(f"{name}: no subject has two pictures, so there are no real pictures to compare to each other")
         frames.append(pd.DataFrame(rows).assign(method=name))
         for encoder in encoders.values():
             encoder.save()

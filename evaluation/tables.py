@@ -1,6 +1,6 @@
 """Markdown tables in the form of the paper's Table 1."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evaluation import published
@@ -42,7 +42,7 @@ def difference_table(summary: dict[str, Any]) -> str:
     )
 
 
-def published_table(rows: dict[Any, tuple[float | None, ...]], first: str = "Method") -> str:
+def published_table(rows: Mapping[Any, Sequence[float | None]], first: str = "Method") -> str:
     return markdown(
         [first, *TITLES.values()],
         [[str(name), *("-" if v is None else f"{v:.3f}" for v in values)] for name, values in rows.items()],
@@ -52,8 +52,8 @@ def published_table(rows: dict[Any, tuple[float | None, ...]], first: str = "Met
 def protocol_line(protocol: Protocol, subjects: int) -> str:
     sampler = protocol.sampler
     return (
-        f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {protocol.references} reference, compared to "
-        f"{protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
+        f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {protocol.references} reference, "
+        f"compared to {protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, "
         f"CLIP `{protocol.clip.model}`. Brackets: {LEVEL:.0%} bootstrap interval over subjects."
     )

@@ -5,21 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from typing import Protocol as Interface
 
-from datamodules.dreambooth import Subject
+from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.protocols import Protocol
 
 PromptKind = Literal["context", "texture"]
-
-
-class SubjectData(Interface):
-    """What is evaluated on: `datamodules.dreambooth.DreamBooth` or anything like it."""
-
-    @property
-    def subjects(self) -> list[Subject]: ...
-    def prompts(self, subject: Subject) -> list[str]: ...
-    def texture_prompts(self, subject: Subject) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ def choose(prompts: list[str], count: int | None, subject: str) -> list[tuple[in
     return sorted(ranked[:count])
 
 
-def chosen_subjects(protocol: Protocol, data: SubjectData) -> list[Subject]:
+def chosen_subjects(protocol: Protocol, data: DreamBooth) -> list[Subject]:
     """Raises ValueError where the protocol names a subject that the data does not have."""
     known = {subject.name: subject for subject in data.subjects}
     missing = sorted(set(protocol.subjects or ()) - set(known))
@@ -65,7 +55,7 @@ def chosen_subjects(protocol: Protocol, data: SubjectData) -> list[Subject]:
     return [known[name] for name in protocol.subjects or known]
 
 
-def tasks_of(protocol: Protocol, data: SubjectData, subject: Subject) -> Iterator[PictureTask]:
+def tasks_of(protocol: Protocol, data: DreamBooth, subject: Subject) -> Iterator[PictureTask]:
     """A subject's pictures: reference by reference, context prompts before texture prompts."""
     references = range(len(subject.images)) if protocol.references == "every" else range(1)
     prompts: list[tuple[PromptKind, int, str]] = []

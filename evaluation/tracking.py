@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 import wandb
 
@@ -10,7 +11,7 @@ from evaluation.config import EvalConfig
 from evaluation.statistics import METRICS
 
 
-def mode() -> str:
+def mode() -> Any:
     """WANDB_MODE where it is set; else online only with WANDB_API_KEY."""
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 

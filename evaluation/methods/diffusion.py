@@ -14,13 +14,12 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
-from moma_lightning.pipeline import MoMAPipeline
 
 
 class DiffusionMethod(Method):
     """Shared by the methods below: scheduler, sizes, prompts and noise as the protocol's sampler says."""
 
-    pipeline: MoMAPipeline
+    pipeline: Any  # a MoMAPipeline; diffusers declares a pipeline's parts at run time only
     sampler: Sampler
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:

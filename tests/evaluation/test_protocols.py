@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import pytest
+
+from datamodules.dreambooth import DreamBooth
+from evaluation.protocols import PRESETS, Sampler, named
+from evaluation.tasks import choose, chosen_subjects, picture_seed, tasks_of
+from tests.evaluation.fakes import PROMPTS, write_data
+
+
+@pytest.fixture
+def data(tmp_path) -> DreamBooth:
+    return DreamBooth(write_data(tmp_path))
+
+
+def test_every_field_moves_the_digest():
+    protocol = PRESETS["mini"]
+    changed = [
+        replace(protocol, comparison="input"),
+        replace(protocol, clip_t_scale=2.5),
+        replace(protocol, dino=replace(protocol.dino, resize=72)),
+        replace(protocol, clip=replace(protocol.clip, dtype="float16")),
+        replace(protocol, sampler=replace(protocol.sampler, seed=1)),
+    ]
+    assert len({p.digest for p in [protocol, *changed]}) == 6
+    assert protocol.digest == replace(protocol).digest
+
+
+def test_presets_say_what_they_are_named_after():
+    assert {name: preset.name for name, preset in PRESETS.items()} == {name: name for name in PRESETS}
+    paper, dreambooth = PRESETS["moma-paper"], PRESETS["dreambooth"]
+    assert (paper.references, dreambooth.references, paper.pictures_per_prompt) == ("every", "first", 4)
+    assert (dreambooth.dino.model, dreambooth.dino.resize, dreambooth.dino.crop) == ("vit_small_patch16_224.dino", 256, 224)
+    assert (dreambooth.clip.model, dreambooth.clip_t_scale, dreambooth.text_template) == ("openai/clip-vit-base-patch32", 1.0, "{prompt}")
+    assert (dreambooth.sampler.num_inference_steps, dreambooth.sampler.guidance_scale) == (50, 7.5)
+
+
+def test_overrides_reach_nested_fields_and_rename():
+    protocol = named("mini", {"pictures_per_prompt": 2, "sampler": {"num_inference_steps": 5}})
+    assert protocol.sampler == replace(PRESETS["mini"].sampler, num_inference_steps=5)
+    assert (protocol.name, protocol.pictures_per_prompt) == ("mini, modified", 2)
+    assert named("mini") == PRESETS["mini"] == named("mini", {"pictures_per_prompt": 1})
+
+
+@pytest.mark.parametrize("overrides", [{"stepz": 3}, {"sampler": {"stepz": 3}}, {"pictures_per_prompt": "many"}])
+def test_wrong_overrides_are_refused(overrides):
+    with pytest.raises(ValueError, match="protocol overrides"):
+        named("mini", overrides)
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(KeyError, match="dreambooth, moma-paper, mini"):
+        named("dreambench")
+
+
+def test_counts_of_the_work_list(data):
+    subject = data.subjects[0]
+    every = named("moma-paper", {"pictures_per_prompt": 2})
+    tasks = list(tasks_of(every, data, subject))
+    assert len(tasks) == 3 * (5 + 10) * 2
+    assert len({task.file for task in tasks}) == len(tasks)
+    mini = list(tasks_of(named("mini", {"context_prompts": 3, "texture_prompts": 2}), data, subject))
+    assert [t.kind for t in mini] == ["context"] * 3 + ["texture"] * 2
+    assert {t.reference for t in mini} == {0}
+
+
+def test_noise_is_shared_by_references_and_differs_otherwise(data):
+    tasks = list(tasks_of(named("moma-paper"), data, data.subjects[0]))
+    seeds = {(t.kind, t.prompt_index, t.picture): set() for t in tasks}
+    for task in tasks:
+        seeds[task.kind, task.prompt_index, task.picture].add(task.seed)
+    assert all(len(found) == 1 for found in seeds.values())
+    assert len(set.union(*seeds.values())) == len(seeds)
+
+
+def test_seeds_never_change():
+    """A changed hash would quietly unpair every comparison with pictures made before."""
+    assert picture_seed(0, "red_mug", "context", 3, 1) == 157421164389221
+    assert 0 <= picture_seed(1, "", "", 0, 0) < 2**48
+
+
+def test_prompt_choice_is_fixed_spread_and_in_order():
+    chosen = {name: choose(PROMPTS, 2, name) for name in map(str, range(12))}
+    assert chosen == {name: choose(PROMPTS, 2, name) for name in map(str, range(12))}
+    assert {index for found in chosen.values() for index, _ in found} == set(range(5))
+    assert all(found == sorted(found) and len(found) == 2 for found in chosen.values())
+    assert choose(PROMPTS, None, "a") == list(enumerate(PROMPTS)) == choose(PROMPTS, 99, "a")
+
+
+def test_unknown_subjects_are_refused(data):
+    with pytest.raises(ValueError, match="unicorn"):
+        chosen_subjects(named("mini", {"subjects": ["tabby", "unicorn"]}), data)
+    assert [s.name for s in chosen_subjects(named("mini", {"subjects": ["tabby"]}), data)] == ["tabby"]
+
+
+def test_sampler_defaults_are_the_papers_first_row():
+    assert (Sampler().beta, Sampler().mask_strength) == (1.0, 1.0)
