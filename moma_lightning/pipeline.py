@@ -62,19 +62,27 @@ class MoMAPipeline(StableDiffusionPipeline):
     """Stable Diffusion with MoMA's two conditions. Without a picture it is StableDiffusionPipeline, bit for bit.
 
     adapter: subject and context attention. decoder: the MLLM that predicts the context embedding (None: pass `image_embeds`).
-    image_encoder: CLIP, for IP-Adapter-style embeddings. masker: finds M_ref when no mask is given.
+    clip: CLIP's image embedding, for IP-Adapter-style contexts. masker: finds M_ref when no mask is given.
     """
 
-    def __init__(self, base: Base, adapter: MoMAAdapter | None = None, decoder: ImageFeatureDecoder | None = None,
-                 image_encoder: ImageEncoder | None = None, masker: SamMasker | None = None):
-        super().__init__(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, safety_checker=None,
-                         feature_extractor=None, requires_safety_checker=False)
-        self.adapter, self.decoder, self.image_encoder, self.masker = adapter, decoder, image_encoder, masker
-        self.set_progress_bar_config(disable=True)
+    adapter: MoMAAdapter | None = None
+    decoder: ImageFeatureDecoder | None = None
+    clip: ImageEncoder | None = None
+    masker: SamMasker | None = None
+
+    @classmethod
+    def from_base(cls, base: Base, adapter: MoMAAdapter | None = None, decoder: ImageFeatureDecoder | None = None,
+                  clip: ImageEncoder | None = None, masker: SamMasker | None = None) -> "MoMAPipeline":
+        """Put loaded parts together; the base's attention processors must be MoMA's (`load_base` installs them)."""
+        pipe = cls(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, safety_checker=None,
+                   feature_extractor=None, requires_safety_checker=False)
+        pipe.adapter, pipe.decoder, pipe.clip, pipe.masker = adapter, decoder, clip, masker
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def to(self, *args, **kwargs) -> "MoMAPipeline":
         super().to(*args, **kwargs)
-        for part in (self.adapter, self.decoder, self.image_encoder, self.masker):
+        for part in (self.adapter, self.decoder, self.clip, self.masker):
             if isinstance(part, nn.Module):
                 part.to(*args, **kwargs)
         return self
@@ -122,7 +130,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         context = self._context(subject, prompts, image_embeds, context_scale, num_images_per_prompt, guided)
         latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
         guide = None
-        if subject is not None and (beta > 0 or return_masks):
+        if subject is not None and (beta > 0 or return_masks or VARIANTS[self.adapter.variant].mask_context):
             guide = SubjectGuide(self, subject, prompts, num_images_per_prompt, latents.shape[-2:], beta, mask_strength, mask_threshold)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
@@ -239,10 +247,10 @@ def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | Non
     foundation = foundation or FoundationConfig()
     base = load_base(foundation)
     masker = SamMasker.from_pretrained(foundation.sam) if foundation.sam and (local_path(foundation.sam) is not None) else None
-    return MoMAPipeline(
+    return MoMAPipeline.from_base(
         base,
         adapter=load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None,
         decoder=ImageFeatureDecoder.from_pretrained(local_path(decoder) or Path(decoder), foundation).eval() if decoder else None,
-        image_encoder=load_image_encoder(foundation),
+        clip=load_image_encoder(foundation),
         masker=masker,
     )

@@ -116,7 +116,7 @@ class IpAdapter(DiffusionMethod):
         return super().weights(models) | {"image_encoder": models.digest(models.foundation.image_encoder)}
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
-        encoder = self.pipeline.image_encoder
+        encoder = self.pipeline.clip
         embeds = encoder(to_pixels(reference.image).to(self.pipeline.device))
         return {"image_embeds": embeds, "beta": 0.0, "context_scale": self.scale}
 

@@ -39,10 +39,10 @@ def loss(vae, pixels, masks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--pictures", type=int, default=90000)
+    parser.add_argument("--pictures", type=int, default=65000)
     args = parser.parse_args()
     torch.manual_seed(0)
     images, masks, _ = rendered(args.pictures)

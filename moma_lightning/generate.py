@@ -1,0 +1,67 @@
+"""`python -m moma_lightning generate`: pictures of a subject, from one picture of it and prompts."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from moma_lightning.foundation import FoundationConfig
+from moma_lightning.pipeline import load_pipeline
+
+
+def generate(
+    prompt: list[str],
+    image: str | None = None,
+    mask: str | None = None,
+    label: str | None = None,
+    out: str = "runs/generated",
+    adapter: str = "runs/mini/stage2/adapter",
+    decoder: str = "runs/mini/stage1/image_feature_decoder",
+    beta: float = 1.0,
+    mask_strength: float = 1.0,
+    guidance_scale: float = 3.0,
+    num_inference_steps: int = 25,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    foundation: FoundationConfig = FoundationConfig(),  # noqa: B008 - never changed
+) -> None:
+    """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it.
+
+    Args:
+        prompt: What to show, e.g. "a cat on the beach"; several are allowed. Each names the label.
+        image: The picture of the subject; without it the base model draws the prompts alone.
+        mask: The subject's mask (white on black); without it SAM finds the main object.
+        label: The word for the subject, e.g. "cat".
+        out: Folder for the pictures.
+        adapter: Folder of stage 2, or an IP-Adapter file.
+        decoder: Folder of stage 1.
+        beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
+        mask_strength: 1 full masking, 0 none.
+        guidance_scale: Classifier-free guidance.
+        num_inference_steps: Denoising steps.
+        num_images_per_prompt: Pictures a prompt.
+        seed: Seed of the first picture's noise; the next ones count up.
+        device: Where to compute.
+        foundation: The base models.
+    """
+    pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None).to(device)
+    seeds = [seed + i for i in range(len(prompt) * num_images_per_prompt)]
+    settings = dict(beta=beta, mask_strength=mask_strength, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
+    output = pipe(
+        prompt, Image.open(image) if image else None, Image.open(mask) if mask else None, label, num_images_per_prompt=num_images_per_prompt,
+        generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], **settings,
+    )  # fmt: skip
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(output.images):
+        text = prompt[i // num_images_per_prompt]
+        path = folder / f"{i:03d}-{'-'.join(text.split())[:60]}.png"
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        picture.save(beside, format="PNG")
+        beside.replace(path)
+        record = dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, **settings)
+        path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        print(path)

@@ -1,0 +1,198 @@
+"""Stage 2, diffusion learning: subject and context attention on the frozen UNet (paper section 3.2, Eq. 1 and 3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from moma_lightning import losses
+from moma_lightning.batch import TripletBatch, white_background
+from moma_lightning.checkpoints import load_into, read_adapter_file, save_adapter
+from moma_lightning.foundation import Base, FoundationConfig, frozen, load_base, load_image_encoder, local_path
+from moma_lightning.models.adapter import MoMAAdapter, Variant
+from moma_lightning.models.attention import Conditioning
+from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.optim import OptimizerConfig
+from moma_lightning.pipeline import VARIANTS, MoMAPipeline
+from moma_lightning.picture_grid import picture_grid
+
+BANDS = 4
+
+
+@dataclass
+class Stage2Config:
+    """What stage 2 trains and on what.
+
+    variant: what K' and V' are made of and what the reference pass sees (`MoMAAdapter`, `pipeline.VARIANTS`).
+    context: the context embedding's source: stage 1's decoder (MoMA) or CLIP of the whole picture (IP-Adapter).
+    subject: train the subject attention; False is an IP-Adapter.
+    context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
+    num_tokens: N of section 3.2.
+    """
+
+    variant: Variant = "released"
+    context: Literal["decoder", "image_encoder"] = "decoder"
+    subject: bool = True
+    context_dropout: float = 0.1
+    text_dropout: float = 0.0
+    num_tokens: int = 4
+
+
+@dataclass
+class GridConfig:
+    """The picture grid of validation: the first `pictures` validation samples, redrawn from their own captions. 0: none."""
+
+    pictures: int = 8
+    num_inference_steps: int = 12
+    guidance_scale: float = 3.0
+
+
+class Stage2(TrainedPartModule):
+    """Trains a MoMAAdapter by noise prediction; MLLM, UNet, VAE and text encoder stay frozen.
+
+    decoder: folder that stage 1 wrote (`image_feature_decoder`), needed when `stage2.context` is "decoder".
+    """
+
+    def __init__(self, foundation: FoundationConfig, stage2: Stage2Config, optimizer: OptimizerConfig,
+                 decoder: str | None = None, grid: GridConfig = GridConfig()):  # noqa: B008 - never changed
+        super().__init__(optimizer)
+        self.config, self.grid = stage2, grid
+        self.base = load_base(foundation)
+        self.unet, self.vae, self.text_encoder = self.base.unet, self.base.vae, self.base.text_encoder
+        self.image_encoder = load_image_encoder(foundation)
+        self.decoder = frozen(load_decoder(decoder, foundation)) if stage2.context == "decoder" else None
+        self.adapter = build_adapter(self.base, foundation, stage2, self.image_encoder.embed_dim)
+        self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler.config)
+        self.grid_samples: TripletBatch | None = None
+
+    def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch,
+                image_embeds: Float[Tensor, "batch dim"], captions: list[str]) -> Float[Tensor, "batch c h w"]:
+        """Noise prediction with both conditions; M_gen = M_ref, as always in training."""
+        latent_size = tuple(noisy_latents.shape[-2:])
+        conditioning = Conditioning(context=self.adapter.context_conditioning(image_embeds))
+        mask = MaskPyramid(batch.subject_mask, latent_size)
+        if VARIANTS[self.config.variant].mask_context and self.config.subject:
+            conditioning.context.generated_mask = mask
+        if self.config.subject:
+            features = self.reference_features(batch)
+            conditioning.subject = self.adapter.subject_conditioning(features, mask, mask)
+        return self.unet(noisy_latents, timesteps, self.encode_text(captions), cross_attention_kwargs={"conditioning": conditioning}).sample
+
+    def reference_features(self, batch: TripletBatch):
+        """The frozen UNet's own features of the clean reference, with the label as text."""
+        seen = batch.pixel_values
+        if VARIANTS[self.config.variant].white_reference:
+            seen = white_background(seen, batch.subject_mask)
+        return self.adapter.reference_features(self.unet, self.encode_images(seen), self.encode_text(batch.label))
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
+        return self.vae.encode(pixel_values).latent_dist.sample() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "batch text dim"]:
+        tokenizer = self.base.tokenizer
+        ids = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device)).last_hidden_state
+
+    @torch.no_grad()
+    def context_embeds(self, batch: TripletBatch) -> Float[Tensor, "batch dim"]:
+        """The predicted embedding of the target picture (MoMA), or CLIP's own (IP-Adapter)."""
+        if self.decoder is None:
+            return self.image_encoder(batch.pixel_values)
+        return self.decoder(white_background(batch.pixel_values, batch.subject_mask), batch.label, batch.caption)
+
+    def sample_losses(self, batch: TripletBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
+        """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
+        latents = self.encode_images(batch.pixel_values)
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
+        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(batch),), generator=generator, device=self.device)
+        embeds, captions = self.context_embeds(batch), batch.caption
+        if drop:
+            chance = torch.rand(2, len(batch), device=self.device)
+            embeds = torch.where((chance[0] < self.config.context_dropout)[:, None], torch.zeros_like(embeds), embeds)
+            captions = ["" if lost else text for lost, text in zip((chance[1] < self.config.text_dropout).tolist(), captions, strict=True)]
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        target = noise
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        return losses.noise_prediction_losses(self(noisy_latents, timesteps, batch, embeds, captions), target), timesteps
+
+    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
+        values, timesteps = self.sample_losses(batch, drop=True)
+        loss = values.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self._log_bands("train", values.detach(), timesteps)
+        if self.config.subject and self.trainer._logger_connector.should_update_logs:
+            self.log_dict({f"lambda/{i}": layer.lambda_.detach()[0] for i, layer in self.adapter.subject.items()}, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        values, timesteps = self.sample_losses(batch, generator, drop=False)
+        self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
+        if batch_idx == 0:
+            self.grid_samples = batch
+
+    def _log_bands(self, split: str, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> None:
+        """Loss by quarter of the noise schedule: `train/loss_t0` is the least noisy."""
+        bands = timesteps * BANDS // self.noise_scheduler.config.num_train_timesteps
+        for band in bands.unique().tolist():
+            self.log(f"{split}/loss_t{band}", values[bands == band].mean(), batch_size=int((bands == band).sum()))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.grid.pictures and self.trainer.is_global_zero and self.grid_samples is not None and not self.trainer.sanity_checking:
+            self._log_grid(self.grid_samples)
+
+    @torch.no_grad()
+    def _log_grid(self, batch: TripletBatch) -> None:
+        """Reference | redrawn from its caption, beside the checkpoints and to the loggers that take pictures."""
+        pipe = MoMAPipeline.from_base(self.base, self.adapter, self.decoder, self.image_encoder).to(self.device)
+        rows = []
+        for i in range(min(self.grid.pictures, len(batch))):
+            pixels = batch.pixel_values[i : i + 1]
+            reference = pipe.image_processor.postprocess(pixels.cpu(), "pil")[0]
+            embeds = self.image_encoder(pixels) if self.decoder is None else None
+            output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], image_embeds=embeds,
+                          beta=float(self.config.subject), guidance_scale=self.grid.guidance_scale,
+                          num_inference_steps=self.grid.num_inference_steps, generator=torch.Generator("cpu").manual_seed(i))
+            rows.append([reference, output.images[0]])
+        grid = picture_grid(rows)
+        self._save_grid(grid)
+
+    def _save_grid(self, grid: Image.Image) -> None:
+        folder = Path(self.trainer.default_root_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.save(folder / f"step-{self.global_step:06d}.png")
+        for logger in self.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("val/pictures", [grid], step=self.global_step)
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            card = {"steps": self.global_step, "context": self.config.context}
+            save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
+
+
+def load_decoder(folder: str | None, foundation: FoundationConfig) -> ImageFeatureDecoder:
+    if folder is None:
+        raise ValueError("stage 2 with context=decoder needs stage 1's result: set model.init_args.decoder to its image_feature_decoder folder")
+    return ImageFeatureDecoder.from_pretrained(local_path(folder) or Path(folder), foundation)
+
+
+def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config, image_embed_dim: int) -> MoMAAdapter:
+    """A fresh adapter; its context side and projector start from `foundation.ip_adapter` where one is named (section 4.1)."""
+    adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=config.num_tokens, variant=config.variant)
+    if foundation.ip_adapter:
+        path = local_path(foundation.ip_adapter) or Path(foundation.ip_adapter)
+        state, _ = read_adapter_file(path)
+        load_into(adapter, {n: v for n, v in state.items() if not n.startswith("subject_adapter.")}, path)
+    adapter.subject.requires_grad_(config.subject)
+    return adapter

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from moma_lightning.models.mask_estimation import average_maps, estimate_mask, find_label_tokens, min_max
+from moma_lightning.models.masks import MaskPyramid, layer_size, mask_weight, resize_mask
+
+
+@pytest.mark.parametrize("latents, level, expected", [((8, 8), 16, (4, 4)), ((6, 12), 18, (3, 6)), ((7, 5), 12, (4, 3)), ((64, 64), 64, (8, 8))])
+def test_layer_size_halves_and_rounds_up_as_the_unet_does(latents, level, expected):
+    assert layer_size(level, *latents) == expected
+
+
+def test_layer_size_refuses_a_length_that_no_halving_gives():
+    with pytest.raises(ValueError, match="no halving of 8x8 latents has 15"):
+        layer_size(15, 8, 8)
+
+
+def test_a_one_pixel_subject_keeps_weight_at_every_resolution():
+    mask = torch.zeros(1, 1, 512, 512)
+    mask[..., 300, 200] = 1
+    pyramid = MaskPyramid(mask, (64, 64))
+    for positions in (4096, 1024, 256, 64):
+        bias, alive = pyramid.log_bias(positions)
+        assert alive.item() == 1 and torch.isfinite(bias).sum() == 1
+
+
+def test_resize_is_the_area_average():
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2, :1] = 1
+    assert resize_mask(mask, (2, 2)).flatten().tolist() == [0.5, 0, 0, 0]
+
+
+def test_mask_weight_at_the_three_strengths():
+    mask = torch.tensor([0.0, 0.25, 1.0])
+    assert mask_weight(mask, 1.0).tolist() == [0.0, 0.25, 1.0]
+    assert mask_weight(mask, 0.5).tolist() == [0.5, 0.625, 1.0]
+    assert mask_weight(mask, 0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_min_max_is_per_sample_and_a_constant_map_is_zero():
+    maps = torch.stack([torch.arange(4.0).view(1, 2, 2), 100 + torch.arange(4.0).view(1, 2, 2), torch.ones(1, 2, 2)])
+    scaled = min_max(maps)
+    assert torch.equal(scaled[0], scaled[1]) and scaled[0].max() == 1
+    assert (scaled[2] == 0).all()
+
+
+def test_estimate_mask_against_a_plain_formula():
+    torch.manual_seed(0)
+    maps = {1: torch.rand(2, 16), 3: torch.rand(2, 4)}
+    estimated = estimate_mask(maps, (4, 4), threshold=0.2)
+    for row in range(2):
+        scaled = [(m[row] - m[row].min()) / (m[row].max() - m[row].min()) for m in maps.values()]
+        small = torch.nn.functional.interpolate(scaled[1].view(1, 1, 2, 2), (4, 4), mode="bilinear")[0, 0]
+        mean = (scaled[0].view(4, 4) + small) / 2
+        mean = (mean - mean.min()) / (mean.max() - mean.min())
+        mean = torch.where(mean <= 0.2, 0, mean)
+        expected = (mean - mean.min()) / (mean.max() - mean.min())
+        torch.testing.assert_close(estimated[row, 0], expected)
+
+
+def test_maps_can_be_trained_through():
+    maps = {1: torch.rand(1, 16, requires_grad=True)}
+    average_maps(maps, (4, 4)).sum().backward()
+    assert torch.isfinite(maps[1].grad).all()
+
+
+def test_label_tokens_all_occurrences_plural_and_multi_word():
+    ids = torch.tensor([[9, 5, 6, 1, 5, 6, 0], [9, 7, 1, 1, 1, 1, 0]])
+    found = find_label_tokens(ids, [[5, 6], [7]], ["a", "b"], "toy robot")
+    assert found.tolist() == [[0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]]
+
+
+def test_a_prompt_without_the_label_is_named():
+    with pytest.raises(ValueError, match="'cat' does not occur in the prompt 'a dog'"):
+        find_label_tokens(torch.tensor([[1, 2]]), [[3]], ["a dog"], "cat")

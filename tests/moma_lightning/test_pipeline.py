@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+
+from moma_lightning.pipeline import MoMAPipeline
+from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
+
+PROMPTS = ["a cat on the beach", "a cat in the snow"]
+
+
+def picture(width=64, height=64, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def square_mask(width=64, height=64):
+    mask = torch.zeros(1, height, width)
+    mask[:, height // 4 : height // 2, width // 4 : width // 2] = 1
+    return mask
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def run(pipe, prompt=PROMPTS, **options):
+    count = len(prompt) * options.get("num_images_per_prompt", 1)
+    settings = dict(guidance_scale=3.0, num_inference_steps=3, generator=generators(count), output_type="np",
+                    image_embeds=torch.full((1, EMBED_DIM), 0.5))
+    return pipe(prompt, **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def stock_pictures(base):
+    """What diffusers' own pipeline draws with its own attention processors on the same weights."""
+    other = tiny_base()
+    other.unet.set_attn_processor(AttnProcessor2_0())
+    stock = StableDiffusionPipeline(other.vae, other.text_encoder, other.tokenizer, other.unet, other.scheduler, None, None, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock(PROMPTS, guidance_scale=3.0, num_inference_steps=3, generator=generators(2), output_type="np").images
+
+
+def test_without_a_picture_it_is_stable_diffusion_bit_for_bit(base, stock_pictures):
+    assert np.array_equal(run(MoMAPipeline.from_base(base), image_embeds=None).images, stock_pictures)
+
+
+def test_lambda_zero_and_context_off_is_stable_diffusion_bit_for_bit(base, stock_pictures):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base, lambda_=0.0))
+    output = run(pipe, image=picture(), mask=square_mask(), label="cat", context_scale=0.0)
+    assert np.array_equal(output.images, stock_pictures)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_beta_and_context_each_change_the_picture(base, stock_pictures, variant):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base, variant))
+    subject = dict(image=picture(), mask=square_mask(), label="cat")
+    drawn = [run(pipe, **subject, beta=beta, context_scale=scale).images for beta, scale in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 1))]
+    assert np.array_equal(drawn[0], stock_pictures)
+    assert all(not np.array_equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    assert all(np.isfinite(d).all() for d in drawn)
+
+
+def test_mask_strength_changes_the_picture_and_masks_are_returned(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    outputs = [run(pipe, image=picture(), mask=square_mask(), label="cat", mask_strength=s, return_masks=True) for s in (1.0, 0.5, 0.0)]
+    assert not np.array_equal(outputs[0].images, outputs[1].images) and not np.array_equal(outputs[1].images, outputs[2].images)
+    assert outputs[0].masks.shape == (3, 2, 1, 8, 8)
+    assert outputs[0].masks.amin() == 0 and outputs[0].masks.amax() == 1
+
+
+def test_batched_prompts_equal_single_prompts(base):
+    """K' and V' are shared by a call's prompts: what one prompt gets must not depend on the others."""
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    subject = dict(image=picture(), mask=square_mask(), label="cat")
+    together = run(pipe, **subject).images
+    alone = [run(pipe, prompt=[p], generator=[torch.Generator().manual_seed(i)], **subject).images[0] for i, p in enumerate(PROMPTS)]
+    np.testing.assert_allclose(together, np.stack(alone), atol=2e-5)
+
+
+def test_non_square_pictures_and_references(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    output = run(pipe, image=picture(96, 48), mask=square_mask(96, 48), label="cat", height=48, width=96, return_masks=True)
+    assert output.images.shape == (2, 48, 96, 3) and output.masks.shape[-2:] == (6, 12)
+    assert np.isfinite(output.images).all()
+
+
+def test_pictures_per_prompt_are_prompt_major(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    subject = dict(image=picture(), mask=square_mask(), label="cat")
+    output = run(pipe, **subject, num_images_per_prompt=2)
+    repeated = run(pipe, prompt=[PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **subject)
+    assert np.array_equal(output.images, repeated.images)
+
+
+def test_clear_errors(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    with pytest.raises(ValueError, match=r"'dog' does not occur in the prompt 'a cat on the beach'"):
+        run(pipe, image=picture(), mask=square_mask(), label="dog")
+    with pytest.raises(ValueError, match="mask of 'cat' is empty"):
+        run(pipe, image=picture(), mask=torch.zeros(1, 64, 64), label="cat")
+    with pytest.raises(ValueError, match="no mask was given"):
+        run(pipe, image=picture(), label="cat")
+    with pytest.raises(ValueError, match="needs an adapter"):
+        run(MoMAPipeline.from_base(base), image=picture(), mask=square_mask(), label="cat")
+
+
+def test_jpeg_noise_in_a_mask_is_background(base):
+    """Grey 10 of 255 in a mask's background must not count as subject, as it does in the released code."""
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    clean = Image.fromarray((square_mask()[0].numpy() * 255).astype(np.uint8))
+    noisy = Image.fromarray(np.maximum(np.asarray(clean), 10))
+    pictures = [run(pipe, image=picture(), mask=m, label="cat").images for m in (clean, noisy)]
+    assert np.array_equal(*pictures)

@@ -1,0 +1,59 @@
+"""Random tiny base models for tests: the real classes, no trained weights, built in well under a second."""
+
+from functools import lru_cache
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from experiments.mini.recipe.captions import build_tokenizer
+from moma_lightning.foundation import Base, frozen
+from moma_lightning.models.adapter import MoMAAdapter, install_processors
+
+TEXT_DIM, EMBED_DIM = 32, 24
+
+
+@lru_cache
+def tiny_tokenizer() -> CLIPTokenizer:
+    return build_tokenizer()
+
+
+def tiny_unet(channels: tuple[int, ...] = (16, 32), heads: int = 4) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels), up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        cross_attention_dim=TEXT_DIM, attention_head_dim=heads, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    eos = tokenizer.eos_token_id
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos,
+    ))  # fmt: skip
+
+
+def tiny_base(seed: int = 0, **unet) -> Base:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    model = tiny_unet(**unet)
+    install_processors(model)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return Base(frozen(model), frozen(tiny_vae()), frozen(tiny_text_encoder(tokenizer)), tokenizer, scheduler)
+
+
+def tiny_adapter(base: Base, variant: str = "released", lambda_: float = 0.7, num_tokens: int = 4) -> MoMAAdapter:
+    """An adapter whose every parameter is random, so that nothing passes a test by being an identity or a zero."""
+    adapter = MoMAAdapter.for_unet(base.unet, EMBED_DIM, num_tokens=num_tokens, variant=variant)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter.fill_(lambda_) if name.endswith("lambda_") else parameter.add_(0.2 * torch.randn_like(parameter))
+    return frozen(adapter)
