@@ -111,11 +111,11 @@ class TripletDataModule(LightningDataModule):
         return {"readers": self._readers(), "positions": dict(self.positions)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        positions = state_dict["positions"]
+        positions = {worker: (number, drawn) for worker, (number, drawn) in state_dict["positions"].items()}
         if state_dict["readers"] != self._readers() and positions:
             next_pass = max(number for number, _ in positions.values()) + 1
             positions = dict.fromkeys(range(max(1, self.config.num_workers)), (next_pass, 0))
-        self.positions = dict(positions)
+        self.positions = positions
 
     def _readers(self) -> list[int]:
         return [self.rank_and_world_size[1], max(1, self.config.num_workers)]

@@ -68,7 +68,7 @@ def test_mask_of_another_size_is_fitted_and_of_another_shape_refused():
 def test_square_keeps_the_subject_wherever_it_is(tools):
     for _ in range(300):
         width, height = (int(v) for v in tools.rng.integers(5, 60, 2))
-        x, y = sorted(tools.rng.integers(0, width + 1, 2)), sorted(tools.rng.integers(0, height + 1, 2))
+        x, y = (sorted(int(v) for v in tools.rng.integers(0, length + 1, 2)) for length in (width, height))
         if x[0] == x[1] or y[0] == y[1]:
             continue
         for rng in (None, tools.rng):
