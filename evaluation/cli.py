@@ -55,6 +55,6 @@ def main(args: Sequence[str] | None = None) -> None:
     command, config = parse(args)
     try:
         COMMANDS[command][0](config)
-    except (ValueError, FileNotFoundError) as error:
+    except (KeyError, ValueError, FileNotFoundError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.exit(f"evaluation {command}: {error}")

@@ -6,7 +6,8 @@ crop, which real pictures, which reference, which text. A score is comparable on
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -95,12 +96,18 @@ def named(name: str, overrides: dict[str, Any] | None = None) -> Protocol:
     """
     if name not in PRESETS:
         raise KeyError(f"no protocol {name!r}; there are {', '.join(PRESETS)}")
+    protocol = changed(name, json.dumps(overrides or {}, sort_keys=True))
+    if protocol != PRESETS[name] and protocol.name == name:
+        return replace(protocol, name=f"{name}, modified")
+    return protocol
+
+
+@cache
+def changed(name: str, overrides: str) -> Protocol:
+    """A preset with JSON put over it, types checked."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--protocol", type=Protocol, default=PRESETS[name])
     try:
-        protocol = parser.instantiate(parser.parse_object({"protocol": overrides or {}})).protocol
+        return parser.instantiate(parser.parse_object({"protocol": json.loads(overrides)})).protocol
     except Exception as error:
         raise ValueError(f"protocol overrides {overrides}: {error}") from error
-    if protocol != PRESETS[name] and protocol.name == name:
-        return Protocol(**{**vars(protocol), "name": f"{name}, modified"})
-    return protocol

@@ -14,7 +14,7 @@ def with_interval(value: Interval | None) -> str:
     return f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]" if value else "-"
 
 
-def signed_interval(value: Interval) -> str:
+def signed_interval(value: Mapping[str, Any]) -> str:
     return f"{value['mean']:+.3f} [{value['lo']:+.3f}, {value['hi']:+.3f}]"
 
 

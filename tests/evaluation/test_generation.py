@@ -129,7 +129,7 @@ def test_nothing_is_left_beside_the_pictures(tmp_path):
     config = fake_config(tmp_path, {"a": Painter(), "real": RealImages()})
     generate(config)
     assert {p.suffix for p in Path(config.run).rglob("*") if p.is_file()} == {".png", ".json"}
-    assert not [p for p in Path(config.run).rglob(".*")]
+    assert not list(Path(config.run).rglob(".*"))
     assert [p.name for p in config.pictures.iterdir()] == ["a"]
 
 

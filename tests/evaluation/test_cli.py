@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from evaluation.cli import COMMANDS, main, parse
+from evaluation.methods import IpAdapter, Moma, RealImages, TextOnly
+from evaluation.tracking import mode
+from tests.evaluation.fakes import write_data
+
+MINI = Path(__file__).parents[2] / "experiments" / "mini" / "eval.yaml"
+
+
+def test_minis_config_names_the_rows_of_table_1():
+    command, config = parse(["dreambooth", "--config", str(MINI)])
+    assert command == "dreambooth"
+    assert config.methods == {
+        "real_images": RealImages(),
+        "text_only": TextOnly(),
+        "ip_adapter": IpAdapter(),
+        "moma_beta0": Moma(beta=0.0),
+        "moma_beta1": Moma(beta=1.0),
+    }
+    assert (config.data, config.adapter) == ("runs/mini/data/dreambooth", "runs/mini/stage2/adapter")
+    assert config.resolved_protocol().name == "mini"
+
+
+def test_minis_work_fits_six_minutes():
+    """About 8 pictures a second; the oracle makes none."""
+    config = parse(["generate", "--config", str(MINI)])[1]
+    protocol = config.resolved_protocol()
+    pictures = 30 * (protocol.context_prompts + protocol.texture_prompts) * protocol.pictures_per_prompt
+    assert pictures * sum(not method.is_oracle for method in config.methods.values()) / 8 < 360
+
+
+def test_options_on_the_command_line_win():
+    config = parse(["score", "--config", str(MINI), "--overrides", '{"pictures_per_prompt": 3}', "--report.subjects=2", "--run=elsewhere"])[1]
+    assert config.resolved_protocol().pictures_per_prompt == 3
+    assert config.report.subjects == 2
+    assert str(config.pictures) == "elsewhere/eval/pictures"
+
+
+@pytest.mark.parametrize("wrong", [["--stepz=3"], ["--report.stepz=3"], ["--methods.x=Nope"], ["--num_processes=many"]])
+def test_unknown_keys_are_errors(wrong, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(["generate", "--config", str(MINI), *wrong])
+    assert raised.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
+    (tmp_path / "eval.yaml").write_text("protocol: mini\nstepz: 3\n")
+    with pytest.raises(SystemExit):
+        parse(["generate", "--config", str(tmp_path / "eval.yaml")])
+    assert "stepz" in capsys.readouterr().err
+
+
+def test_method_names_must_be_folders(tmp_path):
+    (tmp_path / "eval.yaml").write_text("methods: {../up: TextOnly}\n")
+    with pytest.raises((SystemExit, ValueError)):
+        parse(["generate", "--config", str(tmp_path / "eval.yaml")])
+
+
+def test_commands_are_the_documented_ones():
+    assert list(COMMANDS) == ["generate", "score", "report", "dreambooth", "ablate"]
+
+
+def test_missing_data_and_weights_are_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="evaluation generate: .*prompts_and_classes.txt is missing"):
+        main(["generate", "--config", str(MINI), f"--data={tmp_path}"])
+    data = write_data(tmp_path / "data")
+    with pytest.raises(SystemExit, match="no/such/adapter/here"):
+        main(["generate", "--config", str(MINI), f"--data={data}", "--adapter=no/such/adapter/here", f"--run={tmp_path}",
+              f"--foundation.base={data}", f"--foundation.sam={data}", f"--foundation.mllm={data}", f"--decoder={data}",
+              f"--foundation.ip_adapter={data}", f"--foundation.image_encoder={data}"])  # fmt: skip
+
+
+def test_wandb_never_asks(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert mode() == "disabled"

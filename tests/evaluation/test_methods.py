@@ -1,0 +1,180 @@
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+from datamodules.dreambooth import DreamBooth
+from evaluation.generation import generate
+from evaluation.methods import Folder, IpAdapter, Models, Moma, TextOnly
+from evaluation.plan import Evaluation
+from evaluation.protocols import Sampler, named
+from evaluation.stamps import content_digest
+from evaluation.tasks import tasks_of
+from moma_lightning.foundation import FoundationConfig
+from moma_lightning.pipeline import MoMAPipeline
+from tests.evaluation.fakes import fake_config, random_picture, write_data
+from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
+
+SAMPLER = Sampler(num_inference_steps=2, guidance_scale=2.0, beta=0.7, mask_strength=0.5)
+
+
+class Recorder:
+    """A pipeline that keeps what it is called with."""
+
+    def __init__(self):
+        self.calls, self.device = [], torch.device("cpu")
+        self.scheduler = EulerDiscreteScheduler()
+        self.image_encoder = lambda pixels: pixels.mean((2, 3))
+
+    def __call__(self, prompts, **given):
+        self.calls.append({"prompts": prompts, **given})
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompts])
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Evaluation:
+    config = fake_config(tmp_path, {})
+    return Evaluation(config, named("mini", {"context_prompts": 2, "texture_prompts": 1}), DreamBooth(write_data(tmp_path / "data")), config.models())
+
+
+def call(method, evaluation, pipeline, sampler=SAMPLER) -> dict:
+    """What the pipeline receives from a method for the first subject."""
+    foundation = FoundationConfig(ip_adapter="ip.safetensors")
+    models = Models(foundation, "adapter", "decoder")
+    models.pipeline = lambda adapter, decoder: pipeline
+    method.setup(models, sampler)
+    subject = evaluation.subjects[0]
+    tasks = list(tasks_of(evaluation.protocol, evaluation.data, subject))
+    assert len(method.generate(subject, evaluation.reference(subject, 0), tasks)) == 3
+    return pipeline.calls[-1] | {"tasks": tasks}
+
+
+def test_every_method_gets_the_same_noise_and_sampler(evaluation):
+    calls = [call(method, evaluation, Recorder()) for method in (TextOnly(), IpAdapter(), Moma())]
+    for given in calls:
+        seeds = [generator.initial_seed() for generator in given["generator"]]
+        assert seeds == [task.seed for task in given["tasks"]]
+        assert {g.device.type for g in given["generator"]} == {"cpu"}
+        assert given["prompts"] == [task.prompt for task in given["tasks"]]
+        assert (given["num_inference_steps"], given["guidance_scale"]) == (2, 2.0)
+
+
+def test_moma_is_given_picture_mask_and_label(evaluation):
+    given = call(Moma(), evaluation, Recorder())
+    assert given["label"] == "mug"
+    assert given["image"].size == given["mask"].size == (24, 24)
+    assert (given["beta"], given["mask_strength"], given["context_scale"]) == (0.7, 0.5, 1.0)
+    given = call(Moma(beta=0.0, mask_strength=1.0, context_scale=0.3), evaluation, Recorder())
+    assert (given["beta"], given["mask_strength"], given["context_scale"]) == (0.0, 1.0, 0.3)
+
+
+def test_text_only_sees_no_picture(evaluation):
+    given = call(TextOnly(), evaluation, Recorder())
+    assert not {"image", "mask", "image_embeds"} & set(given)
+    assert not TextOnly.uses_reference
+
+
+def test_ip_adapter_sees_the_clip_embedding_of_the_whole_picture(evaluation):
+    given = call(IpAdapter(scale=0.6), evaluation, Recorder())
+    reference = Image.open(evaluation.subjects[0].images[0])
+    expected = torch.tensor([sum(channel.getdata()) / 576 / 127.5 - 1 for channel in reference.split()])
+    torch.testing.assert_close(given["image_embeds"], expected[None], rtol=1e-4, atol=1e-4)
+    assert (given["beta"], given["context_scale"]) == (0.0, 0.6)
+    assert "image" not in given
+
+
+def test_scheduler_and_template_come_from_the_protocol(evaluation):
+    pipeline = Recorder()
+    sampler = Sampler(scheduler="DDIMScheduler", prompt_template="photo of a {label}. {prompt}")
+    given = call(TextOnly(), evaluation, pipeline, sampler)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert given["prompts"][0] == f"photo of a mug. {given['tasks'][0].prompt}"
+    with pytest.raises(ValueError, match="NoSuchScheduler"):
+        call(TextOnly(), evaluation, pipeline, Sampler(scheduler="NoSuchScheduler"))
+
+
+def test_masks_from_the_data_only_where_the_protocol_says(tmp_path, evaluation):
+    assert evaluation.reference(evaluation.subjects[0], 1).mask_path.name == "01.png"
+    sam = Evaluation(evaluation.config, named("dreambooth"), evaluation.data, evaluation.models)
+    assert sam.reference(sam.subjects[0], 1).mask is None
+
+
+@pytest.mark.parametrize("method", [Moma(beta=1.0), IpAdapter(), TextOnly()])
+def test_the_real_pipeline_takes_what_methods_give(evaluation, method):
+    base = tiny_base()
+    pipeline = MoMAPipeline(base, tiny_adapter(base) if not isinstance(method, TextOnly) else None)
+    pipeline.image_encoder = lambda pixels: torch.ones(1, EMBED_DIM) * pixels.mean()
+    models = Models(FoundationConfig(), "adapter", "decoder")
+    models.pipeline = lambda adapter, decoder: pipeline
+    method.setup(models, SAMPLER)
+    subject = evaluation.subjects[0]
+    tasks = list(tasks_of(evaluation.protocol, evaluation.data, subject))
+    images = method.generate(subject, evaluation.reference(subject, 0), tasks)
+    alone = method.generate(subject, evaluation.reference(subject, 0), tasks[1:2])
+    assert [image.size for image in images] == [(64, 64)] * 3
+    difference = torch.tensor(list(images[1].getdata())).float() - torch.tensor(list(alone[0].getdata()))
+    assert difference.abs().max() <= 2  # a picture does not depend on its batch
+
+
+def test_weights_are_named_by_their_content(tmp_path):
+    for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w").write_text(name)
+    foundation = FoundationConfig(*(str(tmp_path / n) for n in ("base",)), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
+                                  ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
+
+    def models():
+        return Models(foundation, str(tmp_path / "adapter"), str(tmp_path / "decoder"))
+
+    before = {type(m): m.weights(models()) for m in (TextOnly(), IpAdapter(), Moma())}
+    (tmp_path / "mllm" / "w").write_text("other")
+    after = {type(m): m.weights(models()) for m in (TextOnly(), IpAdapter(), Moma())}
+    assert before[TextOnly] == after[TextOnly]
+    assert before[IpAdapter] == after[IpAdapter]
+    assert {k for k in before[Moma] if before[Moma][k] != after[Moma][k]} == {"mllm"}
+    assert before[Moma]["adapter"] == content_digest(tmp_path / "adapter")
+
+
+def test_missing_checkpoints_are_named():
+    with pytest.raises(ValueError, match="`adapter` .* and `decoder`"):
+        Moma().weights(Models(FoundationConfig(), None, None))
+    with pytest.raises(ValueError, match="foundation.ip_adapter"):
+        IpAdapter().weights(Models(FoundationConfig(ip_adapter=None)))
+    with pytest.raises(FileNotFoundError, match="no/such/base"):
+        TextOnly().weights(Models(FoundationConfig(base="no/such/base")))
+
+
+def write_folder(folder: Path, evaluation: Evaluation, skip: int = 0) -> str:
+    """A CSV and pictures for every task of the evaluation, each of a colour of its own."""
+    folder.mkdir()
+    tasks = [task for subject in evaluation.subjects for task in tasks_of(evaluation.protocol, evaluation.data, subject)]
+    with (folder / "made.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["subject", "prompt", "path"])
+        for i, task in enumerate(tasks[: len(tasks) - skip]):
+            random_picture(100 + i).save(folder / f"{i}.png")
+            writer.writerow([task.subject, task.prompt, f"{i}.png"])
+    return str(folder / "made.csv")
+
+
+def test_folder_brings_each_picture_to_its_place(tmp_path):
+    config = fake_config(tmp_path, {}, {"pictures_per_prompt": 2})
+    config.methods["theirs"] = Folder(write_folder(tmp_path / "theirs", Evaluation.open(config)))
+    generate(config)
+    plans = Evaluation.open(config).planned("theirs", config.methods["theirs"])
+    for i, plan in enumerate(plans):
+        assert Image.open(plan.path).tobytes() == random_picture(100 + i).tobytes()
+
+
+def test_folder_names_what_is_missing(tmp_path):
+    config = fake_config(tmp_path, {})
+    config.methods["theirs"] = Folder(write_folder(tmp_path / "theirs", Evaluation.open(config), skip=1))
+    with pytest.raises(ValueError, match="names no picture number 1 of subject 'tabby'"):
+        generate(config)
+    Path(tmp_path / "bad.csv").write_text("subject,path\n")
+    with pytest.raises(ValueError, match="bad.csv lacks the columns prompt"):
+        Folder(str(tmp_path / "bad.csv")).rows()
