@@ -45,7 +45,7 @@ def encoded(count: int) -> tuple[torch.Tensor, torch.Tensor, list]:
     images, masks, pictures = rendered(count)
     path = WORK / f"latents-{count}.pt"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(BASE / "vae").eval()
+        vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
         chunks = [vae.encode(to_pixels(images[i : i + 250])).latent_dist.mode() * vae.config.scaling_factor for i in range(0, count, 250)]
         save_beside(path, lambda p: torch.save(torch.cat(chunks).half(), p))
     coverage = F.adaptive_avg_pool2d(torch.from_numpy(masks)[:, None] / 255, 8)
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--batch", type=int, default=24, help="per process")
     parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--pictures", type=int, default=60000)
+    parser.add_argument("--pictures", type=int, default=40000)
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,160 @@
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from moma_lightning import losses
+from moma_lightning.batch import TripletBatch
+from moma_lightning.checkpoints import load_adapter
+from moma_lightning.foundation import FoundationConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
+from moma_lightning.optim import OptimizerConfig
+from tests.tiny import tiny_base
+
+EMBED = 12
+
+
+def batch(seed: int, size: int = 3, height: int = 32, width: int = 32, empty: bool = False) -> TripletBatch:
+    rng = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(size, 1, height, width, generator=rng) > 0.5).float()
+    mask[1:, :, : height // 2] = 0
+    if empty:
+        mask[0] = 0
+    pixels = torch.rand(size, 3, height, width, generator=rng) * 2 - 1
+    return TripletBatch(pixels, mask, ["a cat on a lake"] * size, ["cat"] * size, [f"{seed}-{i}" for i in range(size)])
+
+
+def loader(*seeds: int) -> DataLoader:
+    return DataLoader([batch(seed) for seed in seeds], batch_size=None)
+
+
+@pytest.fixture(scope="session")
+def foundation(tiny_foundation, tmp_path_factory) -> FoundationConfig:
+    folder, base = tmp_path_factory.mktemp("base"), tiny_base()
+    pipe = StableDiffusionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return FoundationConfig(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(foundation, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("decoder")
+    ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), EMBED).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def build(foundation, decoder_folder):
+    def make(**options) -> Stage2:
+        seed_everything(0, verbose=False)
+        decoder = decoder_folder if options.get("context", "decoder") == "decoder" else None
+        optimizer = OptimizerConfig(lr=1e-2, lr_multipliers={"lambda_": 10.0} if options.get("subject", True) else {})
+        return Stage2(foundation, Stage2Config(**options), optimizer, decoder, GridConfig(pictures=0))
+
+    return make
+
+
+def trainer(folder, steps: int, **options) -> Trainer:
+    return Trainer(max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
+                   enable_model_summary=False, num_sanity_val_steps=0, **{"enable_checkpointing": False, **options})
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_training_moves_the_adapter_and_nothing_else(build, tmp_path, variant):
+    module = build(variant=variant)
+    before = {n: v.clone() for n, v in module.state_dict().items()}
+    trainer(tmp_path, 3).fit(module, loader(0, 1, 2))
+    changed = {n for n, v in module.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {n for n, _ in module.adapter.named_parameters(prefix="adapter")}
+    assert all(layer.lambda_ != 0 for layer in module.adapter.subject.values())
+
+
+def test_parameter_counts_of_the_paper_layout(build):
+    module = build()
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    by_hand = sum(2 * c * c + 1 for c in (16, 16, 16, 32, 32, 32, 32)) + sum(2 * c * 32 for c in (16, 16, 16, 32, 32, 32, 32))
+    by_hand += (EMBED * 4 * 32 + 4 * 32) + 2 * 32
+    assert trained == by_hand
+
+
+def test_an_ip_adapter_has_no_subject_side(build, tmp_path):
+    module = build(context="image_encoder", subject=False)
+    trainer(tmp_path, 2).fit(module, loader(0, 1))
+    assert not any(p.requires_grad for p in module.adapter.subject.parameters())
+    loaded = load_adapter(tmp_path / "adapter", module.unet)
+    torch.testing.assert_close(loaded.image_proj.proj.weight, module.adapter.image_proj.proj.weight)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 64), (40, 24)])
+def test_sizes_and_empty_masks_stay_finite(build, shape):
+    module = build()
+    values, _ = module.sample_losses(batch(0, height=shape[0], width=shape[1], empty=True), drop=True)
+    values.mean().backward()
+    assert torch.isfinite(values).all()
+    assert all(torch.isfinite(p.grad).all() for p in module.adapter.parameters())
+
+
+def test_a_sample_does_not_see_its_neighbours(build):
+    """With mixed masks in one batch each sample's prediction equals the one it gets alone."""
+    module = build().eval()
+    with torch.no_grad():
+        for layer in module.adapter.subject.values():
+            layer.lambda_.fill_(0.8)
+        whole = batch(0)
+        noisy, timesteps, embeds = torch.randn(3, 4, 4, 4), torch.tensor([10, 500, 900]), torch.randn(3, EMBED)
+        torch.manual_seed(0)
+        module.encode_images = lambda pixels: module.vae.encode(pixels).latent_dist.mode()
+        together = module(noisy, timesteps, whole, embeds, whole.caption)
+        for i in range(3):
+            one = TripletBatch(whole.pixel_values[i : i + 1], whole.subject_mask[i : i + 1], whole.caption[:1], whole.label[:1], whole.key[:1])
+            torch.testing.assert_close(module(noisy[i : i + 1], timesteps[i : i + 1], one, embeds[i : i + 1], one.caption)[0], together[i], atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_is_zeros_before_the_projector_and_never_the_subject(build):
+    module = build(context_dropout=1.0)
+    seen = {}
+    module.adapter.image_proj.register_forward_pre_hook(lambda _, args: seen.__setitem__("embeds", args[0]))
+    subject = module.adapter.subject_conditioning
+    module.adapter.subject_conditioning = lambda *args, **kw: seen.__setitem__("subject", True) or subject(*args, **kw)
+    module.sample_losses(batch(0), drop=True)
+    assert (seen["embeds"] == 0).all() and seen["subject"]
+    module.sample_losses(batch(0), drop=False)
+    assert (seen["embeds"] != 0).any()
+
+
+def test_noise_prediction_loss_is_equation_1():
+    a, b = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    expected = torch.stack([((a[i] - b[i]) ** 2).sum() / 36 for i in range(2)])
+    torch.testing.assert_close(losses.noise_prediction_losses(a, b), expected)
+
+
+def test_two_steps_kill_and_resume_equal_four_steps(build, tmp_path):
+    """Checkpoints hold what is trained and its optimizer; Lightning restores the loop, the test the noise."""
+
+    def steps(module, folder, count, **options):
+        module.on_train_batch_start = lambda batch, i: torch.manual_seed(module.global_step) and None
+        callback = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
+        trainer(folder, count, callbacks=[callback], enable_checkpointing=True).fit(module, loader(0, 1, 2, 3), **options)
+        return {n: p.detach().clone() for n, p in module.adapter.named_parameters()}
+
+    undisturbed = steps(build(), tmp_path / "a", 4)
+    steps(build(), tmp_path / "b", 2)
+    resumed = steps(build(), tmp_path / "b", 4, ckpt_path=tmp_path / "b" / "last.ckpt")
+    assert all(torch.equal(undisturbed[n], resumed[n]) for n in undisturbed)
+    saved = torch.load(tmp_path / "b" / "last.ckpt", weights_only=False)["state_dict"]
+    assert set(saved) == {f"adapter.{n}" for n in undisturbed}
+
+
+def test_the_picture_grid_of_validation_is_written(build, tmp_path):
+    module = build()
+    module.grid = GridConfig(pictures=2, num_inference_steps=2)
+    trainer(tmp_path, 1, limit_val_batches=1).fit(module, loader(0), loader(1))
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"]
+
+
+def test_decoder_context_without_a_decoder_says_what_to_set(foundation):
+    with pytest.raises(ValueError, match=r"set model.init_args.decoder"):
+        Stage2(foundation, Stage2Config(), OptimizerConfig())
