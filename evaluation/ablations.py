@@ -61,7 +61,7 @@ def run_ablations(config: EvalConfig) -> None:
             protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n",
             method_table(summary),
             difference_table(summary),
-            f"## The paper's numbers\n\n*{published.NOTE.capitalize()}.*\n",
+            f"## The paper's numbers\n\n*{published.NOTE}.*\n",
             published_table(paper, name),
         ]
         write_beside(config.ablations_folder / f"{name}.md", "\n".join(page).encode())

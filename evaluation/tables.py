@@ -65,5 +65,5 @@ def score_page(summary: dict[str, Any], protocol: Protocol, subjects: int, warni
     parts += [f"> **Warning:** {warning}.\n" for warning in warnings]
     if summary["differences"]:
         parts += ["## Differences, paired over subjects\n", difference_table(summary)]
-    parts += ["## The paper's Table 1\n", f"*{published.NOTE.capitalize()}.*\n", published_table(published.TABLE_1)]
+    parts += ["## The paper's Table 1\n", f"*{published.NOTE}.*\n", published_table(published.TABLE_1)]
     return "\n".join(parts)

@@ -108,7 +108,7 @@ def headline_charts(summary: dict[str, Any]) -> list[str]:
 def difference_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
     for row in summary["differences"]:
-        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = row | {"clear": row["lo"] > 0 or row["hi"] < 0}
+        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = row | {"certain": row["lo"] > 0 or row["hi"] < 0}
     return [{"a": a, "b": b, "cells": [found.get(m) for m in METRICS]} for (a, b), found in pairs.items()]
 
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 
 COLORS = ("#475569", "#c2410c", "#15803d", "#7c3aed", "#2457d6", "#b91c1c", "#0e7490", "#a16207")
-WIDTH = 340
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -33,15 +32,15 @@ def stroke(x1: float, y1: float, x2: float, y2: float, rest: str = 'class="g"') 
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {rest}/>'
 
 
-def drawing(title: str, height: float, parts: Sequence[str]) -> str:
+def drawing(title: str, width: float, height: float, parts: Sequence[str]) -> str:
     label = html.escape(title)
-    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def line_chart(title: str, x: Sequence[float], y: Sequence[float], color: str = COLORS[4], height: int = 170) -> str:
+def line_chart(title: str, x: Sequence[float], y: Sequence[float], color: str = COLORS[4], width: int = 340, height: int = 170) -> str:
     """One curve over steps. Points that are not finite are left out; raises ValueError when none is left."""
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    left, right, top, bottom = 46, WIDTH - 10, 26, height - 22
+    left, right, top, bottom = 46, width - 10, 26, height - 22
     x0, x1 = min(a for a, _ in points), max(a for a, _ in points)
     y0, y1 = padded([b for _, b in points])
 
@@ -57,12 +56,12 @@ def line_chart(title: str, x: Sequence[float], y: Sequence[float], color: str = 
     parts += [text(across(tick), height - 6, f"{tick:g}", "a m") for tick in ticks(x0, x1)]
     path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
     parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round"/>')
-    return drawing(title, height, parts)
+    return drawing(title, width, height, parts)
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, dict[str, float], str]]) -> str:
+def interval_chart(title: str, rows: Sequence[tuple[str, dict[str, float], str]], width: int = 260) -> str:
     """A dot and its interval for each row (name, {mean, lo, hi}, colour)."""
-    left, right, top, step = 118, WIDTH - 14, 30, 24
+    left, right, top, step = 92, width - 14, 30, 24
     height = top + step * len(rows) + 24
     low, high = padded([value[end] for _, value, _ in rows for end in ("lo", "hi")])
 
@@ -78,4 +77,4 @@ def interval_chart(title: str, rows: Sequence[tuple[str, dict[str, float], str]]
         parts.append(text(left - 8, y + 4, name, "a e"))
         parts.append(stroke(across(value["lo"]), y, across(value["hi"]), y, f'stroke="{color}" stroke-width="2"'))
         parts.append(f'<circle cx="{across(value["mean"]):.1f}" cy="{y}" r="4" fill="{color}"><title>{told}</title></circle>')
-    return drawing(title, height, parts)
+    return drawing(title, width, height, parts)

@@ -99,7 +99,7 @@ def test_page_shows_scores_protocol_curves_ablations_and_the_paper(evaluated, te
     assert "<h3>stage1</h3>" in text
     assert 'aria-label="train/loss"' in text
     assert "0.123" in text
-    assert "Published, real dreambooth, not comparable with mini" in text
+    assert "Published, real DreamBooth, not comparable with mini" in text
     assert 'name="viewport"' in text
 
 

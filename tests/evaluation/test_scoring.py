@@ -130,7 +130,7 @@ def test_markdown_keeps_the_papers_rows_apart(tmp_path):
     assert config.resolved_protocol().digest in ours
     assert "**Warning:** copy passes real_images" in ours
     assert "MoMA | 0.618" not in ours
-    assert published.NOTE.capitalize() in paper
+    assert published.NOTE in paper
     assert "| MoMA | 0.618 | 0.348 | 0.803 | 0.335 |" in paper
     assert "| Real images | 0.774 | - | 0.885 | - |" in paper
     row = next(line for line in ours.splitlines() if line.startswith("| real_images"))
