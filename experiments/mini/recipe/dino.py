@@ -28,7 +28,7 @@ TEMPERATURE = 0.1
 def build() -> torch.nn.Module:
     return timm.create_model(
         "vit_small_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=4, num_classes=0, global_pool="token",
-        pretrained_cfg_overlay=dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation="bicubic"))
+        pretrained_cfg_overlay=dict(tag="mini", input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation="bicubic"))
 
 
 def views_of(identities: list[world.Identity], count: int, seed: int) -> np.ndarray:
@@ -117,7 +117,7 @@ def look_alike(pair: int, index: int) -> world.Identity:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3)
