@@ -127,6 +127,7 @@ def main():
     images, masks, pictures = rendered(args.pictures)
     clip = CLIPVisionModelWithProjection.from_pretrained(FOUNDATION / "image_encoder")
     processor = build_processor()
+    clip.config._name_or_path = ""  # else the shipped config names a folder of this machine
     model = build(processor.tokenizer, clip.config)
     copy_vision_tower(model, clip)
     trained = [p for p in model.parameters() if p.requires_grad]
