@@ -51,7 +51,8 @@ def build(tokenizer, vision: CLIPVisionConfig) -> LlavaForConditionalGeneration:
     """About 1.6 M parameters: half vision tower, half Llama. Random weights."""
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
                        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=tokenizer.pad_token_id)
     image_token = tokenizer.convert_tokens_to_ids(SPECIAL["image_token"])
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token,
                                                      image_seq_length=(vision.image_size // vision.patch_size) ** 2,
