@@ -89,7 +89,7 @@ class Losses:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--batch", type=int, default=24, help="per process")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--pictures", type=int, default=40000)
