@@ -46,7 +46,10 @@ def parse(args: Sequence[str] | None = None) -> tuple[str, EvalConfig]:
     parsed = parser.parse_args(args)
     given = parser.instantiate(parsed)[parsed.subcommand]
     fields = {key: value for key, value in vars(given).items() if key != "config"}
-    return parsed.subcommand, EvalConfig(**fields)
+    try:
+        return parsed.subcommand, EvalConfig(**fields)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -54,10 +54,12 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
     assert "stepz" in capsys.readouterr().err
 
 
-def test_method_names_must_be_folders(tmp_path):
-    (tmp_path / "eval.yaml").write_text("methods: {../up: TextOnly}\n")
-    with pytest.raises((SystemExit, ValueError)):
+@pytest.mark.parametrize("name", ["../up", "differences"])
+def test_method_names_must_be_folders(tmp_path, capsys, name):
+    (tmp_path / "eval.yaml").write_text(f"methods: {{{name}: TextOnly}}\n")
+    with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
+    assert f"cannot be called {name!r}" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_commands_are_the_documented_ones():

@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self):
         self.calls, self.device = [], torch.device("cpu")
         self.scheduler = EulerDiscreteScheduler()
-        self.image_encoder = lambda pixels: pixels.mean((2, 3))
+        self.clip = lambda pixels: pixels.mean((2, 3))
 
     def __call__(self, prompts, **given):
         self.calls.append({"prompts": prompts, **given})
@@ -106,8 +106,8 @@ def test_masks_from_the_data_only_where_the_protocol_says(tmp_path, evaluation):
 @pytest.mark.parametrize("method", [Moma(beta=1.0), IpAdapter(), TextOnly()])
 def test_the_real_pipeline_takes_what_methods_give(evaluation, method):
     base = tiny_base()
-    pipeline = MoMAPipeline(base, tiny_adapter(base) if not isinstance(method, TextOnly) else None)
-    pipeline.image_encoder = lambda pixels: torch.ones(1, EMBED_DIM) * pixels.mean()
+    pipeline = MoMAPipeline.from_base(base, tiny_adapter(base) if not isinstance(method, TextOnly) else None)
+    pipeline.clip = lambda pixels: torch.ones(1, EMBED_DIM) * pixels.mean()
     models = Models(FoundationConfig(), "adapter", "decoder")
     models.pipeline = lambda adapter, decoder: pipeline
     method.setup(models, SAMPLER)
@@ -124,7 +124,7 @@ def test_weights_are_named_by_their_content(tmp_path):
     for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w").write_text(name)
-    foundation = FoundationConfig(*(str(tmp_path / n) for n in ("base",)), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
+    foundation = FoundationConfig(str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
                                   ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
 
     def models():
