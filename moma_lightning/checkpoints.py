@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moma_lightning.models.adapter import MoMAAdapter
+from moma_lightning.models.adapter import MoMAAdapter, Variant
 
 ADAPTER_FILE = "moma.safetensors"
 CARD_FILE = "card.json"
@@ -78,7 +78,7 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
         raise CheckpointError(f"{path} is not a readable adapter file ({error}); fetch or write it again") from error
 
 
-def load_adapter(path: str | Path, unet: UNet2DConditionModel, variant: str | None = None) -> MoMAAdapter:
+def load_adapter(path: str | Path, unet: UNet2DConditionModel, variant: Variant | None = None) -> MoMAAdapter:
     """The adapter in `path` for this UNet. A file without a subject side (an IP-Adapter) leaves lambda at 0.
 
     variant: overrides what the file says; files that say nothing are "released". Raises CheckpointError as `load_into`.
@@ -87,8 +87,9 @@ def load_adapter(path: str | Path, unet: UNet2DConditionModel, variant: str | No
     weight = state.get("image_proj.proj.weight")
     if weight is None:
         raise CheckpointError(f"{path} holds no image_proj.proj.weight: not an IP-Adapter or MoMA adapter file")
-    num_tokens = weight.shape[0] // unet.config.cross_attention_dim
-    adapter = MoMAAdapter.for_unet(unet, weight.shape[1], num_tokens=max(num_tokens, 1), variant=variant or metadata.get("moma_variant", "released"))
+    num_tokens = max(1, weight.shape[0] // unet.config.cross_attention_dim)
+    variant = variant or cast(Variant, metadata.get("moma_variant", "released"))
+    adapter = MoMAAdapter.for_unet(unet, weight.shape[1], num_tokens=num_tokens, variant=variant)
     load_into(adapter, state, path)
     return adapter
 

@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from moma_lightning.models.adapter import install_processors
+from moma_lightning.models.preprocess import preprocess
 
 REPOSITORY = Path(__file__).parents[1]
 MINI = "experiments/mini/foundation"
@@ -90,13 +90,9 @@ def load_base(config: FoundationConfig) -> Base:
 class ImageEncoder(nn.Module):
     """CLIP's image embedding of pictures in [-1, 1]: resized and normalised as the model's image processor says."""
 
-    def __init__(self, model: CLIPVisionModelWithProjection, processor: CLIPImageProcessor):
+    def __init__(self, model: CLIPVisionModelWithProjection, image_processor: CLIPImageProcessor):
         super().__init__()
-        self.model = frozen(model)
-        self.size = processor.size.get("shortest_edge") or processor.size["height"]
-        self.crop = processor.crop_size["height"]
-        self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None], persistent=False)
+        self.model, self.image_processor = frozen(model), image_processor
 
     @property
     def embed_dim(self) -> int:
@@ -104,19 +100,7 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed_dim"]:
-        pixels = (resize_and_crop(pixel_values, self.size, self.crop) + 1) / 2
-        return self.model((pixels - self.mean) / self.std).image_embeds
-
-
-def resize_and_crop(pixels: Float[Tensor, "batch 3 height width"], size: int, crop: int) -> Float[Tensor, "batch 3 crop crop"]:
-    """Shortest side to `size` (bicubic, antialiased), then the central `crop` x `crop`: CLIP's preprocessing."""
-    height, width = pixels.shape[-2:]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        shape = [round(height * scale), round(width * scale)]
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-    top, left = (pixels.shape[-2] - crop) // 2, (pixels.shape[-1] - crop) // 2
-    return pixels[..., top : top + crop, left : left + crop]
+        return self.model(preprocess(pixel_values, self.image_processor).to(self.model.dtype)).image_embeds
 
 
 def load_image_encoder(config: FoundationConfig) -> ImageEncoder:

@@ -88,7 +88,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         return self
 
     @torch.no_grad()
-    def __call__(  # noqa: PLR0913 - the arguments are the method's own knobs
+    def __call__(
         self,
         prompt: str | Sequence[str],
         image: Image.Image | None = None,
@@ -130,21 +130,22 @@ class MoMAPipeline(StableDiffusionPipeline):
         context = self._context(subject, prompts, image_embeds, context_scale, num_images_per_prompt, guided)
         latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
         guide = None
-        if subject is not None and (beta > 0 or return_masks or VARIANTS[self.adapter.variant].mask_context):
+        if subject is not None:
             guide = SubjectGuide(self, subject, prompts, num_images_per_prompt, latents.shape[-2:], beta, mask_strength, mask_threshold)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
         masks = []
         for t in self.progress_bar(self.scheduler.timesteps):
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            conditioning = Conditioning(context=context) if guide is None else guide.conditioning(t, context, guided)
+            recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
+            conditioning = guide.conditioning(t, context, guided, recorder) if guide else Conditioning(context=context)
             noise_pred = self.unet(doubled, t, text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
             if guided:
                 unconditional, conditional = noise_pred.chunk(2)
                 noise_pred = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(noise_pred, t, latents, **extra, return_dict=False)[0]
             if guide is not None:
-                masks.append(guide.update(conditioning.recorder))
+                masks.append(guide.update(recorder))
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         return MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)
 
@@ -190,9 +191,11 @@ class MoMAPipeline(StableDiffusionPipeline):
 
     def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
         """Image tokens' keys and values for the whole batch; the unconditional half gets projector(zeros)."""
-        if scale == 0 or self.adapter is None or (image_embeds is None and (subject is None or self.decoder is None)):
+        if scale == 0 or self.adapter is None:
             return None
         if image_embeds is None:
+            if subject is None or self.decoder is None:
+                return None
             image_embeds = self.decoder(subject.white_background.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), prompts)
         image_embeds = image_embeds.to(self._execution_device).expand(len(prompts), -1).repeat_interleave(repeats, 0)
         if guided:
@@ -208,6 +211,7 @@ class SubjectGuide:
     """The subject side of one call: K', V' made once, M_gen(t) carried from each step to the next (Figure 3 b)."""
 
     def __init__(self, pipe: MoMAPipeline, subject: Subject, prompts, repeats, latent_size, beta, mask_strength, threshold):
+        assert pipe.adapter is not None, "prepare_subject has seen to it"
         self.settings = VARIANTS[pipe.adapter.variant]
         self.latent_size, self.mask_strength, self.threshold, self.beta = tuple(latent_size), mask_strength, threshold, beta
         reference_mask = MaskPyramid(subject.mask, subject.latent_size, mask_strength)
@@ -215,7 +219,7 @@ class SubjectGuide:
         self.label_tokens = pipe_label_tokens(pipe, prompts, subject.label).repeat_interleave(repeats, 0)
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
 
-    def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool) -> Conditioning:
+    def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
         waiting = self.settings.wait_for_mask and self.generated_mask is None and self.mask_strength > 0
         acts = self.beta > 0 and t < self.settings.subject_below and not waiting
         pyramid = None
@@ -225,7 +229,7 @@ class SubjectGuide:
         self.subject.generated_mask = pyramid
         if context is not None and self.settings.mask_context:
             context.generated_mask = pyramid
-        return Conditioning(self.subject if acts else None, context, Recorder(label_tokens=self.label_tokens))
+        return Conditioning(self.subject if acts else None, context, recorder)
 
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         self.generated_mask = estimate_mask(recorder.label_maps, self.latent_size, self.threshold)

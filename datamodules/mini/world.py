@@ -87,12 +87,13 @@ def sample_identity(rng: np.random.Generator, label: str | None = None) -> Ident
     label = label or LABELS[rng.integers(len(LABELS))]
     color = tuple(COLORS)[rng.integers(len(COLORS))]
     accents = [name for name in ACCENTS if name != color]
-    return Identity(label, color, accents[rng.integers(len(accents))], PATTERNS[rng.integers(len(PATTERNS))],
-                    tuple(float(v) for v in rng.random(3).round(3)))
+    accent, pattern = accents[rng.integers(len(accents))], PATTERNS[rng.integers(len(PATTERNS))]
+    width, height, detail = rng.random(3).round(3).tolist()
+    return Identity(label, color, accent, pattern, (width, height, detail))
 
 
 def identity(split: str, index: int, label: str | None = None) -> Identity:
-    """Identity number `index` of a split. Splits are disjoint in the pair (colour, accent), decided by `split_of`."""
+    """Identity number `index` of a split. Splits are disjoint, decided by `split_of`."""
     rng = np.random.default_rng([20241004, {"train": 0, "heldout": 1}[split], index])
     while True:
         candidate = sample_identity(rng, label)

@@ -174,7 +174,7 @@ def build_encoders(
 ) -> dict[str, CachedEncoder]:
     """{"dino": ..., "clip": ...} with caches under `cache`, in files named by the encoder's settings and weights."""
     encoders: dict[str, ImageTextEncoder] = {"dino": DinoEncoder(dino), "clip": ClipEncoder(clip)}
-    configs = {"dino": dino, "clip": clip}
+    configs: dict[str, DinoConfig | ClipConfig] = {"dino": dino, "clip": clip}
     return {
         name: CachedEncoder(encoder.to(device), cache and cache / f"{name}-{fingerprint(encoder, configs[name])}.npz")
         for name, encoder in encoders.items()

@@ -1,11 +1,9 @@
 """Stage 1, multimodal generative learning: teach the image-feature decoder CLIP's embedding of the whole picture (Eq. 4)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from moma_lightning import losses, optim
@@ -14,7 +12,7 @@ from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.metrics import EmbeddingMatch
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
-from moma_lightning.models.trained_weights import check_fit
+from moma_lightning.modules.base import TrainedPartModule
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
 BASELINES = {
@@ -24,7 +22,7 @@ BASELINES = {
 }
 
 
-class Stage1(LightningModule):
+class Stage1(TrainedPartModule):
     """Trains an ImageFeatureDecoder on I_wb and P_ref against the frozen CLIP(I_ref).
 
     clip: folder or hub id of the whole CLIP model whose vision tower is the foundation's image encoder; only for the caption
@@ -37,9 +35,7 @@ class Stage1(LightningModule):
     def __init__(
         self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None
     ):
-        super().__init__()
-        self.strict_loading = False  # the frozen weights are not in checkpoints; on_load_checkpoint checks the others
-        self.optimizer_config = optimizer
+        super().__init__(optimizer)
         self.image_encoder = load_image_encoder(foundation)
         embed_dim = self.image_encoder.embed_dim
         self.decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, embed_dim).train()
@@ -95,20 +91,10 @@ class Stage1(LightningModule):
             self.matches[name].reset()
         self.print(table(scores))
 
-    def configure_optimizers(self) -> Any:
-        return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)
-
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module: the decoder's own parameters and the running mean of the targets."""
         own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
         return own | {"target_sum": self.target_sum, "target_count": self.target_count}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self.kept()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        source = self._trainer.ckpt_path if self._trainer is not None and self._trainer.ckpt_path else "the checkpoint"
-        check_fit(str(source), checkpoint["state_dict"], self.kept())
 
     def on_fit_end(self) -> None:
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]

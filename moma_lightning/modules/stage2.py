@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -20,8 +20,8 @@ from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.optim import OptimizerConfig
-from moma_lightning.pipeline import VARIANTS, MoMAPipeline
 from moma_lightning.picture_grid import picture_grid
+from moma_lightning.pipeline import VARIANTS, MoMAPipeline
 
 BANDS = 4
 
@@ -76,13 +76,13 @@ class Stage2(TrainedPartModule):
                 image_embeds: Float[Tensor, "batch dim"], captions: list[str]) -> Float[Tensor, "batch c h w"]:
         """Noise prediction with both conditions; M_gen = M_ref, as always in training."""
         latent_size = tuple(noisy_latents.shape[-2:])
-        conditioning = Conditioning(context=self.adapter.context_conditioning(image_embeds))
-        mask = MaskPyramid(batch.subject_mask, latent_size)
-        if VARIANTS[self.config.variant].mask_context and self.config.subject:
-            conditioning.context.generated_mask = mask
+        context, subject = self.adapter.context_conditioning(image_embeds), None
         if self.config.subject:
-            features = self.reference_features(batch)
-            conditioning.subject = self.adapter.subject_conditioning(features, mask, mask)
+            mask = MaskPyramid(batch.subject_mask, latent_size)
+            subject = self.adapter.subject_conditioning(self.reference_features(batch), mask, mask)
+            if VARIANTS[self.config.variant].mask_context:
+                context.generated_mask = mask
+        conditioning = Conditioning(subject, context)
         return self.unet(noisy_latents, timesteps, self.encode_text(captions), cross_attention_kwargs={"conditioning": conditioning}).sample
 
     def reference_features(self, batch: TripletBatch):
@@ -136,7 +136,7 @@ class Stage2(TrainedPartModule):
 
     def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
         generator = torch.Generator(self.device).manual_seed(batch_idx)
-        values, timesteps = self.sample_losses(batch, generator, drop=False)
+        values, _ = self.sample_losses(batch, generator, drop=False)
         self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
         if batch_idx == 0:
             self.grid_samples = batch

@@ -33,7 +33,8 @@ def caption_style(picture: world.Picture, rng: np.random.Generator) -> str:
 
 
 def corpus() -> list[str]:
-    words = [*world.COLORS, *world.PATTERNS, *world.MATERIALS, *world.ACCESSORIES, *world.SCENES.values(), *world.LIGHTS.values(), "wearing made of wood gold stone ice moss"]
+    words = [*world.COLORS, *world.PATTERNS, *world.MATERIALS, *world.ACCESSORIES, *world.SCENES.values(), *world.LIGHTS.values()]
+    words.append("wearing made of wood gold stone ice moss")
     return words + [t.format(label=label) for t, label in itertools.product(TEMPLATES, world.LABELS)]
 
 
