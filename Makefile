@@ -44,10 +44,10 @@ report: $(INSTALLED) ## one HTML page of tables, plots and pictures
 	$(RUN) evaluation report --config experiments/$(EXP)/eval.yaml $(ARGS)
 
 ablate-beta: $(INSTALLED) ## the paper's Table 4: strength of the subject attention
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml $(ARGS)
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --ablations.masking '[]' $(ARGS)
 
 ablate-masking: $(INSTALLED) ## the paper's Table 3: strength of the masks
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml $(ARGS)
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --ablations.beta '[]' $(ARGS)
 
 test: $(INSTALLED) ## the tests, on JOBS=2 processes
 	OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/bin/pytest -q -n $(JOBS) $(ARGS)

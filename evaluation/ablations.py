@@ -46,8 +46,8 @@ def same_method(config: EvalConfig, method: Moma) -> str | None:
 
 
 def run_ablations(config: EvalConfig) -> None:
-    """Write `<run>/ablations/{masking,beta}.{json,md}`."""
-    grids = {name: grid(config, name) for name in GRIDS}
+    """Write `<run>/ablations/{masking,beta}.{json,md}`; a grid without values is passed over and its tables stay."""
+    grids = {name: grid(config, name) for name in GRIDS if getattr(config.ablations, name)}
     methods = {key: config.methods.get(key, method) for made in grids.values() for key, method in made.items()}
     generate(config, methods)
     evaluation = Evaluation.open(config)

@@ -40,3 +40,13 @@ def test_tables_are_written_beside_the_papers(tmp_path, monkeypatch):
         assert "not comparable with mini" in page
     assert "| 0.5 | 0.603 | 0.322 | 0.797 | 0.231 |" in (config.ablations_folder / "masking.md").read_text()
     assert "| 0.0 | 0.583 | 0.349 | 0.782 | 0.319 |" in (config.ablations_folder / "beta.md").read_text()
+
+
+def test_a_grid_without_values_is_passed_over(tmp_path, monkeypatch):
+    config = fake_config(tmp_path, {})
+    config.ablations.masking = ()
+    monkeypatch.setattr(ablations, "grid", lambda config, name: {"full": Painter(0.2), "off": Painter(0.9)})
+    plain = ablations.score
+    monkeypatch.setattr(ablations, "score", lambda evaluation, methods: plain(evaluation, methods, fake_encoders()))
+    run_ablations(config)
+    assert sorted(path.name for path in config.ablations_folder.iterdir()) == ["beta.json", "beta.md"]
