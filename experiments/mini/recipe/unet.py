@@ -122,7 +122,7 @@ def main():
         torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
         if rank == 0 and (step + 1) % 100 == 0:
             print(f"step {step + 1} noise {noise_loss:.4f} dice {coverage:.3f}", flush=True)
-        if rank == 0 and (step + 1) % 500 == 0:
+        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == args.steps):
             export(ema)
 
 
