@@ -4,7 +4,6 @@ Our file's `image_proj.` and `ip_adapter.` entries are IP-Adapter's layout, so t
 """
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moma_lightning.files import write_beside
 from moma_lightning.models.adapter import MoMAAdapter, Variant
+from moma_lightning.models.trained_weights import check_fit
 
 ADAPTER_FILE = "moma.safetensors"
 CARD_FILE = "card.json"
@@ -39,22 +40,11 @@ def adapter_state(adapter: MoMAAdapter, *, subject: bool = True) -> dict[str, Te
 def save_adapter(adapter: MoMAAdapter, folder: str | Path, card: dict[str, Any] | None = None, *, subject: bool = True) -> Path:
     """Write `moma.safetensors` and `card.json` into `folder`, each beside and renamed. Returns the weights' path."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     card = {"variant": adapter.variant, "num_tokens": adapter.image_proj.num_tokens, "subject": subject} | (card or {})
     metadata = {"format": "pt", "moma_variant": adapter.variant}
-    _beside(folder / ADAPTER_FILE, lambda p: save_file(adapter_state(adapter, subject=subject), p, metadata=metadata))
-    _beside(folder / CARD_FILE, lambda p: p.write_text(json.dumps(card, indent=2) + "\n"))
+    write_beside(folder / ADAPTER_FILE, lambda p: save_file(adapter_state(adapter, subject=subject), p, metadata=metadata))
+    write_beside(folder / CARD_FILE, lambda p: p.write_text(json.dumps(card, indent=2) + "\n"))
     return folder / ADAPTER_FILE
-
-
-def _beside(path: Path, write) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} was not written ({error.strerror}); a file of that name from before is unchanged") from error
 
 
 def read_adapter_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,12 +91,10 @@ def load_into(adapter: MoMAAdapter, state: dict[str, Tensor], path: str | Path) 
     """
     has_subject = any(name.startswith("subject_adapter.") for name in state)
     expected = adapter_state(adapter, subject=has_subject)
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    reshaped = [f"{n} is {list(state[n].shape)}, this model needs {list(v.shape)}" for n, v in expected.items() if n in state and state[n].shape != v.shape]
-    if missing or unexpected or reshaped:
-        lines = [f"missing {n}" for n in missing] + [f"unexpected {n}" for n in unexpected] + reshaped
-        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
-        raise CheckpointError(f"{path} does not fit this base model:\n  {shown}\nUse the base model that the adapter was trained on.")
+    try:
+        check_fit(str(path), state, expected)
+    except ValueError as error:
+        raise CheckpointError(f"{error}\nUse the base model that the adapter was trained on.") from error
     own = {value: key for key, value in _PARTS.items()}
     named = {f"{own[n.partition('.')[0]]}.{n.partition('.')[2]}": v for n, v in state.items()}
     adapter.load_state_dict({n: v.float() for n, v in named.items()}, strict=has_subject)

@@ -13,6 +13,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from moma_lightning.files import write_beside
+
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CHECKPOINTS = "checkpoints"
 
@@ -105,9 +107,7 @@ class Run:
 
     @rank_zero_only
     def mark_finished(self, step: int) -> None:
-        beside = self._finished.with_suffix(".writing")
-        beside.write_text(json.dumps({"step": step}) + "\n")
-        beside.replace(self._finished)
+        write_beside(self._finished, lambda path: path.write_text(json.dumps({"step": step}) + "\n"))
 
     @rank_zero_only
     def forget(self) -> None:

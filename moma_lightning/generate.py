@@ -1,12 +1,12 @@
 """`python -m moma_lightning generate`: pictures of a subject, from one picture of it and prompts."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from moma_lightning.files import write_beside
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import load_pipeline
 
@@ -54,14 +54,10 @@ def generate(
         prompt, Image.open(image) if image else None, Image.open(mask) if mask else None, label, num_images_per_prompt=num_images_per_prompt,
         generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], **settings,
     )  # fmt: skip
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(output.images):
         text = prompt[i // num_images_per_prompt]
-        path = folder / f"{i:03d}-{'-'.join(text.split())[:60]}.png"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        picture.save(beside, format="PNG")
-        beside.replace(path)
+        path = Path(out) / f"{i:03d}-{'-'.join(text.split())[:60]}.png"
+        write_beside(path, picture.save)
         record = dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, **settings)
         path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
         print(path)

@@ -91,7 +91,7 @@ class MoMAAdapter(nn.Module):
 
     @torch.no_grad()
     def reference_features(
-        self, unet: UNet2DConditionModel, latents: Float[Tensor, "batch 4 h w"], prompt_embeds: Float[Tensor, "batch text dim"]
+        self, unet: UNet2DConditionModel, latents: Float[Tensor, "batch channels h w"], prompt_embeds: Float[Tensor, "batch text dim"]
     ) -> Reference:
         """One pass of the frozen UNet over the clean reference at t = 0 with the label as text (section 3.2).
 

@@ -1,7 +1,7 @@
 """A folder of trained parameters: `model.safetensors` and `config.json`, written beside and renamed, read strictly."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moma_lightning.files import write_beside
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
     """Write both files, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_beside(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    write_beside(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -57,9 +58,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a folder written by save_pretrained ({WEIGHTS} and {CONFIG})")
     return path
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    write(beside)
-    beside.replace(path)

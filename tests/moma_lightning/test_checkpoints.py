@@ -55,7 +55,7 @@ def test_wrong_shape_missing_and_unexpected_entries_are_named(base, tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     save_adapter(tiny_adapter(tiny_base(channels=(8, 16))), tmp_path)
-    with pytest.raises(CheckpointError, match="does not fit this base model"):
+    with pytest.raises(CheckpointError, match="Use the base model that the adapter was trained on"):
         load_adapter(tmp_path, base.unet)
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from datamodules.mini import world
 from datamodules.mini.render import render
+from moma_lightning.files import write_beside
 
 WORK = Path(os.environ.get("MINI_WORK", "runs/mini-foundation"))
 FOUNDATION = Path(__file__).parents[1] / "foundation"
@@ -32,7 +33,7 @@ def rendered(count: int) -> tuple[np.ndarray, np.ndarray, list[world.Picture]]:
     path = WORK / f"pictures-{count}.npz"
     if not path.exists():
         chunks = [render(pictures[i : i + 256]) for i in range(0, count, 256)]
-        save_beside(path, lambda p: np.savez(p, images=np.concatenate([c[0] for c in chunks]), masks=np.concatenate([c[1] for c in chunks])))
+        write_beside(path, lambda p: np.savez(p, images=np.concatenate([c[0] for c in chunks]), masks=np.concatenate([c[1] for c in chunks])))
     with np.load(path) as file:
         return file["images"], file["masks"], pictures
 
@@ -40,13 +41,6 @@ def rendered(count: int) -> tuple[np.ndarray, np.ndarray, list[world.Picture]]:
 def to_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 [batch, height, width, 3] to float [batch, 3, height, width] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def save_beside(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing{path.suffix}")
-    write(beside)
-    beside.replace(path)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -71,7 +65,7 @@ def training_steps(name: str, steps: int, modules: dict, optimizer: torch.optim.
         yield step
         if save and ((step + 1) % every == 0 or step + 1 == steps):
             state = {"step": step + 1, "optimizer": optimizer.state_dict()} | {k: m.state_dict() for k, m in modules.items()}
-            save_beside(path, lambda p: torch.save(state, p))
+            write_beside(path, lambda p: torch.save(state, p))
             left = (time.time() - started) / (step + 1 - first) * (steps - step - 1)
             print(f"{name}: step {step + 1}/{steps}, {left / 60:.1f} min left", flush=True)
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from datamodules.mini import world
 from datamodules.mini.render import render
-from experiments.mini.recipe.common import FOUNDATION, WORK, save_beside, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, WORK, to_pixels, training_steps
+from moma_lightning.files import write_beside
 
 VIEWS = 4
 TEMPERATURE = 0.1
@@ -44,7 +45,7 @@ def training_views(count: int) -> tuple[np.ndarray, list[np.ndarray]]:
     identities = [world.identity("train", 1_000_000 + i) for i in range(count)]
     path = WORK / f"identities-{count}.npy"
     if not path.exists():
-        save_beside(path, lambda p: np.save(p, views_of(identities, VIEWS, seed=21)))
+        write_beside(path, lambda p: np.save(p, views_of(identities, VIEWS, seed=21)))
     groups = defaultdict(list)
     for i, subject in enumerate(identities):
         groups[subject.label, subject.color].append(i)

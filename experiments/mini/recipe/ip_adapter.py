@@ -4,7 +4,8 @@ import shutil
 import subprocess
 import sys
 
-from experiments.mini.recipe.common import FOUNDATION, save_beside
+from experiments.mini.recipe.common import FOUNDATION
+from moma_lightning.files import write_beside
 
 RUN = "runs/mini/ip_adapter"
 
@@ -13,7 +14,7 @@ def main():
     """Arguments are the command line's of `moma_lightning fit`. Shards are made where they are missing."""
     subprocess.run([sys.executable, "-m", "datamodules.mini", "--out", "runs/mini/data"], check=True)
     subprocess.run([sys.executable, "-m", "moma_lightning", "fit", "--config", "experiments/mini/ip_adapter.yaml", *sys.argv[1:]], check=True)
-    save_beside(FOUNDATION / "ip_adapter" / "ip-adapter.safetensors", lambda p: shutil.copy(f"{RUN}/adapter/moma.safetensors", p))
+    write_beside(FOUNDATION / "ip_adapter" / "ip-adapter.safetensors", lambda p: shutil.copy(f"{RUN}/adapter/moma.safetensors", p))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.mini.recipe.common import FOUNDATION, save_beside
+from experiments.mini.recipe.common import FOUNDATION
+from moma_lightning.files import write_beside
 
 #: The part of the recipe that makes each folder.
 RECIPES = {"base/vae": "autoencoder", "base/unet": "unet", "base/text_encoder": "clip", "base/tokenizer": "clip", "base/scheduler": "unet",
@@ -20,7 +21,7 @@ def halve(path: Path) -> None:
     state = load_file(path)
     if any(v.dtype == torch.float32 for v in state.values()):
         half = {name: v.half() if v.dtype == torch.float32 else v for name, v in state.items()}
-        save_beside(path, lambda p: save_file(half, p, metadata={"format": "pt"}))
+        write_beside(path, lambda p: save_file(half, p, metadata={"format": "pt"}))
 
 
 def load_as_fp32(path: Path) -> None:
@@ -49,7 +50,7 @@ def main():
     for path in FOUNDATION.rglob("config.json"):
         load_as_fp32(path)
     content = manifest()
-    save_beside(FOUNDATION / "manifest.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_beside(FOUNDATION / "manifest.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
     print(f"{content['bytes'] / 2**20:.1f} MiB in {len(content['files'])} files")
 
 

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from experiments.mini.recipe.captions import caption_style
-from experiments.mini.recipe.common import FOUNDATION, WORK, rendered, save_beside, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, WORK, rendered, to_pixels, training_steps
+from moma_lightning.files import write_beside
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.attention import Conditioning, Recorder
 from moma_lightning.models.mask_estimation import average_maps, find_label_tokens
@@ -47,7 +48,7 @@ def encoded(count: int) -> tuple[torch.Tensor, torch.Tensor, list]:
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
         chunks = [vae.encode(to_pixels(images[i : i + 250])).latent_dist.mode() * vae.config.scaling_factor for i in range(0, count, 250)]
-        save_beside(path, lambda p: torch.save(torch.cat(chunks).half(), p))
+        write_beside(path, lambda p: torch.save(torch.cat(chunks).half(), p))
     coverage = F.adaptive_avg_pool2d(torch.from_numpy(masks)[:, None] / 255, 8)
     return torch.load(path, weights_only=True), coverage, pictures
 
