@@ -60,8 +60,12 @@ lint: $(INSTALLED) ## ruff, mypy and the rules of what may import what
 bench: $(INSTALLED) ## what subject and context attention cost a denoising step, in time
 	$(RUN) experiments.bench $(ARGS)
 
-mini-foundation: $(INSTALLED) ## train the shipped mini base models again (several hours on 2 cores; goes on where it stopped)
-	@for part in $(FOUNDATION); do echo "== $$part"; $(RUN) experiments.mini.recipe.$$part $(ARGS); done
+mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about 2 hours on 2 cores; goes on where it stopped)
+	@for part in $(FOUNDATION); do echo "== $$part"; case $$part in \
+		unet) OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node $(JOBS) -m experiments.mini.recipe.unet $(ARGS) ;; \
+		*) $(RUN) experiments.mini.recipe.$$part $(ARGS) ;; esac; done
+	$(RUN) experiments.mini.recipe.ship
+	$(RUN) experiments.mini.recipe.check_base
 
 clean: ## remove runs/EXP
 	rm -rf runs/$(EXP)

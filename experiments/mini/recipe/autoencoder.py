@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from datamodules.mini.render import render
-from experiments.mini.recipe.common import FOUNDATION, psnr, rendered, sample_world, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, optimize, psnr, rendered, sample_world, to_pixels, training_steps
 
 
 def build() -> AutoencoderKL:
@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--pictures", type=int, default=65000)
+    parser.add_argument("--pictures", type=int, default=40000)
     args = parser.parse_args()
     torch.manual_seed(0)
     images, masks, _ = rendered(args.pictures)
@@ -53,10 +53,7 @@ def main():
         rows = np.random.default_rng([1, step]).integers(0, len(images), args.batch)
         pixels = to_pixels(images[rows]).contiguous(memory_format=torch.channels_last)
         value, _ = loss(vae, pixels, torch.from_numpy(masks[rows])[:, None] / 255)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        optimize(value, optimizer)
         if (step + 1) % 500 == 0:
             with torch.no_grad():
                 output = vae.decode(vae.encode(held_out).latent_dist.mode()).sample

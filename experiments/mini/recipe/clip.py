@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 from datamodules.mini import world
 from datamodules.mini.render import render
 from experiments.mini.recipe.captions import MAX_TOKENS, build_tokenizer, caption_style
-from experiments.mini.recipe.common import FOUNDATION, rendered, sample_world, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, optimize, rendered, sample_world, to_pixels, training_steps
 
 WIDTH = 128
 
@@ -85,10 +85,7 @@ def main():
         pixels = augment(to_pixels(images[rows]), torch.from_numpy(masks[rows])[:, None] / 255, rng)
         image_embeds, text_embeds = model.get_image_features(pixels).pooler_output, model.get_text_features(**tokens).pooler_output
         value = contrastive_loss(model, image_embeds, text_embeds, captions)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimize(value, optimizer)
         if (step + 1) % 50 == 0:
             print(f"loss {value:.3f}", zero_shot(model.eval(), tokenizer), flush=True)
             model.train()

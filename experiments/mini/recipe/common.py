@@ -14,7 +14,7 @@ from datamodules.mini.render import render
 from moma_lightning.files import write_beside
 
 WORK = Path(os.environ.get("MINI_WORK", "runs/mini-foundation"))
-FOUNDATION = Path(__file__).parents[1] / "foundation"
+FOUNDATION = Path(os.environ.get("MINI_FOUNDATION", Path(__file__).parents[1] / "foundation"))
 
 
 def sample_world(start: int, count: int, *, material_rate: float = 0.12, accessory_rate: float = 0.2) -> list[world.Picture]:
@@ -68,6 +68,14 @@ def training_steps(name: str, steps: int, modules: dict, optimizer: torch.optim.
             write_beside(path, lambda p: torch.save(state, p))
             left = (time.time() - started) / (step + 1 - first) * (steps - step - 1)
             print(f"{name}: step {step + 1}/{steps}, {left / 60:.1f} min left", flush=True)
+
+
+def optimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step with the gradient's norm clipped to 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

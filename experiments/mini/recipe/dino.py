@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from datamodules.mini import world
 from datamodules.mini.render import render
-from experiments.mini.recipe.common import FOUNDATION, WORK, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, WORK, optimize, to_pixels, training_steps
 from moma_lightning.files import write_beside
 
 VIEWS = 4
@@ -131,10 +131,7 @@ def main():
     for step in training_steps("dino", args.steps, {"model": model}, optimizer, args.lr, every=200):
         rng = np.random.default_rng([3, step])
         value = info_nce(model(augment(sample_batch(images, groups, rng, args.groups, args.group_size), rng)))
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimize(value, optimizer)
         if (step + 1) % 200 == 0:
             print(f"loss {value:.3f}", check(model.eval()), flush=True)
             model.train()

@@ -19,7 +19,7 @@ from datamodules.mini import world
 from datamodules.mini.render import render
 from experiments.mini.recipe.captions import corpus
 from experiments.mini.recipe.clip import image_processor
-from experiments.mini.recipe.common import FOUNDATION, rendered, sample_world, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, optimize, rendered, sample_world, to_pixels, training_steps
 
 PROMPT = "USER: <image>\nDescribe. ASSISTANT:"
 WIDTH = 128
@@ -138,10 +138,7 @@ def main():
         rows = rng.integers(0, len(images), args.batch)
         pixels, captions = training_batch(images[rows], masks[rows], [pictures[i] for i in rows], rng)
         value = loss(model.train(), processor.tokenizer, pixels, captions)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        optimize(value, optimizer)
         if (step + 1) % 100 == 0:
             print(f"loss {value:.3f}", caption_accuracy(model, processor.tokenizer), flush=True)
     model.eval().save_pretrained(FOUNDATION / "llava")

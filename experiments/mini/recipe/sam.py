@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from datamodules.mini.render import render
 from experiments.mini.recipe.clip import augment
-from experiments.mini.recipe.common import FOUNDATION, rendered, sample_world, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, optimize, rendered, sample_world, to_pixels, training_steps
 from moma_lightning.segmentation import SamConfig, SamMasker, build_sam, point_prompts, save_sam
 
 
@@ -89,10 +89,7 @@ def main():
         truth = torch.from_numpy(masks[rows])[:, None].float() / 255
         boxes = boxes_of(masks[rows], rng) if rng.random() < 0.2 else None
         value = loss(*predict(sam, augment(to_pixels(images[rows]), truth, rng), sample_points(masks[rows], rng), boxes), truth)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
-        optimizer.step()
+        optimize(value, optimizer)
         if (step + 1) % 100 == 0:
             print(f"loss {value:.3f}", check(sam), flush=True)
     save_sam(sam, config, FOUNDATION / "sam")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from experiments.mini.recipe.captions import caption_style
-from experiments.mini.recipe.common import FOUNDATION, WORK, rendered, to_pixels, training_steps
+from experiments.mini.recipe.common import FOUNDATION, WORK, optimize, rendered, to_pixels, training_steps
 from moma_lightning.files import write_beside
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.attention import Conditioning, Recorder
@@ -95,7 +95,10 @@ def main():
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--pictures", type=int, default=40000)
     args = parser.parse_args()
-    dist.init_process_group("gloo")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         encoded(args.pictures)
@@ -115,10 +118,7 @@ def main():
         rows = rng.integers(0, len(latents), args.batch)
         batch = latents[rows].float().contiguous(memory_format=torch.channels_last)
         noise_loss, coverage = losses(parallel, batch, masks[rows], [pictures[i] for i in rows], rng)
-        optimizer.zero_grad()
-        (noise_loss + 0.05 * coverage).backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        optimize(noise_loss + 0.05 * coverage, optimizer)
         decay = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
         if rank == 0 and (step + 1) % 100 == 0:
