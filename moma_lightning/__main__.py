@@ -18,7 +18,10 @@ def main(arguments: list[str]) -> int:
 
         from moma_lightning.generate import generate
 
-        auto_cli(generate, args=arguments[1:], prog="python -m moma_lightning generate")
+        try:
+            auto_cli(generate, args=arguments[1:], as_positional=False, prog="python -m moma_lightning generate")
+        except (ValueError, OSError) as error:  # what a person can mend is one line; everything else keeps its traceback
+            sys.exit(f"generate: {error}")
     elif command in ("fit", "validate", "test", "predict"):
         from moma_lightning.cli import MoMACLI
 

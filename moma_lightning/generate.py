@@ -1,6 +1,7 @@
 """`python -m moma_lightning generate`: pictures of a subject, from one picture of it and prompts."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -12,13 +13,13 @@ from moma_lightning.pipeline import load_pipeline
 
 
 def generate(
-    prompt: list[str],
+    prompt: str | list[str],
     image: str | None = None,
     mask: str | None = None,
     label: str | None = None,
     out: str = "runs/generated",
     adapter: str = "runs/mini/stage2/adapter",
-    decoder: str = "runs/mini/stage1/image_feature_decoder",
+    decoder: str | None = "runs/mini/stage1/image_feature_decoder",
     beta: float = 1.0,
     mask_strength: float = 1.0,
     guidance_scale: float = 3.0,
@@ -31,13 +32,13 @@ def generate(
     """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it.
 
     Args:
-        prompt: What to show, e.g. "a cat on the beach"; several are allowed. Each names the label.
+        prompt: What to show, e.g. "a cat on the beach", or a list: '["a cat on the beach", "a cat in the snow"]'. Each names the label.
         image: The picture of the subject; without it the base model draws the prompts alone.
         mask: The subject's mask (white on black); without it SAM finds the main object.
         label: The word for the subject, e.g. "cat".
         out: Folder for the pictures.
         adapter: Folder of stage 2, or an IP-Adapter file.
-        decoder: Folder of stage 1.
+        decoder: Folder of stage 1; null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
         beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 full masking, 0 none.
         guidance_scale: Classifier-free guidance.
@@ -47,17 +48,30 @@ def generate(
         device: Where to compute.
         foundation: The base models.
     """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
     pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None).to(device)
-    seeds = [seed + i for i in range(len(prompt) * num_images_per_prompt)]
+    seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
-    output = pipe(
-        prompt, Image.open(image) if image else None, Image.open(mask) if mask else None, label, num_images_per_prompt=num_images_per_prompt,
-        generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], **settings,
-    )  # fmt: skip
+    output = pipe(prompts, read_picture(image), read_picture(mask), label, num_images_per_prompt=num_images_per_prompt,
+                  generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], **settings)
     for i, picture in enumerate(output.images):
-        text = prompt[i // num_images_per_prompt]
-        path = Path(out) / f"{i:03d}-{'-'.join(text.split())[:60]}.png"
+        text = prompts[i // num_images_per_prompt]
+        path = Path(out) / f"{i:03d}-{re.sub('[^a-z0-9]+', '-', text.lower())[:60]}.png"
         write_beside(path, picture.save)
-        record = dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, **settings)
-        path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, **settings), indent=2)
+        write_beside(path.with_suffix(".json"), lambda beside: beside.write_text(record + "\n"))
         print(path)
+
+
+def read_picture(path: str | None) -> Image.Image | None:
+    """The decoded picture. Raises OSError that names a file that is absent, cut off or no picture."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be read as a picture: {error}") from error

@@ -51,6 +51,7 @@ VARIANTS: dict[Variant, VariantSettings] = {
 class Subject:
     """What is made once per reference picture and shared by all its prompts, seeds and steps."""
 
+    pixels: Float[Tensor, "1 3 height width"]
     white_background: Float[Tensor, "1 3 height width"]
     features: Reference
     mask: Float[Tensor, "1 1 height width"]
@@ -61,8 +62,8 @@ class Subject:
 class MoMAPipeline(StableDiffusionPipeline):
     """Stable Diffusion with MoMA's two conditions. Without a picture it is StableDiffusionPipeline, bit for bit.
 
-    adapter: subject and context attention. decoder: the MLLM that predicts the context embedding (None: pass `image_embeds`).
-    clip: CLIP's image embedding, for IP-Adapter-style contexts. masker: finds M_ref when no mask is given.
+    adapter: subject and context attention. decoder: the MLLM that predicts the context embedding. clip: CLIP's image embedding,
+    IP-Adapter's context, used where there is no decoder. masker: finds M_ref when no mask is given.
     """
 
     adapter: MoMAAdapter | None = None
@@ -118,7 +119,8 @@ class MoMAPipeline(StableDiffusionPipeline):
         mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
         context_scale: weight of the context cross-attention; 0 turns it off.
         image_embeds: used instead of the decoder's prediction: one row, or one a prompt.
-        Raises ValueError for a label that no prompt names, an empty mask, or a reference without adapter or label.
+        Raises ValueError for a label that no prompt names, an empty mask, a reference without adapter or label, or a context
+        that nothing can embed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = height or self._default_size(), width or self._default_size()
@@ -162,7 +164,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         encoded = self.vae.encode(seen.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
         text, _ = self.encode_prompt(label, self._execution_device, 1, False)
         features = self.adapter.reference_features(self.unet, encoded, text)
-        return Subject(white, features, foreground, tuple(encoded.shape[-2:]), label)
+        return Subject(pixels, white, features, foreground, tuple(encoded.shape[-2:]), label)
 
     def _default_size(self) -> int:
         return self.unet.config.sample_size * self.vae_scale_factor
@@ -191,16 +193,22 @@ class MoMAPipeline(StableDiffusionPipeline):
 
     def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
         """Image tokens' keys and values for the whole batch; the unconditional half gets projector(zeros)."""
-        if scale == 0 or self.adapter is None:
+        if scale == 0 or self.adapter is None or (image_embeds is None and subject is None):
             return None
         if image_embeds is None:
-            if subject is None or self.decoder is None:
-                return None
-            image_embeds = self.decoder(subject.white_background.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), prompts)
+            image_embeds = self._embed(subject, prompts)
         image_embeds = image_embeds.to(self._execution_device).expand(len(prompts), -1).repeat_interleave(repeats, 0)
         if guided:
             image_embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds])
         return self.adapter.context_conditioning(image_embeds, scale)
+
+    def _embed(self, subject: Subject, prompts: Sequence[str]) -> Float[Tensor, "rows dim"]:
+        """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
+        if self.decoder is not None:
+            return self.decoder(subject.white_background.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), prompts)
+        if self.clip is None:
+            raise ValueError("the context attention needs a decoder or a CLIP image encoder: load one, pass image_embeds, or set context_scale=0")
+        return self.clip(subject.pixels)
 
     def _decode(self, latents, output_type):
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]

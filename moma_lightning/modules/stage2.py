@@ -13,6 +13,7 @@ from torch import Tensor
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch, white_background
 from moma_lightning.checkpoints import load_into, read_adapter_file, save_adapter
+from moma_lightning.files import write_beside
 from moma_lightning.foundation import Base, FoundationConfig, frozen, load_base, load_image_encoder, local_path
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
@@ -157,20 +158,16 @@ class Stage2(TrainedPartModule):
         pipe = MoMAPipeline.from_base(self.base, self.adapter, self.decoder, self.image_encoder).to(self.device)
         rows = []
         for i in range(min(self.grid.pictures, len(batch))):
-            pixels = batch.pixel_values[i : i + 1]
-            reference = pipe.image_processor.postprocess(pixels.cpu(), "pil")[0]
-            embeds = self.image_encoder(pixels) if self.decoder is None else None
-            output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], image_embeds=embeds,
-                          beta=float(self.config.subject), guidance_scale=self.grid.guidance_scale,
-                          num_inference_steps=self.grid.num_inference_steps, generator=torch.Generator("cpu").manual_seed(i))
+            reference = pipe.image_processor.postprocess(batch.pixel_values[i : i + 1].cpu(), "pil")[0]
+            output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], beta=float(self.config.subject),
+                          guidance_scale=self.grid.guidance_scale, num_inference_steps=self.grid.num_inference_steps,
+                          generator=torch.Generator("cpu").manual_seed(i))
             rows.append([reference, output.images[0]])
         grid = picture_grid(rows)
         self._save_grid(grid)
 
     def _save_grid(self, grid: Image.Image) -> None:
-        folder = Path(self.trainer.default_root_dir) / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{self.global_step:06d}.png")
+        write_beside(Path(self.trainer.default_root_dir) / "pictures" / f"step-{self.global_step:06d}.png", grid.save)
         for logger in self.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("val/pictures", [grid], step=self.global_step)

@@ -109,6 +109,20 @@ def test_clear_errors(base):
         run(pipe, image=picture(), label="cat")
     with pytest.raises(ValueError, match="needs an adapter"):
         run(MoMAPipeline.from_base(base), image=picture(), mask=square_mask(), label="cat")
+    with pytest.raises(ValueError, match="needs a decoder or a CLIP image encoder"):
+        run(pipe, image=picture(), mask=square_mask(), label="cat", image_embeds=None)
+
+
+def test_without_a_decoder_clip_of_the_whole_reference_is_the_context(base):
+    def clip(pixels):
+        return pixels.mean((1, 2, 3))[:, None].expand(-1, EMBED_DIM)
+
+    subject = dict(image=picture(), mask=square_mask(), label="cat")
+    pixels = torch.from_numpy(np.asarray(picture(), np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    given = run(pipe, **subject, image_embeds=clip(pixels)).images
+    pipe.clip = clip
+    assert np.array_equal(run(pipe, **subject, image_embeds=None).images, given)
 
 
 def test_jpeg_noise_in_a_mask_is_background(base):

@@ -1,0 +1,57 @@
+"""`python -m moma_lightning generate` with the shipped models: files, settings, and what it says to bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.mini import world
+from datamodules.mini.render import render
+from moma_lightning.__main__ import main
+from moma_lightning.foundation import FoundationConfig
+
+
+@pytest.fixture
+def cat(tmp_path) -> str:
+    """A rendered picture without its mask: SAM has to find the subject."""
+    images, _ = render([world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, "cat"))])
+    Image.fromarray(images[0]).save(tmp_path / "cat.png")
+    return str(tmp_path / "cat.png")
+
+
+def generate(out: Path, prompts: list[str], *options: str) -> dict[str, np.ndarray]:
+    """Pictures by file name. The shipped IP-Adapter stands for a trained adapter."""
+    fixed = ["--out", str(out), "--num_inference_steps", "2", "--device", "cpu", "--adapter", str(FoundationConfig().ip_adapter), "--decoder", "null"]
+    assert main(["generate", "--prompt", json.dumps(prompts), *fixed, *options]) == 0
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
+
+
+def test_pictures_are_written_with_their_settings(cat, tmp_path):
+    made = generate(tmp_path / "out", ["a cat on the beach", "a cat / in the snow"], "--image", cat, "--label", "cat", "--num_images_per_prompt", "2")
+    assert list(made) == ["000-a-cat-on-the-beach.png", "001-a-cat-on-the-beach.png", "002-a-cat-in-the-snow.png", "003-a-cat-in-the-snow.png"]
+    settings = json.loads((tmp_path / "out" / "003-a-cat-in-the-snow.json").read_text())
+    assert settings["seed"] == 3 and settings["label"] == "cat" and settings["prompt"] == "a cat / in the snow" and settings["beta"] == 1.0
+
+
+def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):
+    prompts, subject = ["a cat on the beach"], ("--image", cat, "--label", "cat")
+    (alone,), (first,), (again,) = (generate(tmp_path / name, prompts, *options).values() for name, options in (("a", ()), ("b", subject), ("c", subject)))
+    assert np.array_equal(first, again) and not np.array_equal(alone, first)
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--label", "dog"), "'dog' does not occur in the prompt"),
+    ((), "needs an adapter .* and a label"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_said(cat, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        generate(tmp_path / "out", ["a cat on the beach"], "--image", cat, *options)
+
+
+def test_a_cut_off_picture_is_named(cat, tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(Path(cat).read_bytes()[:500])
+    with pytest.raises(SystemExit, match="cut.png"):
+        generate(tmp_path / "out", ["a cat on the beach"], "--image", str(cut), "--label", "cat")
