@@ -1,8 +1,9 @@
-"""Exports the mini world as the two data sets everything else reads: triplet shards and a DreamBooth-like folder.
+"""Exports the mini world as the data sets everything else reads: triplet shards and two DreamBooth-like folders.
 
     <out>/shards/{train,val}-{00000..}.tar, manifest.json
     <out>/dreambooth/dataset/<subject>/00.png ..., prompts_and_classes.txt, texture_prompts.txt
     <out>/dreambooth/masks/<subject>/00.png ...
+    <out>/dreambooth-dev/...                    the same with training-split subjects: settings are chosen on these
 """
 
 import hashlib
@@ -25,6 +26,9 @@ from datamodules.shards import ShardSample, write_json, write_shards
 #: Where each split's identities begin in `world.identity("train", ...)`; far apart, so that validation identities are new to
 #: the adapters and to the base models alike.
 FIRST_IDENTITY = {"train": 0, "val": 1_000_000_000}
+
+#: DreamBooth folder -> split and first number of its identities. The dev subjects are in no shard either.
+FOLDERS = {"dreambooth": ("heldout", 0), "dreambooth-dev": ("train", 1_500_000_000)}
 
 #: Triplets: no other materials, few accessories. Captions name the accessory, and lose colour and pattern.
 ACCESSORY_RATE = 0.1
@@ -54,8 +58,9 @@ def export(
         part = write_shards(out / "shards", split, count, partial(triplets, split, size=size, seed=seed),
                             samples_per_shard=a_shard, seed=seed, config=config, overwrite=True)
         print(f"{split}: {part['count']} triplets in {len(part['shards'])} shards under {out / 'shards'}")
-    export_dreambooth(out / "dreambooth", size, seed)
-    print(f"dreambooth-mini: {len(heldout_subjects())} subjects under {out / 'dreambooth'}")
+    for folder in FOLDERS:
+        export_dreambooth(out / folder, size, seed)
+        print(f"{folder}: {len(subjects(folder))} subjects under {out / folder}")
 
 
 def triplet_picture(split: str, index: int, seed: int = 0) -> world.Picture:
@@ -77,18 +82,18 @@ def triplets(split: str, rows: range, size: int = 64, seed: int = 0) -> Iterator
         yield ShardSample(key, _png(image), "png", _png(mask), fields)
 
 
-def heldout_subjects() -> dict[str, world.Identity]:
-    """The 30 held-out identities by folder name ("cat", "cat2", "cat3", ...), in the order of `world.LABELS`."""
-    subjects = {}
+def subjects(folder: str = "dreambooth") -> dict[str, world.Identity]:
+    """A folder's 30 identities by name ("cat", "cat2", "cat3", ...), in the order of `world.LABELS`."""
+    (split, first), found = FOLDERS[folder], {}
     for number, label in enumerate(world.LABELS):
         for copy in range(SUBJECTS_PER_LABEL):
             name = label.replace(" ", "_") + (str(copy + 1) if copy else "")
-            subjects[name] = world.identity("heldout", number * SUBJECTS_PER_LABEL + copy, label)
-    return subjects
+            found[name] = world.identity(split, first + number * SUBJECTS_PER_LABEL + copy, label)
+    return found
 
 
 def subject_pictures(subject: int, identity: world.Identity, seed: int = 0) -> list[world.Picture]:
-    """The 4 to 6 pictures of held-out subject number `subject`: each in a scene of its own, without material or accessory."""
+    """The 4 to 6 pictures of identity number `subject`: each in a scene of its own, without material or accessory."""
     rng = np.random.default_rng([13, seed, subject])
     count = int(rng.integers(4, 7))
     by_scene: dict[str, world.Picture] = {}
@@ -99,18 +104,18 @@ def subject_pictures(subject: int, identity: world.Identity, seed: int = 0) -> l
 
 
 def export_dreambooth(folder: Path, size: int = 64, seed: int = 0) -> None:
-    """Write dreambooth-mini beside its place and rename it; kept when its manifest says that it is the same already."""
+    """Write `folder`, named as in FOLDERS, beside its place and rename it; kept when its manifest says that it is the same already."""
     manifest = {"size": size, "seed": seed, "renderer": _renderer_digest()}
     if (folder / "manifest.json").exists() and json.loads((folder / "manifest.json").read_text()) == manifest:
         return
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    subjects = heldout_subjects()
-    for number, (name, identity) in enumerate(subjects.items()):
-        images, masks = render(subject_pictures(number, identity, seed), size)
+    identities = subjects(folder.name)
+    for number, (name, identity) in enumerate(identities.items()):
+        images, masks = render(subject_pictures(FOLDERS[folder.name][1] + number, identity, seed), size)
         _write_pictures(beside / "dataset" / name, images)
         _write_pictures(beside / "masks" / name, masks)
-    labels = {name: identity.label for name, identity in subjects.items()}
+    labels = {name: identity.label for name, identity in identities.items()}
     (beside / "dataset" / "prompts_and_classes.txt").write_text(prompts_and_classes(labels))
     (beside / "dataset" / "texture_prompts.txt").write_text(texture_prompts())
     write_json(beside / "manifest.json", manifest)

@@ -76,12 +76,13 @@ def test_shards_feed_the_datamodule(exported):
 
 def test_identities_of_training_validation_and_evaluation_never_meet():
     """Held-out subjects against every identity that anything trains on: the shards' and the base models' recipe's."""
-    heldout = set(export.heldout_subjects().values())
+    heldout, dev = set(export.subjects().values()), set(export.subjects("dreambooth-dev").values())
     train = {export.triplet_picture("train", index).identity for index in range(12_000)}
     val = {export.triplet_picture("val", index).identity for index in range(512)}
     base = {picture.identity for picture in sample_world(0, 12_000)}
     assert len(heldout) == 30 and len(val) == 512
     assert not heldout & (train | val | base) and not val & (train | base)
+    assert len(dev) == 30 and not dev & (heldout | train | val | base)
     # Not only the whole identity: the look that a person would tell apart, without the proportions, is new as well.
     looks = [{(i.label, i.color, i.accent, i.pattern) for i in group} for group in (heldout, train | val | base)]
     assert not looks[0] & looks[1]
@@ -99,7 +100,7 @@ def test_dreambooth_mini(exported):
     assert len(data.subjects) == 30 and sum(subject.is_live for subject in data.subjects) == 12 and not data.missing
     for number, subject in enumerate(data.subjects):
         assert 4 <= len(subject.images) <= 6 and len(subject.masks) == len(subject.images)
-        pictures = export.subject_pictures(number, export.heldout_subjects()[subject.name])
+        pictures = export.subject_pictures(number, export.subjects()[subject.name])
         assert len({p.scene for p in pictures}) == len(pictures) == len(subject.images)
         assert all(p.material is None and p.accessory is None for p in pictures)
         mask = np.asarray(load_mask(subject.masks[0]))
