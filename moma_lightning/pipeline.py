@@ -48,6 +48,17 @@ VARIANTS: dict[Variant, VariantSettings] = {
 
 
 @dataclass
+class SubjectSettings:
+    """How the subject attention acts in one call; the fields are `MoMAPipeline.__call__`'s arguments."""
+
+    beta: float
+    mask_strength: float
+    mask_threshold: float
+    mask_layers: Sequence[int] | None
+    guide_subject: bool
+
+
+@dataclass
 class Subject:
     """What is made once per reference picture and shared by all its prompts, seeds and steps."""
 
@@ -109,6 +120,8 @@ class MoMAPipeline(StableDiffusionPipeline):
         output_type: str = "pil",
         return_masks: bool = False,
         mask_threshold: float = 0.2,
+        mask_layers: Sequence[int] | None = None,
+        guide_subject: bool = False,
         height: int | None = None,
         width: int | None = None,
     ) -> MoMAPipelineOutput:
@@ -117,6 +130,10 @@ class MoMAPipeline(StableDiffusionPipeline):
         image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains.
         beta: subject strength (Eq. 3); 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
+        mask_threshold: label attention up to this, of [0, 1], is background. mask_layers: numbers of the cross-attention layers whose
+            maps are averaged into M_gen, None for all.
+        guide_subject: let classifier-free guidance amplify the subject attention too, by leaving it out of the unconditional half; in
+            the released code it acts in both halves.
         context_scale: weight of the context cross-attention; 0 turns it off.
         image_embeds: used instead of the decoder's prediction: one row, or one a prompt.
         Raises ValueError for a label that no prompt names, an empty mask, a reference without adapter or label, or a context
@@ -133,7 +150,8 @@ class MoMAPipeline(StableDiffusionPipeline):
         latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
         guide = None
         if subject is not None:
-            guide = SubjectGuide(self, subject, prompts, num_images_per_prompt, latents.shape[-2:], beta, mask_strength, mask_threshold)
+            settings = SubjectSettings(beta, mask_strength, mask_threshold, mask_layers, guide_subject)
+            guide = SubjectGuide(self, subject, prompts, num_images_per_prompt, latents.shape[-2:], settings)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
         masks = []
@@ -218,29 +236,41 @@ class MoMAPipeline(StableDiffusionPipeline):
 class SubjectGuide:
     """The subject side of one call: K', V' made once, M_gen(t) carried from each step to the next (Figure 3 b)."""
 
-    def __init__(self, pipe: MoMAPipeline, subject: Subject, prompts, repeats, latent_size, beta, mask_strength, threshold):
+    def __init__(self, pipe: MoMAPipeline, subject: Subject, prompts, repeats, latent_size, settings: SubjectSettings):
         assert pipe.adapter is not None, "prepare_subject has seen to it"
-        self.settings = VARIANTS[pipe.adapter.variant]
-        self.latent_size, self.mask_strength, self.threshold, self.beta = tuple(latent_size), mask_strength, threshold, beta
-        reference_mask = MaskPyramid(subject.mask, subject.latent_size, mask_strength)
-        self.subject = pipe.adapter.subject_conditioning(subject.features, reference_mask, beta=beta)
+        self.variant, self.settings, self.latent_size = VARIANTS[pipe.adapter.variant], settings, tuple(latent_size)
+        reference_mask = MaskPyramid(subject.mask, subject.latent_size, settings.mask_strength)
+        self.subject = pipe.adapter.subject_conditioning(subject.features, reference_mask)
         self.label_tokens = pipe_label_tokens(pipe, prompts, subject.label).repeat_interleave(repeats, 0)
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
 
     def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
-        waiting = self.settings.wait_for_mask and self.generated_mask is None and self.mask_strength > 0
-        acts = self.beta > 0 and t < self.settings.subject_below and not waiting
+        waiting = self.variant.wait_for_mask and self.generated_mask is None
+        acts = self.settings.beta > 0 and t < self.variant.subject_below and not waiting
         pyramid = None
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
-            pyramid = MaskPyramid(mask, self.latent_size, self.mask_strength)
-        self.subject.generated_mask = pyramid
-        if context is not None and self.settings.mask_context:
+            pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
+        self.subject.generated_mask, self.subject.beta = pyramid, self._beta(guided)
+        if context is not None and self.variant.mask_context:
             context.generated_mask = pyramid
         return Conditioning(self.subject if acts else None, context, recorder)
 
+    def _beta(self, guided: bool) -> float | Float[Tensor, "rows 1 1"]:
+        """One strength for both halves of a guided batch, or 0 for the unconditional one."""
+        if not (guided and self.settings.guide_subject):
+            return self.settings.beta
+        conditional = torch.full((len(self.label_tokens), 1, 1), self.settings.beta, device=self.label_tokens.device)
+        return torch.cat([torch.zeros_like(conditional), conditional])
+
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
-        self.generated_mask = estimate_mask(recorder.label_maps, self.latent_size, self.threshold)
+        layers = self.settings.mask_layers
+        maps = recorder.label_maps
+        if layers is not None:
+            if unknown := sorted(set(layers) - set(maps)):
+                raise ValueError(f"mask_layers {unknown} are no cross-attention layers: choose among {sorted(maps)}")
+            maps = {i: maps[i] for i in layers}
+        self.generated_mask = estimate_mask(maps, self.latent_size, self.settings.mask_threshold)
         return self.generated_mask
 
 

@@ -23,13 +23,14 @@ class SubjectConditioning:
     key_values: K', V' of each self-attention layer; batch 1 serves a whole batch.
     lambda_: the learned scalar of each layer.
     reference_mask: M_ref. generated_mask: M_gen, or None while it is unknown (the first step): no masking then.
+    beta: one strength, or one a row of the batch.
     """
 
     key_values: dict[int, KeyValue]
     lambda_: dict[int, Tensor]
     reference_mask: MaskPyramid
     generated_mask: MaskPyramid | None = None
-    beta: float = 1.0
+    beta: float | Float[Tensor, "batch 1 1"] = 1.0
 
 
 @dataclass

@@ -75,6 +75,30 @@ def test_mask_strength_changes_the_picture_and_masks_are_returned(base):
     assert outputs[0].masks.amin() == 0 and outputs[0].masks.amax() == 1
 
 
+def test_mask_layers_choose_the_maps(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    subject = dict(image=picture(), mask=square_mask(), label="cat", return_masks=True)
+    cross = sorted(int(i) for i in pipe.adapter.context)
+    every, named, one = (run(pipe, **subject, mask_layers=layers) for layers in (None, cross, cross[:1]))
+    torch.testing.assert_close(every.masks, named.masks)
+    assert not torch.allclose(every.masks, one.masks, atol=1e-2)
+    with pytest.raises(ValueError, match=r"mask_layers \[2\] are no cross-attention layers: choose among \[1, 3"):
+        run(pipe, **subject, mask_layers=[1, 2])
+
+
+def test_a_guided_subject_is_extrapolated_like_the_text(base):
+    """With guidance g, noise = u + g (c - u): u without the subject attention, c with it."""
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base, "paper"))
+    subject = dict(image=picture(), mask=square_mask(), label="cat", prompt=PROMPTS[:1], num_inference_steps=1, context_scale=0.0, output_type="latent")
+    draw = lambda **options: run(pipe, **{**subject, "generator": generators(1), **options}).images  # noqa: E731
+    with_subject, without = draw(guidance_scale=1.0), draw(guidance_scale=1.0, beta=0.0)
+    both, one = draw(guidance_scale=3.0), draw(guidance_scale=3.0, guide_subject=True)
+    text = draw(guidance_scale=3.0, beta=0.0)
+    # One DDIM step is affine in the noise, so the pictures obey the formula too: 3 (c - c0) on top of the text-only picture.
+    torch.testing.assert_close(one - text, 3 * (with_subject - without), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(both, one, atol=1e-3)
+
+
 def test_batched_prompts_equal_single_prompts(base):
     """K' and V' are shared by a call's prompts: what one prompt gets must not depend on the others."""
     pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
