@@ -1,0 +1,104 @@
+"""Charts of numbers: intervals of a table, Figure 7's lines, sweeps over an ablation's axis, training curves."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evaluation.figures.names import column_of, method_name, metric_name
+from evaluation.figures.style import COLORS, SOFT, styled
+from evaluation.statistics import by_subject
+
+Interval = Mapping[str, float]
+
+
+def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """`count` charts beside each other, at most four a line; sizes of one in inches."""
+    columns = min(count, 4)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def interval_figure(rows: Mapping[str, Mapping[str, Interval]], colors: Mapping[str, str], metrics: Sequence[str], zero: bool = False) -> Figure:
+    """A panel a metric: a dot and its interval for each row {name: {metric: interval}}; names are written as they are."""
+    with styled():
+        figure, axes = panels(len(metrics), 3.2, 0.62 + 0.25 * len(rows))
+        for one, metric in zip(axes, metrics, strict=True):
+            draw_intervals(one, {name: cells[metric] for name, cells in rows.items() if cells.get(metric)}, colors, zero)
+            one.set_title(metric_name(metric))
+    return figure
+
+
+def draw_intervals(axes: Axes, rows: Mapping[str, Interval], colors: Mapping[str, str], zero: bool) -> None:
+    for y, (name, cell) in enumerate(rows.items()):
+        color = colors.get(name, COLORS[0])
+        axes.plot([cell["lo"], cell["hi"]], [y, y], color=color, linewidth=1.8, solid_capstyle="round")
+        axes.plot(cell["mean"], y, "o", color=color, markersize=5)
+    if zero:
+        axes.axvline(0, color=SOFT, linewidth=0.9)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=4)
+
+
+def sweep_figure(values: Sequence[float], rows: Sequence[Mapping[str, Interval]], axis: str, metrics: Sequence[str]) -> Figure:
+    """A panel a metric: its mean over the axis, its interval as a band (paper, Tables 3 and 4 as curves)."""
+    ordered = sorted(zip(values, rows, strict=True), key=lambda pair: pair[0])
+    with styled():
+        figure, axes = panels(len(metrics), 2.9, 2.2)
+        for one, metric in zip(axes, metrics, strict=True):
+            points = [(value, cells[metric]) for value, cells in ordered if cells.get(metric)]
+            x = [value for value, _ in points]
+            one.fill_between(x, [c["lo"] for _, c in points], [c["hi"] for _, c in points], color=COLORS[0], alpha=0.14, linewidth=0)
+            one.plot(x, [c["mean"] for _, c in points], "o-", color=COLORS[0], markersize=4.5, linewidth=1.6)
+            one.set_title(metric_name(metric))
+            one.set_xlabel(axis)
+            one.set_xticks(x)
+            one.locator_params(axis="y", nbins=5)
+    return figure
+
+
+def subject_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Mean over each subject's pictures: a row a subject in the data's order, a column a method that has the metric."""
+    if column_of(metric) not in scores:
+        return pd.DataFrame()
+    tables = {method: by_subject(scores, method, metric) for method in dict.fromkeys(scores["method"])}
+    frame = pd.DataFrame({method: table["sum"] / table["count"] for method, table in tables.items() if not table.empty})
+    return frame.reindex([subject for subject in dict.fromkeys(scores["subject"]) if subject in frame.index])
+
+
+def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) -> Figure | None:
+    """Figure 7, one panel: a vertical line a subject, a line a method. None where nothing was scored."""
+    frame = subject_means(scores, metric)
+    if frame.empty:
+        return None
+    with styled():
+        figure = Figure(figsize=(max(5.0, 1.6 + 0.27 * len(frame)), 3.1), layout="constrained")
+        axes = figure.subplots()
+        for method in frame:
+            axes.plot(range(len(frame)), frame[method], "o-", color=colors[method], markersize=3.4, linewidth=1.3, label=method_name(method))
+        axes.set_title(metric_name(metric), pad=24)
+        axes.set_xticks(range(len(frame)), [name.replace("_", " ") for name in frame.index], rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_xlim(-0.5, len(frame) - 0.5)
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(frame.columns), borderaxespad=0.2, handlelength=1.4, columnspacing=1.4)
+    return figure
+
+
+def curve(title: str, x: Sequence[float], y: Sequence[float]) -> Figure:
+    """One value over the steps of a training."""
+    with styled():
+        figure = Figure(figsize=(3.4, 1.9), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(x, y, color=COLORS[0], linewidth=1.3)
+        axes.set_title(title)
+        axes.locator_params(nbins=5)
+        axes.margins(x=0.01)
+    return figure

@@ -1,0 +1,101 @@
+"""What people call things: methods, metrics, settings and prompts as a table or a figure writes them."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from evaluation.statistics import METRICS
+from evaluation.tables import TITLES
+
+#: Names that plain spelling out would get wrong; the longest that fits the start of a key is used.
+WORDS = {
+    "real_images": "Real images",
+    "text_only": "Text only",
+    "ip_adapter": "IP-Adapter",
+    "textual_inversion": "Textual Inversion",
+    "dreambooth_lora": "DreamBooth LoRA",
+    "blip_diffusion": "BLIP-Diffusion",
+    "moma": "MoMA",
+}
+#: Axes of the ablations.
+AXES = {
+    "beta": "beta",
+    "masking": "mask strength",
+    "steps": "steps",
+    "num_inference_steps": "steps",
+    "guidance": "guidance",
+    "guidance_scale": "guidance",
+    "num_tokens": "tokens",
+    "mask_threshold": "mask threshold",
+}
+KINDS = {"context": "new context", "texture": "new texture", "real": "real picture"}
+NUMBER = re.compile(r"[-_ ]?(-?\d+(?:\.\d+)?)$")
+
+
+def method_name(key: str) -> str:
+    """`moma_beta1` -> `MoMA, beta 1`; a key of no known form is left as it is, with spaces for underscores."""
+    start = max((word for word in WORDS if key == word or key.startswith(f"{word}_")), key=len, default=None)
+    if start is None:
+        return key.replace("_", " ")
+    rest = key[len(start) + 1 :]
+    return f"{WORDS[start]}, {setting_name(rest)}" if rest else WORDS[start]
+
+
+def setting_name(key: str) -> str:
+    """`masking0.5` -> `mask strength 0.5`; `no_init` -> `no init`."""
+    number = NUMBER.search(key)
+    if number is None:
+        return axis_name(key)
+    return f"{axis_name(key[: number.start()])} {number.group(1)}"
+
+
+def axis_name(key: str) -> str:
+    return AXES.get(key, key.replace("_", " "))
+
+
+def metric_name(key: str) -> str:
+    return TITLES.get(key, key.replace("_", " "))
+
+
+def column_of(metric: str) -> str:
+    """The column of scores.parquet that a metric averages."""
+    return METRICS[metric][0]
+
+
+def column_name(column: str) -> str:
+    """CLIP-T rather than CLIP-T(c): a picture has one prompt."""
+    return next(metric_name(metric).removesuffix("(c)") for metric in METRICS if column_of(metric) == column)
+
+
+def kind_name(kind: str) -> str:
+    return KINDS.get(kind, kind.replace("_", " "))
+
+
+def prompt_form(prompt: str, label: str) -> str:
+    """The prompt with an ellipsis for its subject, so that the same words for different subjects meet in one row."""
+    return re.sub(rf"\b{re.escape(label)}s?\b", "…", prompt) if label else prompt
+
+
+def methods_of(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The methods of a summary.json, or of an ablation's file: every entry that is a table of intervals."""
+    return {name: cells for name, cells in summary.items() if isinstance(cells, dict) and all(is_interval(cell) for cell in cells.values())}
+
+
+def is_interval(cell: Any) -> bool:
+    return isinstance(cell, dict) and {"mean", "lo", "hi"} <= cell.keys()
+
+
+def setting_values(summary: Mapping[str, Any], axis: str, configured: Any = None) -> list[float] | None:
+    """The number that each row of an ablation stands for, or None where its rows are no numbers.
+
+    Taken from the file's own `values` ({row: number}), else from the configured grid if it is as long as the table (a row that
+    the main evaluation shares has its name there, which does not tell), else from the ends of the rows' names.
+    """
+    rows = list(methods_of(summary))
+    if isinstance(given := summary.get("values"), dict) and set(rows) <= given.keys():
+        return [float(given[row]) for row in rows]
+    if isinstance(configured, (list, tuple)) and len(configured) == len(rows):
+        return [float(value) for value in configured]
+    found = [NUMBER.search(row) for row in rows]
+    named = all(match and row[: match.start()].endswith(axis) for match, row in zip(found, rows, strict=True))
+    return [float(match.group(1)) for match in found if match] if named and rows else None

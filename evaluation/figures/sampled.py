@@ -1,0 +1,169 @@
+"""Figures 8, 9 and the lower panel of 10: pictures made for the figure alone, each stamped, so that a second call makes nothing.
+
+Subject, prompt and noise are the evaluation's own first ones, so a figure's picture at the protocol's settings is the scored one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datamodules.dreambooth import Subject
+from evaluation.figures.grids import Cell, Grid, Row, spread
+from evaluation.figures.scored import settings_of
+from evaluation.methods import Moma
+from evaluation.methods.base import Models
+from evaluation.plan import Evaluation, Planned
+from evaluation.stamps import git_revision, is_current, write_picture
+from evaluation.tasks import picture_seed
+
+BETAS = tuple(round(0.2 * i, 1) for i in range(7))
+STRENGTHS = (1.0, 0.5, 0.0)
+NOISES = 6
+
+
+class Recording:
+    """A pipeline that is also asked for M_gen and keeps the last step's: float [batch, 1, h, w] in 0..1."""
+
+    def __init__(self, pipeline: Any):
+        self.pipeline, self.masks = pipeline, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        output = self.pipeline(*args, **given, return_masks=True)
+        self.masks = output.masks[-1]
+        return output
+
+
+@dataclass
+class Studio:
+    """Makes MoMA's pictures below `folder`, where they are not there yet."""
+
+    evaluation: Evaluation
+    folder: Path
+
+    def plan(self, name: str, method: Moma, subject: Subject, picture: int = 0) -> Planned:
+        """The subject's first context prompt from its noise number `picture`."""
+        first = self.evaluation.planned(name, method, [subject])[0]
+        task = first.task
+        seed = picture_seed(self.evaluation.protocol.sampler.seed, task.subject, task.kind, task.prompt_index, picture)
+        task = replace(task, picture=picture, seed=seed)
+        settings = first.settings | {"task": vars(task)}
+        return replace(first, task=task, path=self.folder / name / task.file, settings=settings)
+
+    def make(self, method: Moma, subject: Subject, plans: Sequence[Planned], with_masks: bool = False) -> None:
+        """Make what is missing, each picture with its M_gen(0) beside it if asked for."""
+        missing = [plan for plan in plans if not self.is_done(plan, with_masks)]
+        if not missing:
+            return
+        method.setup(self.evaluation.models, self.evaluation.protocol.sampler)
+        if with_masks:
+            method.pipeline = Recording(method.pipeline)
+        provenance = {"protocol": self.evaluation.protocol.name, "git_revision": git_revision()}
+        images = method.generate(subject, missing[0].reference, [plan.task for plan in missing])
+        for i, (plan, image) in enumerate(zip(missing, images, strict=True)):
+            write_picture(plan.path, image, plan.settings, provenance)
+            if with_masks:
+                write_picture(mask_path(plan.path), as_picture(method.pipeline.masks[i, 0]), plan.settings, provenance)
+
+    @staticmethod
+    def is_done(plan: Planned, with_masks: bool) -> bool:
+        return plan.is_done and (not with_masks or is_current(mask_path(plan.path), plan.settings))
+
+
+def mask_path(picture: Path) -> Path:
+    return picture.with_name(f"{picture.stem}-mask.png")
+
+
+def as_picture(mask: Any) -> Image.Image:
+    """A mask in 0..1 [h, w] as grey levels."""
+    return Image.fromarray((mask.float().clamp(0, 1) * 255).round().byte().cpu().numpy().astype(np.uint8))
+
+
+def some_subjects(evaluation: Evaluation, count: int) -> list[Subject]:
+    """Of different labels as far as there are any: a data set's neighbours are often of one kind."""
+    one_each = list({subject.label: subject for subject in reversed(evaluation.subjects)}.values())[::-1]
+    return spread(one_each if len(one_each) >= count else evaluation.subjects, count)
+
+
+def cell(plan: Planned, caption: str) -> Cell:
+    return Cell(f"MoMA, {caption}", str(plan.path), caption, plan.task.prompt, "\n".join(settings_of(plan.path)))
+
+
+def reference(plan: Planned) -> Cell:
+    return Cell("Reference", str(plan.reference.path), "reference", plan.task.subject.replace("_", " "), "The input picture.")
+
+
+def beta_strip(studio: Studio, subjects: int = 3) -> Grid:
+    """Figure 8: one noise, the subject features at growing strength."""
+    rows = []
+    for subject in some_subjects(studio.evaluation, subjects):
+        cells = []
+        for beta in BETAS:
+            method = Moma(beta=beta)
+            plan = studio.plan(f"beta{beta:g}", method, subject)
+            studio.make(method, subject, [plan])
+            cells.append(cell(plan, f"beta {beta:g}"))
+        rows.append(Row([reference(plan), *cells], plan.task.prompt))
+    return Grid("figure8", "Strength of the subject features", "One noise, beta from 0 to 1.2.", rows, wrap=4)
+
+
+def masking_grid(studio: Studio) -> Grid:
+    """Figure 9: six noises at three mask strengths, each picture with M_gen(0) beside it."""
+    subject = next((s for s in studio.evaluation.subjects if s.is_live), studio.evaluation.subjects[0])
+    rows = []
+    for strength in STRENGTHS:
+        name, method = f"masking{strength:g}", Moma(mask_strength=strength)
+        plans = [studio.plan(name, method, subject, number) for number in range(NOISES)]
+        studio.make(method, subject, plans, with_masks=True)
+        cells = [one for plan in plans for one in (cell(plan, ""), mask_cell(plan))]
+        rows.append(Row(cells, f"mask strength {strength:g}" if strength else "without masking"))
+    prompt = plans[0].task.prompt
+    about = f"“{prompt}” from six noises; right of each picture M_gen(0), where the model saw the word “{subject.label}” after the last step."
+    return Grid("figure9", "Masking", about, rows, wrap=4)
+
+
+def mask_cell(plan: Planned) -> Cell:
+    return Cell("M_gen(0)", str(mask_path(plan.path)), "", plan.task.prompt, f"The mask read off the attention to “{plan.task.label}” after the last step.")
+
+
+def community_grid(studio: Studio, bases: Sequence[str], subjects: int = 4) -> Grid:
+    """Figure 10, lower panel: the adapters, unmodified, on other fine-tunes of the same base.
+
+    bases: folders (or hub ids) of Stable Diffusion models of the training base's architecture. Full-size ones from a hub are
+    not tried here.
+    """
+    chosen = some_subjects(studio.evaluation, subjects)
+    rows = {subject.name: [] for subject in chosen}  # type: dict[str, list[Cell]]
+    for number, base in enumerate((None, *bases)):
+        for subject, plan in on_base(studio, base, number, chosen):
+            if number == 0:
+                rows[subject.name].append(replace(reference(plan), caption=""))
+            rows[subject.name].append(replace(cell(plan, ""), title=base_name(base)))
+    columns = ["Reference", *map(base_name, (None, *bases))]
+    about = "The adapters as they were trained, on fine-tunes of the same base model."
+    titled = [Row(cells, cells[1].prompt) for cells in rows.values()]
+    return Grid("figure10_community", "Community checkpoints", about, titled, columns, wrap=None)
+
+
+def on_base(studio: Studio, base: str | None, number: int, subjects: Sequence[Subject]) -> Iterator[tuple[Subject, Planned]]:
+    """A picture of each subject with `base` in the place of the foundation's (None: that one itself)."""
+    evaluation, models = studio.evaluation, studio.evaluation.models
+    if base is not None:
+        foundation = replace(models.foundation, base=base)
+        models = Models(foundation, models.adapter, models.decoder, models.device, digests=models.digests)
+    here = Studio(replace(evaluation, models=models), studio.folder)
+    for subject in subjects:
+        method = Moma()
+        plan = here.plan(f"base{number}", method, subject)
+        here.make(method, subject, [plan])
+        yield subject, plan
+
+
+def base_name(base: str | None) -> str:
+    return "Training base" if base is None else Path(base.partition("@")[0]).name.replace("_", " ")

@@ -1,0 +1,102 @@
+"""Figures 4, 5, 6 and the upper panel of 10, from the pictures that were scored."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from evaluation.config import EvalConfig
+from evaluation.figures.grids import Cell, Grid, Row, spread
+from evaluation.figures.names import column_name, column_of, kind_name, method_name
+from evaluation.methods import Moma
+from evaluation.stamps import read_stamp
+from evaluation.statistics import METRICS
+
+
+def own_method(config: EvalConfig, scores: pd.DataFrame) -> str:
+    """The method that the figures of one method show: MoMA at the protocol's strength, else the last of the table."""
+    generated = list(dict.fromkeys(scores[scores["prompt_kind"] != "real"]["method"]))
+    beta = config.resolved_protocol().sampler.beta
+    ours = {name: m.beta for name, m in config.methods.items() if isinstance(m, Moma) and name in generated}
+    away = {name: 0.0 if strength is None else abs(strength - beta) for name, strength in ours.items()}
+    return min(reversed(away), key=away.__getitem__, default=generated[-1])
+
+
+def shown(scores: pd.DataFrame) -> pd.DataFrame:
+    """One picture a prompt and subject: the first of its first reference."""
+    generated = scores[scores["prompt_kind"] != "real"]
+    return generated[(generated["reference_index"] == 0) & (generated["picture"] == 0)]
+
+
+def one_method(scores: pd.DataFrame, method: str, kind: str, name: str, title: str, about: str, subjects: int = 6, prompts: int = 5) -> Grid | None:
+    """Reference | prompts, a row a subject (Figures 4 and 5). None without such pictures."""
+    own = shown(scores)
+    own = own[(own["method"] == method) & (own["prompt_kind"] == kind)]
+    rows = []
+    for subject in spread(list(dict.fromkeys(own["subject"])), subjects):
+        pictures = own[own["subject"] == subject]
+        cells = [cell_of(pictures.iloc[i], caption=pictures.iloc[i]["prompt"]) for i in spread(range(len(pictures)), prompts)]
+        rows.append(Row([reference_cell(pictures.iloc[0]), *cells]))
+    return Grid(name, title, about, rows, wrap=3) if rows else None
+
+
+def comparison(scores: pd.DataFrame, subjects: int, prompts: int) -> Grid | None:
+    """Reference | methods (Figure 6): a few subjects, each with a few context prompts and, where there is one, a texture prompt."""
+    own = shown(scores)
+    methods = list(dict.fromkeys(own["method"]))
+    rows = []
+    for subject in spread(list(dict.fromkeys(own["subject"])), subjects):
+        pictures = own[own["subject"] == subject]
+        for kind, count in (("context", prompts - 1), ("texture", 1)):
+            for index in spread(list(dict.fromkeys(pictures[pictures["prompt_kind"] == kind]["prompt_index"])), count):
+                same = pictures[(pictures["prompt_kind"] == kind) & (pictures["prompt_index"] == index)].set_index("method", drop=False)
+                rows.append(comparison_row(same, [m for m in methods if m in same.index]))
+    about = "The same noise for every method. New contexts, and new textures of the subject itself."
+    return Grid("figure6", "Comparison", about, rows, ["Reference", *map(method_name, methods)]) if rows else None
+
+
+def comparison_row(same: pd.DataFrame, methods: list[str]) -> Row:
+    first = same.loc[methods[0]]
+    return Row([reference_cell(first, ""), *(cell_of(same.loc[m]) for m in methods)], first["prompt"])
+
+
+def settings_grid(scores: pd.DataFrame, method: str, per_kind: int = 2, prompts: int = 5) -> Grid | None:
+    """Figure 10, upper panel: accessories, poses and camera, whatever other kinds of prompt were scored."""
+    own = shown(scores)
+    own = own[own["method"] == method]
+    kinds = own["prompt_kind"].where(~own["prompt"].str.contains(r"\bwearing\b"), "accessory")
+    rows = []
+    for kind in [k for k in dict.fromkeys(kinds) if k not in ("context", "texture")]:
+        found = own[kinds == kind]
+        richest = found["subject"].value_counts(sort=True).index[:per_kind]
+        for subject in richest:
+            pictures = found[found["subject"] == subject]
+            cells = [cell_of(row, caption=row["prompt"]) for _, row in pictures.head(prompts).iterrows()]
+            rows.append(Row([reference_cell(pictures.iloc[0]), *cells], kind_name(kind).capitalize()))
+    about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
+    return Grid("figure10_settings", "Accessories, poses, camera", about, rows, wrap=3) if rows else None
+
+
+def reference_cell(score: pd.Series, caption: str = "reference") -> Cell:
+    return Cell("Reference", score["reference"], caption, score["subject"].replace("_", " "), "The input picture.")
+
+
+def cell_of(score: pd.Series, caption: str = "") -> Cell:
+    return Cell(method_name(score["method"]), score["path"], caption, score["prompt"], facts_of(score))
+
+
+def facts_of(score: pd.Series) -> str:
+    """Scores, then settings, a line each."""
+    columns = [column for column in dict.fromkeys(map(column_of, METRICS)) if column in score.index]
+    values = [f"{column_name(column)} {score[column]:.3f}" for column in columns if pd.notna(score[column])]
+    return "\n".join([", ".join(values), *settings_of(Path(score["path"]))])
+
+
+def settings_of(picture: Path) -> list[str]:
+    """Method and sampler as the picture's stamp has them."""
+    stamp = read_stamp(picture)
+    if stamp is None:
+        return []
+    sampler, method, seed = (stamp["settings"].get(key) or {} for key in ("sampler", "method", "task"))
+    options = ", ".join(f"{key} {value}" for key, value in method.items() if key != "kind" and value is not None)
+    drawn = f"{sampler.get('scheduler')}, {sampler.get('num_inference_steps')} steps, guidance {sampler.get('guidance_scale')}, seed {seed.get('seed')}"
+    return [f"{method.get('kind')} ({options})" if options else str(method.get("kind")), drawn]
