@@ -51,7 +51,7 @@ VARIANTS: dict[Variant, VariantSettings] = {
 class SubjectSettings:
     """How the subject attention acts in one call; the fields are `MoMAPipeline.__call__`'s arguments."""
 
-    beta: float
+    beta: float | Sequence[float]
     mask_strength: float
     mask_threshold: float
     mask_layers: Sequence[int] | None
@@ -107,7 +107,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         mask: Image.Image | Tensor | None = None,
         label: str | None = None,
         *,
-        beta: float = 1.0,
+        beta: float | Sequence[float] = 1.0,
         mask_strength: float = 1.0,
         context_scale: float = 1.0,
         image_embeds: Float[Tensor, "rows dim"] | None = None,
@@ -128,7 +128,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         """New pictures of the subject in `image`, for each prompt.
 
         image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains.
-        beta: subject strength (Eq. 3); 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
+        beta: subject strength (Eq. 3), one or one a prompt; 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
         mask_threshold: label attention up to this, of [0, 1], is background. mask_layers: numbers of the cross-attention layers whose
             maps are averaged into M_gen, None for all.
@@ -242,11 +242,12 @@ class SubjectGuide:
         reference_mask = MaskPyramid(subject.mask, subject.latent_size, settings.mask_strength)
         self.subject = pipe.adapter.subject_conditioning(subject.features, reference_mask)
         self.label_tokens = pipe_label_tokens(pipe, prompts, subject.label).repeat_interleave(repeats, 0)
+        self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=self.label_tokens.device).expand(len(prompts)).repeat_interleave(repeats)
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
 
     def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
         waiting = self.variant.wait_for_mask and self.generated_mask is None
-        acts = self.settings.beta > 0 and t < self.variant.subject_below and not waiting
+        acts = bool(self.beta.any()) and t < self.variant.subject_below and not waiting
         pyramid = None
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
@@ -256,12 +257,10 @@ class SubjectGuide:
             context.generated_mask = pyramid
         return Conditioning(self.subject if acts else None, context, recorder)
 
-    def _beta(self, guided: bool) -> float | Float[Tensor, "rows 1 1"]:
-        """One strength for both halves of a guided batch, or 0 for the unconditional one."""
-        if not (guided and self.settings.guide_subject):
-            return self.settings.beta
-        conditional = torch.full((len(self.label_tokens), 1, 1), self.settings.beta, device=self.label_tokens.device)
-        return torch.cat([torch.zeros_like(conditional), conditional])
+    def _beta(self, guided: bool) -> Float[Tensor, "rows 1 1"]:
+        """Strength of each row of the batch; a guided subject attention is left out of the unconditional half."""
+        unconditional = torch.zeros_like(self.beta) if self.settings.guide_subject else self.beta
+        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None, None]
 
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         layers = self.settings.mask_layers

@@ -1,7 +1,7 @@
 """Methods that sample with the project's pipeline, from the same noise: MoMA, IP-Adapter, the base model alone."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -47,6 +47,10 @@ class DiffusionMethod(Method):
         return {}
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        return self.draw(subject, reference, tasks)
+
+    def draw(self, subject: Subject, reference: Reference, tasks: list[PictureTask], **options: Any) -> list[Image.Image]:
+        """One call of the pipeline. options: its arguments that differ from task to task."""
         sampler = self.sampler
         output = self.pipeline(
             [sampler.prompt_template.format(prompt=task.prompt, label=task.label) for task in tasks],
@@ -56,6 +60,7 @@ class DiffusionMethod(Method):
             height=sampler.height,
             width=sampler.width,
             **self.conditions(subject, reference),
+            **options,
         )
         return list(output.images)
 
@@ -69,31 +74,60 @@ class TextOnly(DiffusionMethod):
 
 @dataclass
 class Moma(DiffusionMethod):
-    """MoMA. `beta` and `mask_strength`: None for the protocol's. `context_scale`: weight of the context attention."""
+    """MoMA. None stands for what the protocol's sampler or the config says.
+
+    beta, mask_strength, mask_threshold, mask_layers, guide_subject, context_scale: as in MoMAPipeline. texture_beta: beta of texture
+    prompts, None for the same (the released code advises about 0.4 for them). context: what the context attention is fed with, stage 1's prediction or the
+    reference's own CLIP embedding (the MLLM replaced by CLIP). num_inference_steps, guidance_scale: instead of the sampler's.
+    adapter, decoder: other weights than the config's, for ablations that train.
+    """
 
     beta: float | None = None
+    texture_beta: float | None = None
     mask_strength: float | None = None
+    mask_threshold: float = 0.2
+    mask_layers: list[int] | None = None
+    guide_subject: bool = False
     context_scale: float = 1.0
+    context: Literal["decoder", "image"] = "decoder"
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    adapter: str | None = None
+    decoder: str | None = None
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
-        if models.adapter is None or models.decoder is None:
-            raise ValueError(
-                "MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config"
-            )
-        return models.adapter, models.decoder
+        adapter, decoder = self.adapter or models.adapter, self.decoder or models.decoder
+        if adapter is None or decoder is None:
+            raise ValueError("MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config")
+        return adapter, decoder
+
+    def weights(self, models: Models) -> dict[str, str | None]:
+        used = {"sam": models.digest(models.foundation.sam)}
+        if self.context == "image":
+            used |= {"image_encoder": models.digest(models.foundation.image_encoder)}
+        return super().weights(models) | used
+
+    def setup(self, models: Models, sampler: Sampler) -> None:
+        named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
+                 "beta": self.beta, "mask_strength": self.mask_strength}  # fmt: skip
+        super().setup(models, replace(sampler, **{key: value for key, value in named.items() if value is not None}))
+
+    def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        texture = self.sampler.beta if self.texture_beta is None else self.texture_beta
+        return self.draw(subject, reference, tasks, beta=[texture if task.kind == "texture" else self.sampler.beta for task in tasks])
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
-        return {
+        embeds = {"image_embeds": clip_embeds(self.pipeline, reference)} if self.context == "image" else {}
+        return embeds | {
             "image": reference.image,
             "mask": reference.mask,
             "label": subject.label,
-            "beta": self.sampler.beta if self.beta is None else self.beta,
-            "mask_strength": self.sampler.mask_strength if self.mask_strength is None else self.mask_strength,
+            "mask_strength": self.sampler.mask_strength,
+            "mask_threshold": self.mask_threshold,
+            "mask_layers": self.mask_layers,
+            "guide_subject": self.guide_subject,
             "context_scale": self.context_scale,
         }
-
-    def weights(self, models: Models) -> dict[str, str | None]:
-        return super().weights(models) | {"sam": models.digest(models.foundation.sam)}
 
 
 @dataclass
@@ -116,9 +150,12 @@ class IpAdapter(DiffusionMethod):
         return super().weights(models) | {"image_encoder": models.digest(models.foundation.image_encoder)}
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
-        encoder = self.pipeline.clip
-        embeds = encoder(to_pixels(reference.image).to(self.pipeline.device))
-        return {"image_embeds": embeds, "beta": 0.0, "context_scale": self.scale}
+        return {"image_embeds": clip_embeds(self.pipeline, reference), "beta": 0.0, "context_scale": self.scale}
+
+
+def clip_embeds(pipeline: Any, reference: Reference) -> Float[Tensor, "1 dim"]:
+    """CLIP's embedding of the whole reference picture."""
+    return pipeline.clip(to_pixels(reference.image).to(pipeline.device))
 
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "1 3 height width"]:

@@ -67,9 +67,21 @@ def test_moma_is_given_picture_mask_and_label(evaluation):
     given = call(Moma(), evaluation, Recorder())
     assert given["label"] == "mug"
     assert given["image"].size == given["mask"].size == (24, 24)
-    assert (given["beta"], given["mask_strength"], given["context_scale"]) == (0.7, 0.5, 1.0)
-    given = call(Moma(beta=0.0, mask_strength=1.0, context_scale=0.3), evaluation, Recorder())
-    assert (given["beta"], given["mask_strength"], given["context_scale"]) == (0.0, 1.0, 0.3)
+    assert (given["beta"], given["mask_strength"], given["context_scale"]) == ([0.7] * 3, 0.5, 1.0)
+    assert "image_embeds" not in given
+    given = call(Moma(beta=0.0, mask_strength=1.0, context_scale=0.3, num_inference_steps=5, guidance_scale=4.0), evaluation, Recorder())
+    assert (given["beta"], given["mask_strength"], given["context_scale"]) == ([0.0] * 3, 1.0, 0.3)
+    assert (given["num_inference_steps"], given["guidance_scale"]) == (5, 4.0)
+
+
+def test_texture_prompts_may_have_a_beta_of_their_own(evaluation):
+    given = call(Moma(beta=1.0, texture_beta=0.4), evaluation, Recorder())
+    assert [(task.kind, beta) for task, beta in zip(given["tasks"], given["beta"], strict=True)] == [("context", 1.0), ("context", 1.0), ("texture", 0.4)]
+
+
+def test_clip_can_stand_in_for_the_mllm(evaluation):
+    given = call(Moma(context="image"), evaluation, Recorder())
+    assert torch.equal(given["image_embeds"], call(IpAdapter(), evaluation, Recorder())["image_embeds"])
 
 
 def test_text_only_sees_no_picture(evaluation):

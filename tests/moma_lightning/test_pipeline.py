@@ -99,6 +99,13 @@ def test_a_guided_subject_is_extrapolated_like_the_text(base):
     assert not torch.allclose(both, one, atol=1e-3)
 
 
+def test_each_prompt_may_have_a_beta_of_its_own(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    subject = dict(image=picture(), mask=square_mask(), label="cat", num_images_per_prompt=2)
+    mixed, none, full = (run(pipe, **subject, beta=beta).images for beta in ([0.0, 1.0], 0, 1))
+    np.testing.assert_allclose(mixed, np.concatenate([none[:2], full[2:]]), atol=2e-5)
+
+
 def test_batched_prompts_equal_single_prompts(base):
     """K' and V' are shared by a call's prompts: what one prompt gets must not depend on the others."""
     pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
