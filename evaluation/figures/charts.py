@@ -6,16 +6,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.figures.names import column_of, method_name, metric_name
+from evaluation.figures.names import method_name, metric_name
 from evaluation.figures.style import COLORS, SOFT, styled
-from evaluation.statistics import by_subject
+from evaluation.figures.tables import means_by
 
 Interval = Mapping[str, float]
+COLUMNS = 4
 
 
 def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """`count` charts beside each other, at most four a line; sizes of one in inches."""
-    columns = min(count, 4)
+    """`count` charts beside each other, at most COLUMNS a line; sizes of one in inches."""
+    columns = min(count, COLUMNS)
     lines = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
@@ -24,25 +25,27 @@ def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]
     return figure, axes[:count]
 
 
-def interval_figure(rows: Mapping[str, Mapping[str, Interval]], colors: Mapping[str, str], metrics: Sequence[str], zero: bool = False) -> Figure:
-    """A panel a metric: a dot and its interval for each row {name: {metric: interval}}; names are written as they are."""
+def interval_figure(
+    rows: Mapping[str, Mapping[str, Interval]], colors: Mapping[str, str], metrics: Sequence[str], zero: bool = False, width: float = 3.0
+) -> Figure:
+    """A panel a metric: a dot and its interval for each row {name: {metric: interval}}. zero: a line there, for differences. width: of a panel, inches."""
     with styled():
-        figure, axes = panels(len(metrics), 3.2, 0.62 + 0.25 * len(rows))
-        for one, metric in zip(axes, metrics, strict=True):
-            draw_intervals(one, {name: cells[metric] for name, cells in rows.items() if cells.get(metric)}, colors, zero)
+        figure, axes = panels(len(metrics), width, 0.62 + 0.25 * len(rows))
+        for i, (one, metric) in enumerate(zip(axes, metrics, strict=True)):
+            draw_intervals(one, [cells.get(metric) for cells in rows.values()], [colors.get(name, COLORS[0]) for name in rows])
+            one.set_yticks(range(len(rows)), list(rows) if i % COLUMNS == 0 else [])
             one.set_title(metric_name(metric))
+            if zero:
+                one.axvline(0, color=SOFT, linewidth=0.9, zorder=1)
     return figure
 
 
-def draw_intervals(axes: Axes, rows: Mapping[str, Interval], colors: Mapping[str, str], zero: bool) -> None:
-    for y, (name, cell) in enumerate(rows.items()):
-        color = colors.get(name, COLORS[0])
-        axes.plot([cell["lo"], cell["hi"]], [y, y], color=color, linewidth=1.8, solid_capstyle="round")
-        axes.plot(cell["mean"], y, "o", color=color, markersize=5)
-    if zero:
-        axes.axvline(0, color=SOFT, linewidth=0.9)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+def draw_intervals(axes: Axes, cells: Sequence[Interval | None], colors: Sequence[str]) -> None:
+    for y, (cell, color) in enumerate(zip(cells, colors, strict=True)):
+        if cell:
+            axes.plot([cell["lo"], cell["hi"]], [y, y], color=color, linewidth=1.8, solid_capstyle="round")
+            axes.plot(cell["mean"], y, "o", color=color, markersize=5)
+    axes.set_ylim(len(cells) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.locator_params(axis="x", nbins=4)
@@ -65,18 +68,9 @@ def sweep_figure(values: Sequence[float], rows: Sequence[Mapping[str, Interval]]
     return figure
 
 
-def subject_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean over each subject's pictures: a row a subject in the data's order, a column a method that has the metric."""
-    if column_of(metric) not in scores:
-        return pd.DataFrame()
-    tables = {method: by_subject(scores, method, metric) for method in dict.fromkeys(scores["method"])}
-    frame = pd.DataFrame({method: table["sum"] / table["count"] for method, table in tables.items() if not table.empty})
-    return frame.reindex([subject for subject in dict.fromkeys(scores["subject"]) if subject in frame.index])
-
-
 def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) -> Figure | None:
     """Figure 7, one panel: a vertical line a subject, a line a method. None where nothing was scored."""
-    frame = subject_means(scores, metric)
+    frame = means_by(scores, metric, "subject")
     if frame.empty:
         return None
     with styled():

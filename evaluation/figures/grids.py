@@ -48,6 +48,11 @@ class Grid:
     wrap: int | None = None
 
     @property
+    def number(self) -> int:
+        """The figure's number in the paper: `figure10_settings` is 10."""
+        return int("".join(filter(str.isdigit, self.name)))
+
+    @property
     def width(self) -> int:
         return max(len(row.cells) for row in self.rows)
 

@@ -21,6 +21,7 @@ WORDS = {
 AXES = {
     "beta": "beta",
     "masking": "mask strength",
+    "mask": "mask strength",
     "steps": "steps",
     "num_inference_steps": "steps",
     "guidance": "guidance",
@@ -29,6 +30,7 @@ AXES = {
     "mask_threshold": "mask threshold",
 }
 KINDS = {"context": "new context", "texture": "new texture", "real": "real picture"}
+#: A number at the end of a name.
 NUMBER = re.compile(r"[-_ ]?(-?\d+(?:\.\d+)?)$")
 
 
@@ -83,19 +85,3 @@ def methods_of(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, floa
 
 def is_interval(cell: Any) -> bool:
     return isinstance(cell, dict) and {"mean", "lo", "hi"} <= cell.keys()
-
-
-def setting_values(summary: Mapping[str, Any], axis: str, configured: Any = None) -> list[float] | None:
-    """The number that each row of an ablation stands for, or None where its rows are no numbers.
-
-    Taken from the file's own `values` ({row: number}), else from the configured grid if it is as long as the table (a row that
-    the main evaluation shares has its name there, which does not tell), else from the ends of the rows' names.
-    """
-    rows = list(methods_of(summary))
-    if isinstance(given := summary.get("values"), dict) and set(rows) <= given.keys():
-        return [float(given[row]) for row in rows]
-    if isinstance(configured, (list, tuple)) and len(configured) == len(rows):
-        return [float(value) for value in configured]
-    found = [NUMBER.search(row) for row in rows]
-    named = all(match and row[: match.start()].endswith(axis) for match, row in zip(found, rows, strict=True))
-    return [float(match.group(1)) for match in found if match] if named and rows else None

@@ -40,17 +40,17 @@ def one_method(scores: pd.DataFrame, method: str, kind: str, name: str, title: s
 
 
 def comparison(scores: pd.DataFrame, subjects: int, prompts: int) -> Grid | None:
-    """Reference | methods (Figure 6): a few subjects, each with a few context prompts and, where there is one, a texture prompt."""
+    """Reference | methods (Figure 6): new contexts in the upper panel, new textures in the lower, where there are any."""
     own = shown(scores)
     methods = list(dict.fromkeys(own["method"]))
     rows = []
-    for subject in spread(list(dict.fromkeys(own["subject"])), subjects):
-        pictures = own[own["subject"] == subject]
-        for kind, count in (("context", prompts - 1), ("texture", 1)):
-            for index in spread(list(dict.fromkeys(pictures[pictures["prompt_kind"] == kind]["prompt_index"])), count):
-                same = pictures[(pictures["prompt_kind"] == kind) & (pictures["prompt_index"] == index)].set_index("method", drop=False)
+    for kind, count in (("context", max(1, prompts - 1)), ("texture", 1)):
+        for subject in spread(list(dict.fromkeys(own["subject"])), subjects):
+            pictures = own[(own["subject"] == subject) & (own["prompt_kind"] == kind)]
+            for index in spread(list(dict.fromkeys(pictures["prompt_index"])), count):
+                same = pictures[pictures["prompt_index"] == index].set_index("method", drop=False)
                 rows.append(comparison_row(same, [m for m in methods if m in same.index]))
-    about = "The same noise for every method. New contexts, and new textures of the subject itself."
+    about = "The same noise for every method. New contexts first, then new textures of the subject itself."
     return Grid("figure6", "Comparison", about, rows, ["Reference", *map(method_name, methods)]) if rows else None
 
 

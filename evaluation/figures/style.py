@@ -4,10 +4,12 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from evaluation.stamps import write_beside
 
@@ -69,20 +71,24 @@ def colors_of(methods: Sequence[str], oracles: Sequence[str]) -> dict[str, str]:
     return {name: found.get(name, REAL) for name in methods}
 
 
-def encoded(figure: Figure, form: str) -> bytes:
-    """The figure as png or svg, the same bytes each time: no date, no random ids."""
+def encoded(figure: Figure, form: Literal["png", "svg"]) -> bytes:
+    """The figure as PNG or SVG, the same bytes each time: no date, no random ids."""
     buffer = io.BytesIO()
     with styled():
         figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else {"Software": None})
-    return buffer.getvalue()
+    if form == "svg":
+        return buffer.getvalue()
+    smaller = io.BytesIO()
+    Image.open(buffer).convert("RGB").save(smaller, format="PNG", dpi=(DPI, DPI))
+    return smaller.getvalue()
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """`<folder>/<name>.png` and `.svg`."""
-    paths = [folder / f"{name}.{form}" for form in ("png", "svg")]
-    for path in paths:
-        write_beside(path, encoded(figure, path.suffix[1:]))
-    return paths
+    forms: tuple[Literal["png"], Literal["svg"]] = ("png", "svg")
+    for form in forms:
+        write_beside(folder / f"{name}.{form}", encoded(figure, form))
+    return [folder / f"{name}.{form}" for form in forms]
 
 
 def svg_address(figure: Figure) -> str:

@@ -1,16 +1,14 @@
-"""What the charts and the page read of a run: scores, summaries and ablations, with the names people use."""
+"""What the charts and the page read of a run: scores and summaries, with the names people use."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from evaluation.config import EvalConfig
-from evaluation.figures.names import axis_name, method_name, methods_of, setting_values
-from evaluation.statistics import METRICS
+from evaluation.figures.names import column_of, method_name, methods_of
+from evaluation.statistics import METRICS, by_subject
 
 Cells = dict[str, dict[str, float]]
 
@@ -41,43 +39,16 @@ def difference_rows(summary: Mapping[str, Any], names: Mapping[str, str] | None 
     known = names or {}
     rows: dict[str, Cells] = {}
     for row in summary.get("differences", []):
-        pair = f"{known.get(row['a'], method_name(row['a']))} - {known.get(row['b'], method_name(row['b']))}"
+        pair = f"{known.get(row['a'], method_name(row['a']))} \u2212 {known.get(row['b'], method_name(row['b']))}"
         rows.setdefault(pair, {})[row["metric"]] = {key: row[key] for key in ("mean", "lo", "hi")}
     return rows
 
 
-@dataclass
-class Ablation:
-    """One file of `<run>/ablations`. values: the number of each row, None where rows are no numbers."""
-
-    key: str
-    title: str
-    rows: dict[str, Cells]
-    values: list[float] | None
-    differences: dict[str, Cells]
-
-    @property
-    def axis(self) -> str:
-        return axis_name(self.key)
-
-    @property
-    def metrics(self) -> list[str]:
-        return metrics_in(*self.rows.values())
-
-
-def read_ablations(config: EvalConfig) -> list[Ablation]:
-    """Every `<run>/ablations/*.json` that holds a table; the paper's own two come first."""
-    paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
-    found = [read_ablation(path, getattr(config.ablations, path.stem, None)) for path in paths]
-    return [ablation for ablation in found if ablation.rows]
-
-
-def read_ablation(path: Path, configured: Any = None) -> Ablation:
-    summary = json.loads(path.read_text())
-    values = setting_values(summary, path.stem, configured)
-    keys = list(methods_of(summary))
-    labels = [f"{axis_name(path.stem)} {value:g}" for value in values] if values else list(map(method_name, keys))
-    names = dict(zip(keys, labels, strict=True))
-    title = summary.get("title") or axis_name(path.stem).capitalize()
-    rows = {names[key]: cells for key, cells in methods_of(summary).items()}
-    return Ablation(path.stem, title, rows, values, difference_rows(summary, names))
+def means_by(scores: pd.DataFrame, metric: str, key: str) -> pd.DataFrame:
+    """Mean over the pictures of each value of column `key`, in the data's order; a column a method that has the metric."""
+    if column_of(metric) not in scores:
+        return pd.DataFrame()
+    keyed = scores.assign(subject=scores[key])
+    found = {method: by_subject(keyed, method, metric) for method in dict.fromkeys(scores["method"])}
+    frame = pd.DataFrame({method: table["sum"] / table["count"] for method, table in found.items() if not table.empty})
+    return frame.reindex([value for value in dict.fromkeys(scores[key]) if value in frame.index])

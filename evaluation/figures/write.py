@@ -9,14 +9,18 @@ from matplotlib.figure import Figure
 
 from evaluation.config import EvalConfig
 from evaluation.figures import sampled, scored
+from evaluation.figures.ablations import read_ablations
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import Grid, draw_grid, from_json, to_json
 from evaluation.figures.names import column_of, method_name
 from evaluation.figures.style import colors_of, write_figure
-from evaluation.figures.tables import difference_rows, metrics_in, named_rows, read_ablations, read_scores, read_summary
+from evaluation.figures.tables import difference_rows, metrics_in, named_rows, read_scores, read_summary
 from evaluation.plan import Evaluation
 from evaluation.stamps import write_beside
 from evaluation.statistics import METRICS, oracles
+
+#: Grids whose pictures are sampled for them.
+MADE = ("figure8", "figure9", "figure10_community")
 
 logger = logging.getLogger(__name__)
 

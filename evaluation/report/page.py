@@ -1,8 +1,8 @@
-"""report/index.html: tables with intervals, picture grids, training curves and ablations in one file."""
+"""report/index.html: tables with intervals, figures, breakdowns, training curves and ablations in one file."""
 
-import io
 import json
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
 
 from evaluation import published
 from evaluation.config import EvalConfig
-from evaluation.report.pictures import Row, as_data, choose_rows, draw_grid
-from evaluation.report.svg import COLORS, interval_chart, line_chart
+from evaluation.figures.ablations import Ablation, read_ablations
+from evaluation.figures.charts import curve, interval_figure, subject_lines, sweep_figure
+from evaluation.figures.grids import Grid, draw_grid
+from evaluation.figures.names import column_of, method_name, metric_name, prompt_form
+from evaluation.figures.scored import comparison
+from evaluation.figures.style import colors_of, encoded, svg_address
+from evaluation.figures.tables import Cells, difference_rows, means_by, metrics_in, named_rows, read_scores, read_summary
+from evaluation.figures.write import MADE, read_grid, scored_grids
+from evaluation.report import tables
+from evaluation.report.pictures import as_data, narrow
 from evaluation.stamps import write_beside
-from evaluation.statistics import LEVEL, METRICS, by_subject
-from evaluation.tables import TITLES
+from evaluation.statistics import LEVEL, METRICS, oracles
 
 CURVES = ("train/loss", "val/")
 
 
+@dataclass
+class Chart:
+    """An image's `data:` address and what it is called where it cannot be seen."""
+
+    address: str
+    title: str
+
+
 def write_report(config: EvalConfig) -> Path:
-    """Write report/index.html and report/grid.png from what `score` left. Raises FileNotFoundError before that."""
-    scores_path = config.eval_folder / "scores.parquet"
-    if not scores_path.exists():
-        raise FileNotFoundError(f"{scores_path} is missing: run `python -m evaluation dreambooth` with the same config first")
-    scores = pd.read_parquet(scores_path)
-    rows = choose_rows(scores, config.report.subjects, config.report.prompts)
-    if rows:
-        buffer = io.BytesIO()
-        draw_grid(rows).save(buffer, format="PNG")
-        write_beside(config.report_folder / "grid.png", buffer.getvalue())
+    """Write report/index.html and report/grid.png from what `score`, `ablate` and `figures` left. Raises FileNotFoundError before `score`."""
+    scores = read_scores(config)
+    if compared := comparison(scores, config.report.subjects, config.report.prompts):
+        write_beside(config.report_folder / "grid.png", encoded(draw_grid(compared, inches=0.8), "png"))
     path = config.report_folder / "index.html"
-    write_beside(path, render(context(config, scores, rows)).encode())
+    write_beside(path, render(context(config, scores, compared)).encode())
     return path
 
 
@@ -49,10 +59,8 @@ def render(values: dict[str, Any]) -> str:
     return environment.get_template("page.html.j2").render(values)
 
 
-def context(config: EvalConfig, scores: pd.DataFrame, rows: list[Row]) -> dict[str, Any]:
-    summary = json.loads((config.eval_folder / "summary.json").read_text())
+def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> dict[str, Any]:
     about = json.loads((config.eval_folder / "protocol.json").read_text())
-    embed(rows, config.report.pixels)
     return {
         "title": config.report.title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -60,101 +68,106 @@ def context(config: EvalConfig, scores: pd.DataFrame, rows: list[Row]) -> dict[s
         "subjects": scores["subject"].nunique(),
         "pictures": len(scores),
         "level": f"{LEVEL:.0%}",
-        "titles": TITLES,
-        "headline": cells_of(summary),
-        "charts": headline_charts(summary),
-        "differences": difference_rows(summary),
-        "per_subject": {metric: subject_table(scores, metric) for metric in METRICS},
-        "rows": rows,
+        **scores_section(config, scores),
+        "grids": grids(config, scores, compared),
+        "narrow": narrow,
+        "data": lambda path: as_data(path, config.report.pixels),
+        "breakdowns": breakdowns(scores),
+        "lines": subject_charts(scores),
+        "ablations": [ablation_section(ablation) for ablation in read_ablations(config)],
         "curves": training_curves(Path(config.run)),
-        "ablations": ablation_tables(config.ablations_folder),
-        "published": published.TABLE_1,
+        "published": tables.published_table("Method", published.TABLE_1),
         "published_note": published.NOTE,
     }
 
 
-def embed(rows: list[Row], pixels: int) -> None:
-    """Put every picture of the grid into the page, each file once."""
-    known: dict[Path, str] = {}
-    for row in rows:
-        for cell in row.cells:
-            cell.data = known.setdefault(cell.path, known.get(cell.path) or as_data(cell.path, pixels))
+def scores_section(config: EvalConfig, scores: pd.DataFrame) -> dict[str, Any]:
+    """The headline tables with their charts, then the differences with theirs."""
+    summary, oracle = read_summary(config), oracles(scores)
+    rows, differences = named_rows(summary), difference_rows(summary)
+    metrics = metrics_in(*rows.values())
+    colors = {method_name(key): color for key, color in colors_of(list(dict.fromkeys(scores["method"])), oracle).items()}
+    contenders = [name for name in rows if name not in map(method_name, oracle)]
+    return {
+        "headline": tables.score_tables("Method", rows, metrics, contenders),
+        "score_charts": interval_charts(rows, colors, metrics),
+        "differences": tables.difference_tables(differences, metrics) if differences else [],
+        "difference_charts": interval_charts(differences, {}, metrics, width=4.8, zero=True),
+    }
 
 
-def cells_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the headline table; the best generated method of each metric is marked."""
-    methods = {name: metrics for name, metrics in summary.items() if name != "differences"}
-    generated = {name: metrics for name, metrics in methods.items() if "clip_t_context" in metrics or "clip_t_texture" in metrics}
-    best = {m: max((metrics[m]["mean"] for metrics in generated.values() if m in metrics), default=None) for m in METRICS}
+def interval_charts(rows: Mapping[str, Cells], colors: Mapping[str, str], metrics: Sequence[str], width: float = 2.6, zero: bool = False) -> list[Chart]:
+    """A chart a metric, so that a narrow page can put them below each other."""
+    return [as_chart(interval_figure(rows, colors, [metric], zero, width), metric_name(metric)) for metric in metrics]
+
+
+def as_chart(figure: Figure, title: str) -> Chart:
+    return Chart(svg_address(figure), title)
+
+
+def grids(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> list[Grid]:
+    """Figures 4 to 6 and 10 from the scores, 8 to 10 as `figures` left them, by their numbers."""
+    found = [compared if grid.name == "figure6" else grid for grid in scored_grids(config, scores)]
+    found += [read_grid(config, name) for name in MADE]
+    return sorted([grid for grid in found if grid is not None], key=lambda grid: grid.number)
+
+
+def breakdowns(scores: pd.DataFrame) -> list[dict[str, Any]]:
+    """Means by subject and by prompt, a table a metric."""
+    generated = scores[scores["prompt_kind"] != "real"]
+    forms = [prompt_form(prompt, label) for prompt, label in zip(generated["prompt"], generated["label"], strict=True)]
     return [
-        {
-            "name": name,
-            "cells": [
-                metrics.get(m) and metrics[m] | {"best": name in generated and metrics[m]["mean"] == best[m]} for m in METRICS
-            ],
-        }
-        for name, metrics in methods.items()
+        {"name": "subject", "about": "The mean over each subject's pictures.", "tables": means_tables(scores, "subject")},
+        {"name": "prompt", "about": "The mean over all subjects; … stands for the subject.", "tables": means_tables(generated.assign(form=forms), "form")},
     ]
 
 
-def headline_charts(summary: dict[str, Any]) -> list[str]:
-    """A chart a metric; a method has one colour in all of them."""
-    methods = {name: metrics for name, metrics in summary.items() if name != "differences"}
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(methods)}
-    rows = {m: [(name, metrics[m], colors[name]) for name, metrics in methods.items() if m in metrics] for m in METRICS}
-    return [interval_chart(TITLES[m], found) for m, found in rows.items() if found]
+def means_tables(scores: pd.DataFrame, key: str) -> dict[str, tables.Table]:
+    frames = {metric: means_by(scores, metric, key) for metric in METRICS}
+    first = "Subject" if key == "subject" else "Prompt"
+    return {metric_name(metric): tables.means_table(first, frame) for metric, frame in frames.items() if not frame.empty}
 
 
-def difference_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    pairs: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in summary["differences"]:
-        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = row | {"certain": row["lo"] > 0 or row["hi"] < 0}
-    return [{"a": a, "b": b, "cells": [found.get(m) for m in METRICS]} for (a, b), found in pairs.items()]
+def subject_charts(scores: pd.DataFrame) -> list[Chart]:
+    """Figure 7."""
+    colors = colors_of(list(dict.fromkeys(scores["method"])), oracles(scores))
+    found = [(metric, subject_lines(scores, metric, colors)) for metric in METRICS if column_of(metric) == "clip_t"]
+    return [as_chart(figure, f"{metric_name(metric)} by subject") for metric, figure in found if figure]
 
 
-def subject_table(scores: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """Methods as columns, subjects as rows, the mean over the subject's pictures in each cell."""
-    columns = {}
-    for method in dict.fromkeys(scores["method"]):
-        table = by_subject(scores, method, metric)
-        if not table.empty:
-            columns[method] = table["sum"] / table["count"]
-    frame = pd.DataFrame(columns)
-    labels = scores.groupby("subject")["label"].first()
-    rows = [
-        (name, labels[name], [None if math.isnan(v) else v for v in row])
-        for name, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)
-    ]
-    return {"methods": list(columns), "rows": rows}
+def ablation_section(ablation: Ablation) -> dict[str, Any]:
+    paper = {"masking": published.MASKING, "beta": published.BETA}.get(ablation.key)
+    if ablation.values and len(ablation.values) > 1:
+        rows = list(ablation.rows.values())
+        charts = [as_chart(sweep_figure(ablation.values, rows, ablation.axis, [m]), f"{metric_name(m)} over {ablation.axis}") for m in ablation.metrics]
+    else:
+        charts = interval_charts(ablation.rows, {}, ablation.metrics)
+    return {
+        "title": ablation.title,
+        "tables": tables.score_tables("Setting", ablation.rows, ablation.metrics),
+        "charts": charts,
+        "differences": tables.difference_tables(ablation.differences, ablation.metrics) if ablation.differences else [],
+        "published": tables.published_table(ablation.axis.capitalize(), paper) if paper else None,
+    }
 
 
-def training_curves(run: Path) -> dict[str, list[str]]:
+def training_curves(run: Path) -> dict[str, list[Chart]]:
     """Curves of each stage's newest metrics.csv (Lightning's CSVLogger), losses and validation values."""
     found = {}
     for stage in sorted(p for p in run.glob("stage*") if p.is_dir()):
         files = sorted(stage.rglob("metrics.csv"), key=lambda p: p.stat().st_mtime)
         charts = stage_charts(pd.read_csv(files[-1])) if files else []
         if charts:
-            found[stage.name] = charts
+            found[stage.name.replace("stage", "Stage ")] = charts
     return found
 
 
-def stage_charts(table: pd.DataFrame) -> list[str]:
+def stage_charts(table: pd.DataFrame) -> list[Chart]:
     if "step" not in table:
         return []
     charts = []
     for name in (column for column in table.columns if column.startswith(CURVES)):
         points = table[["step", name]].apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna()
         if len(points) > 1:
-            charts.append(line_chart(name, points["step"].tolist(), points[name].tolist()))
+            charts.append(as_chart(curve(name, points["step"].tolist(), points[name].tolist()), name))
     return charts
-
-
-def ablation_tables(folder: Path) -> list[dict[str, Any]]:
-    paper = {"masking": published.MASKING, "beta": published.BETA}
-    files = [(name, folder / f"{name}.json") for name in paper]
-    return [
-        {"name": name, "rows": cells_of(json.loads(file.read_text())), "published": paper[name]}
-        for name, file in files
-        if file.exists()
-    ]

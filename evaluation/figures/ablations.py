@@ -1,0 +1,68 @@
+"""Ablations as the charts and the page show them: what varies, and the number that each row stands for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.config import EvalConfig
+from evaluation.figures.names import NUMBER, axis_name, method_name, methods_of
+from evaluation.figures.tables import Cells, difference_rows, metrics_in
+
+
+@dataclass
+class Ablation:
+    """One file of `<run>/ablations`. values: the number of each row, None where rows are no numbers."""
+
+    key: str
+    title: str
+    axis: str
+    rows: dict[str, Cells]
+    values: list[float] | None
+    differences: dict[str, Cells]
+
+    @property
+    def metrics(self) -> list[str]:
+        return metrics_in(*self.rows.values())
+
+
+def read_ablations(config: EvalConfig) -> list[Ablation]:
+    """Every `<run>/ablations/*.json` that holds a table; the paper's own two come first."""
+    paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
+    found = [read_ablation(path, config.pictures) for path in paths]
+    return [ablation for ablation in found if ablation.rows]
+
+
+def read_ablation(path: Path, pictures: Path) -> Ablation:
+    summary = json.loads(path.read_text())
+    rows = methods_of(summary)
+    axis, values = varying(list(rows), [options_of(pictures / key) for key in rows], path.stem)
+    labels = [f"{axis_name(axis)} {value:g}" for value in values] if values else list(map(method_name, rows))
+    names = dict(zip(rows, labels, strict=True))
+    title = summary.get("title") or axis_name(path.stem).capitalize()
+    return Ablation(path.stem, title, axis_name(axis), {names[key]: cells for key, cells in rows.items()}, values, difference_rows(summary, names))
+
+
+def options_of(folder: Path) -> dict[str, Any]:
+    """A method's options as the stamp of one of its pictures has them, the sampler's where it leaves them open; empty without pictures."""
+    for path in sorted(folder.rglob("*.json")):
+        settings = json.loads(path.read_text()).get("settings", {})
+        return settings.get("sampler", {}) | {key: value for key, value in settings.get("method", {}).items() if value is not None}
+    return {}
+
+
+def varying(names: Sequence[str], options: Sequence[dict[str, Any]], axis: str) -> tuple[str, list[float] | None]:
+    """The one number in which the rows differ, by their options; else `axis` and the numbers at the ends of their names, if all have it."""
+    shared = set.intersection(*map(set, options)) if options else set()
+    keys = [key for key in shared if any(one[key] != options[0][key] for one in options)]
+    if len(keys) == 1 and all(is_number(one[keys[0]]) for one in options):
+        return keys[0], [float(one[keys[0]]) for one in options]
+    found = [NUMBER.search(name) for name in names]
+    if names and all(match and name[: match.start()].endswith(axis) for match, name in zip(found, names, strict=True)):
+        return axis, [float(match.group(1)) for match in found if match]
+    return axis, None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
