@@ -2,7 +2,8 @@
 
     <root>/dataset/<subject>/00.jpg ...
     <root>/dataset/prompts_and_classes.txt
-    <root>/dataset/texture_prompts.txt          (ours, optional: a `prompt_list` as in the file above)
+    <root>/dataset/<kind>_prompts.txt           (ours, optional, for the kinds in own_prompts.py: a `prompt_list` as in the file above, or
+                                                two where live subjects have others)
     <root>/masks/<subject>/00.png ...           (ours, optional: 255 = subject)
 """
 
@@ -10,6 +11,7 @@ import ast
 import re
 import string
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,28 +19,13 @@ from pathlib import Path
 from PIL import Image
 
 from datamodules import pictures
+from datamodules.own_prompts import PROMPTS
 
 PROMPTS_FILE = "prompts_and_classes.txt"
-TEXTURE_FILE = "texture_prompts.txt"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 #: Classes that get the live prompts: cats and dogs in google/dreambooth, the others in the mini world.
 LIVE_CLASSES = frozenset(("cat", "dog", "duck", "fish", "rabbit"))
-
-#: Used where a folder brings no texture prompts. The paper scores CLIP-T(t) on 10 such prompts and does not publish them,
-#: so these are ours: a score on them carries their name, not the paper's.
-TEXTURE_PROMPTS = (
-    "a {0} {1} made of wood",
-    "a {0} {1} made of gold",
-    "a {0} {1} made of stone",
-    "a {0} {1} made of glass",
-    "a {0} {1} made of ice",
-    "a {0} {1} covered in moss",
-    "a red {0} {1}",
-    "a yellow {0} {1}",
-    "a blue {0} {1}",
-    "a purple {0} {1}",
-)
 
 
 @dataclass(frozen=True)
@@ -95,18 +82,26 @@ class DreamBooth:
         return [fill(template, subject.label, unique_token) for template in templates]
 
     def texture_prompts(self, subject: Subject, unique_token: str | None = None) -> list[str]:
-        """The folder's own texture prompts, else `TEXTURE_PROMPTS`."""
-        return [fill(template, subject.label, unique_token) for template in self._texture_templates]
+        """The folder's own texture prompts, else ours."""
+        return self.prompts_of("texture", subject, unique_token)
 
-    @cached_property
-    def _texture_templates(self) -> list[str]:
-        path = self.dataset / TEXTURE_FILE
+    def prompts_of(self, kind: str, subject: Subject, unique_token: str | None = None) -> list[str]:
+        """A subject's prompts of a kind: "context", or one of `PROMPTS`. Raises ValueError for another."""
+        if kind == "context":
+            return self.prompts(subject, unique_token)
+        return [fill(template, subject.label, unique_token) for template in self._templates(kind)[subject.is_live]]
+
+    def _templates(self, kind: str) -> tuple[Sequence[str], Sequence[str]]:
+        """For objects and for live subjects: from `<kind>_prompts.txt`, else ours."""
+        if kind not in PROMPTS:
+            raise ValueError(f"there are no {kind!r} prompts; the kinds are context, {', '.join(PROMPTS)}")
+        path = self.dataset / f"{kind}_prompts.txt"
         if not path.exists():
-            return list(TEXTURE_PROMPTS)
+            return PROMPTS[kind]
         lists = parse_prompt_lists(path.read_text(encoding="utf-8-sig"), str(path))
-        if len(lists) != 1:
-            raise ValueError(f"{path}: expected one prompt_list, found {len(lists)}")
-        return lists[0]
+        if len(lists) not in (1, 2):
+            raise ValueError(f"{path}: expected one prompt_list, or two (objects, then live subjects), found {len(lists)}")
+        return lists[0], lists[-1]
 
     def _subject(self, name: str, label: str) -> Subject:
         images = sorted(p for p in (self.dataset / name).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.dreambooth import TEXTURE_PROMPTS, DreamBooth, fill, load_picture, parse_prompt_lists, parse_prompts_and_classes
+from datamodules.dreambooth import DreamBooth, fill, load_picture, parse_prompt_lists, parse_prompts_and_classes
+from datamodules.own_prompts import PROMPTS, TEXTURE_PROMPTS
 
 TEXT = """Classes
 
@@ -67,6 +68,35 @@ def test_texture_prompts_from_the_folder_or_ours(root):
     (root / "dataset" / "texture_prompts.txt").write_text(text)
     data = DreamBooth(root)
     assert data.texture_prompts(data.subjects[1]) == ["a wooden dog"]
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_every_kind_has_prompts_of_ours(root, kind):
+    data = DreamBooth(root)
+    for subject in data.subjects:
+        prompts = data.prompts_of(kind, subject)
+        assert len(prompts) == len(set(prompts)) >= 8
+        assert all(subject.label in prompt and "{" not in prompt and "  " not in prompt for prompt in prompts)
+
+
+def test_poses_differ_for_live_subjects_and_files_win(root):
+    bear, dog = DreamBooth(root).subjects
+    assert "a dog sleeping" in DreamBooth(root).prompts_of("pose", dog)
+    assert "a stuffed animal upside down" in DreamBooth(root).prompts_of("pose", bear)
+    (root / "dataset" / "pose_prompts.txt").write_text("".join(
+        f"prompt_list = [\n'a {{0}} {{1}} {pose}'.format(unique_token, class_token)\n]\n" for pose in ("fallen over", "asleep")))
+    data = DreamBooth(root)
+    assert (data.prompts_of("pose", bear), data.prompts_of("pose", dog)) == (["a stuffed animal fallen over"], ["a dog asleep"])
+    assert data.prompts_of("context", dog) == data.prompts(dog)
+
+
+def test_unknown_kinds_and_too_many_lists_are_refused(root):
+    data = DreamBooth(root)
+    with pytest.raises(ValueError, match="no 'weather' prompts; the kinds are context, texture, accessory, pose, camera"):
+        data.prompts_of("weather", data.subjects[0])
+    (root / "dataset" / "camera_prompts.txt").write_text("prompt_list = [\n'a {0} {1}'\n]\n" * 3)
+    with pytest.raises(ValueError, match="camera_prompts.txt: expected one prompt_list, or two"):
+        data.prompts_of("camera", data.subjects[0])
 
 
 def test_masks_are_all_or_none(root):
