@@ -55,13 +55,15 @@ class Evaluation:
         for subject in self.subjects if subjects is None else subjects:
             for task in tasks_of(self.protocol, self.data, subject):
                 reference = self.reference(subject, task.reference)
-                settings = shared | {"task": asdict(task), "input": self._input(method, reference)}
+                settings = shared | {"task": asdict(task), "input": self._input(method, subject, reference)}
                 plans.append(Planned(task, reference, self.config.pictures / name / task.file, settings))
         return plans
 
-    def _input(self, method: Method, reference: Reference) -> dict[str, str | None] | None:
-        """Digests of the reference picture and its mask, for methods that look at them."""
+    def _input(self, method: Method, subject: Subject, reference: Reference) -> dict[str, Any] | None:
+        """Digests of the reference picture and its mask, for methods that look at them, and of other pictures they look at."""
         if not method.uses_reference:
             return None
         mask = str(reference.mask_path) if reference.mask_path else None
-        return {"image": self.models.digest(str(reference.path)), "mask": self.models.digest(mask)}
+        digests: dict[str, Any] = {"image": self.models.digest(str(reference.path)), "mask": self.models.digest(mask)}
+        others = {path.name: self.models.digest(str(path)) for path in method.also_reads(subject)}
+        return digests | {"others": others} if others else digests

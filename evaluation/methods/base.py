@@ -1,6 +1,7 @@
 """What can be evaluated: one small interface."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,13 +40,17 @@ class Models:
     adapter: str | None = None
     decoder: str | None = None
     device: str = "cpu"
-    loaded: tuple[tuple[str | None, str | None], MoMAPipeline] | None = field(default=None, repr=False)
+    loaded: tuple[Any, Any] | None = field(default=None, repr=False)
     digests: dict[str, str] = field(default_factory=dict)
 
     def pipeline(self, adapter: str | None, decoder: str | None) -> MoMAPipeline:
-        if self.loaded is None or self.loaded[0] != (adapter, decoder):
+        return self.hold((adapter, decoder), lambda: load_pipeline(self.foundation, adapter, decoder))
+
+    def hold(self, key: Any, load: Callable[[], Any]) -> Any:
+        """The pipeline that `load` makes, on the device; kept while the next one asked for has the same key."""
+        if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # frees the old one before the new one is read
-            self.loaded = ((adapter, decoder), load_pipeline(self.foundation, adapter, decoder).to(self.device))
+            self.loaded = (key, load().to(self.device))
         return self.loaded[1]
 
     def digest(self, path_or_id: str | None) -> str | None:
@@ -62,10 +67,13 @@ class Method(ABC):
     """Makes pictures of a subject. Subclasses are dataclasses whose fields are the method's options.
 
     is_oracle: stands for the real pictures themselves, nothing is generated. uses_reference: what it makes depends on the input.
+    folder: where a method may keep what it makes once a subject (trained weights), set before `setup`; None: nowhere.
     """
 
     is_oracle: ClassVar[bool] = False
     uses_reference: ClassVar[bool] = True
+    folder: Path | None = None
+    pipeline: Any = None
 
     def options(self) -> dict[str, Any]:
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
@@ -74,8 +82,16 @@ class Method(ABC):
         """Digests of everything read from disk that the pictures depend on."""
         return {}
 
+    def also_reads(self, subject: Subject) -> list[Path]:
+        """Pictures of the subject, besides the input, that the result depends on."""
+        return []
+
     def setup(self, models: Models, sampler: Sampler) -> None:  # noqa: B027 - not every method has something to load
         """Load what is needed; called once before `generate`."""
+
+    def teardown(self) -> None:
+        """Let go of what `setup` loaded, so that the next method finds the memory free."""
+        self.pipeline = None
 
     @abstractmethod
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
