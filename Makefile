@@ -1,6 +1,7 @@
 # `make help` lists the targets. The first one that runs makes .venv.
 EXP ?= mini
 ARGS ?=
+AXIS ?= experiments/ablations/guided_subject.yaml
 JOBS ?= 2
 PYTHON ?= python3.11
 
@@ -15,7 +16,7 @@ STEPS := data stage1 stage2 eval-dreambooth report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) help reproduce ablate-beta ablate-masking test lint bench mini-foundation clean
+.PHONY: $(STEPS) help reproduce ablate ablate-beta ablate-masking sweep-beta sweep-masking test lint bench mini-foundation clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -44,10 +45,19 @@ report: $(INSTALLED) ## one HTML page of tables, plots and pictures
 	$(RUN) evaluation report --config experiments/$(EXP)/eval.yaml $(ARGS)
 
 ablate-beta: $(INSTALLED) ## the paper's Table 4: strength of the subject attention
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --ablations.masking '[]' $(ARGS)
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config experiments/ablations/beta.yaml $(ARGS)
 
 ablate-masking: $(INSTALLED) ## the paper's Table 3: strength of the masks
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --ablations.beta '[]' $(ARGS)
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config experiments/ablations/masking.yaml $(ARGS)
+
+ablate: $(INSTALLED) ## one further axis: AXIS=experiments/ablations/steps.yaml, ...
+	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config $(AXIS) $(ARGS)
+
+sweep-beta: $(INSTALLED) ## a wandb sweep over beta; without a key its grid runs here, offline
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/beta.yaml $(ARGS)
+
+sweep-masking: $(INSTALLED) ## the same over the strength of the masks
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/masking.yaml $(ARGS)
 
 test: $(INSTALLED) ## the tests, on JOBS=2 processes
 	OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/bin/pytest -q -n $(JOBS) $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m evaluation {generate,score,report,dreambooth,ablate} --config experiments/<family>/eval.yaml`."""
+"""`python -m evaluation {generate,score,report,dreambooth,ablate,point} --config experiments/<family>/eval.yaml`."""
 
 import logging
 import sys
@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
 
-from evaluation.ablations import run_ablations
+from evaluation.ablations import run_ablation
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import run_dreambooth, run_scoring
 from evaluation.generation import generate
 from evaluation.report import write_report
+from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
 
 
@@ -25,7 +26,8 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
     "score": (run_scoring, "score the pictures; write scores.parquet, summary.json and table.md"),
     "report": (report, "write report/index.html and report/grid.png; log to wandb"),
     "dreambooth": (run_dreambooth, "generate, then score"),
-    "ablate": (run_ablations, "the grids over beta and mask strength"),
+    "ablate": (run_ablation, "one table of settings: add --config experiments/ablations/<axis>.yaml"),
+    "point": (run_point, "one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs"),
 }
 
 

@@ -8,17 +8,23 @@ from typing import Any, Literal
 import torch
 
 from datamodules.dreambooth import DreamBooth
-from evaluation.methods import Method, Models
+from evaluation.methods import Method, Moma, Models
 from evaluation.protocols import Protocol, named
 from moma_lightning.foundation import FoundationConfig
 
 
 @dataclass
 class AblationConfig:
-    """Grids of the paper's Tables 3 and 4, over the same noise as everything else."""
+    """One table of settings, over the same noise as everything else.
 
-    beta: tuple[float, ...] = (1.0, 0.5, 0.0)
-    masking: tuple[float, ...] = (1.0, 0.5, 0.0)
+    name: of its files under <run>/ablations. methods: in the table's order; one that is named and set as in the main evaluation shares
+    its pictures. published: the paper's rows to print beside it.
+    """
+
+    name: str | None = None
+    title: str = ""
+    methods: dict[str, Method] = field(default_factory=dict)
+    published: Literal["masking", "beta"] | None = None
 
 
 @dataclass
@@ -38,6 +44,8 @@ class WandbConfig:
     enabled: bool = True
     project: str = "moma-lightning"
     name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -47,7 +55,8 @@ class EvalConfig:
     run: folder that receives eval/, ablations/ and report/. data: folder in google/dreambooth's layout.
     protocol: a preset's name; overrides: fields of it to change. methods: name -> method, in the table's order.
     adapter, decoder: what the two stages wrote. num_processes: workers, each with its share of the subjects and threads (on
-    GPUs, one a device). batch_size: pictures a pipeline call.
+    GPUs, one a device). batch_size: pictures a pipeline call. ablation: the table that `ablate` makes. moma: the setting that
+    `point` scores, one of a sweep.
     """
 
     run: str = "runs/mini"
@@ -61,12 +70,13 @@ class EvalConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_processes: int = 1
     batch_size: int = 16
-    ablations: AblationConfig = field(default_factory=AblationConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    moma: Moma = field(default_factory=Moma)
     report: ReportConfig = field(default_factory=ReportConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
-        for name in self.methods:
+        for name in (*self.methods, *self.ablation.methods):
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name == "differences":
                 raise ValueError(
                     f"a method cannot be called {name!r}: its name is a folder, and `differences` is a key of summary.json"
@@ -79,6 +89,10 @@ class EvalConfig:
     @property
     def ablations_folder(self) -> Path:
         return Path(self.run) / "ablations"
+
+    @property
+    def sweeps_folder(self) -> Path:
+        return Path(self.run) / "sweeps"
 
     @property
     def report_folder(self) -> Path:

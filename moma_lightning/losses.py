@@ -23,6 +23,13 @@ def image_embedding_cosine(
     return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
 
 
+def image_embedding_cosine_loss(
+    predicted: Float[Tensor, "batch embed_dim"], target: Float[Tensor, "batch embed_dim"]
+) -> Float[Tensor, ""]:
+    """1 - cosine, in [0, 2]: Eq. 4 without the embedding's length (an ablation; not in the paper)."""
+    return 1 - image_embedding_cosine(predicted, target)
+
+
 def noise_prediction_losses(
     noise_pred: Float[Tensor, "batch channels height width"], target: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, " batch"]:

@@ -1,6 +1,7 @@
 """Stage 1, multimodal generative learning: teach the image-feature decoder CLIP's embedding of the whole picture (Eq. 4)."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,21 +22,25 @@ BASELINES = {
     "mean": "mean training target",
 }
 
+LOSSES = {"mse": losses.image_embedding_loss, "cosine": losses.image_embedding_cosine_loss}
+
 
 class Stage1(TrainedPartModule):
     """Trains an ImageFeatureDecoder on I_wb and P_ref against the frozen CLIP(I_ref).
 
     clip: folder or hub id of the whole CLIP model whose vision tower is the foundation's image encoder; only for the caption
-    baseline in validation, which is left out without it. Checkpoints hold what is trained; the rest is the foundation's.
+    baseline in validation, which is left out without it. loss: Eq. 4's squared distance, or 1 - cosine (an ablation). Checkpoints hold what is trained; the rest is the foundation's.
     """
 
     target_sum: Tensor
     target_count: Tensor
 
     def __init__(
-        self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None
-    ):
+        self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None,
+        loss: Literal["mse", "cosine"] = "mse",
+    ):  # fmt: skip
         super().__init__(optimizer)
+        self.loss = LOSSES[loss]
         self.image_encoder = load_image_encoder(foundation)
         embed_dim = self.image_encoder.embed_dim
         self.decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, embed_dim).train()
@@ -59,14 +64,14 @@ class Stage1(TrainedPartModule):
         predicted, target = self(batch), self.target(batch)
         self.target_sum += target.sum(0)
         self.target_count += len(batch)
-        loss = losses.image_embedding_loss(predicted, target)
+        loss = self.loss(predicted, target)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/cosine", losses.image_embedding_cosine(predicted, target), prog_bar=True, batch_size=len(batch))
         return loss
 
     def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
         predicted, target = self(batch), self.target(batch)
-        loss = losses.image_embedding_loss(predicted, target)
+        loss = self.loss(predicted, target)
         self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
         for name, embeds in {"decoder": predicted, **self.baselines(batch)}.items():
             self.matches[name].update(embeds, target)

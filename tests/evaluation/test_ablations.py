@@ -3,50 +3,52 @@ import json
 import pytest
 
 from evaluation import ablations
-from evaluation.ablations import grid, run_ablations
+from evaluation.ablations import run_ablation
+from evaluation.config import AblationConfig
 from evaluation.methods import Moma
+from evaluation.sweeps import point_name
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders
 
 
-def test_grids_are_the_papers_settings(tmp_path):
-    config = fake_config(tmp_path, {})
-    assert grid(config, "beta") == {
-        "moma_beta1": Moma(1.0, 1.0),
-        "moma_beta0.5": Moma(0.5, 1.0),
-        "moma_beta0": Moma(0.0, 1.0),
-    }
-    assert [m.mask_strength for m in grid(config, "masking").values()] == [1.0, 0.5, 0.0]
-
-
-def test_settings_of_the_main_evaluation_share_its_pictures(tmp_path):
-    config = fake_config(tmp_path, {"ours": Moma(), "off": Moma(beta=0.0)})
-    assert list(grid(config, "beta")) == ["ours", "moma_beta0.5", "off"]
-    assert list(grid(config, "masking")) == ["ours", "moma_masking0.5", "moma_masking0"]
-
-
-def test_tables_are_written_beside_the_papers(tmp_path, monkeypatch):
-    config = fake_config(tmp_path, {})
-    painters = {"masking": {"full": Painter(0.2), "none": Painter(0.7)}, "beta": {"full": Painter(0.2), "off": Painter(0.9)}}
-    monkeypatch.setattr(ablations, "grid", lambda config, name: painters[name])
+@pytest.fixture(autouse=True)
+def arithmetic_encoders(monkeypatch):
     plain = ablations.score
     monkeypatch.setattr(ablations, "score", lambda evaluation, methods: plain(evaluation, methods, fake_encoders()))
-    run_ablations(config)
-    for name, methods in painters.items():
-        summary = json.loads((config.ablations_folder / f"{name}.json").read_text())
-        assert list(summary) == [*methods, "differences"]
-        assert summary["full"]["dino"]["mean"] == pytest.approx(json.loads((config.ablations_folder / "beta.json").read_text())["full"]["dino"]["mean"])
-        page = (config.ablations_folder / f"{name}.md").read_text()
-        assert "| full |" in page
-        assert "not comparable with mini" in page
-    assert "| 0.5 | 0.603 | 0.322 | 0.797 | 0.231 |" in (config.ablations_folder / "masking.md").read_text()
-    assert "| 0.0 | 0.583 | 0.349 | 0.782 | 0.319 |" in (config.ablations_folder / "beta.md").read_text()
 
 
-def test_a_grid_without_values_is_passed_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "row"), [("masking", "| 0.5 | 0.603 | 0.322 | 0.797 | 0.231 |"), ("beta", "| 0.0 | 0.583 | 0.349 | 0.782 | 0.319 |")])
+def test_tables_are_written_beside_the_papers(tmp_path, name, row):
     config = fake_config(tmp_path, {})
-    config.ablations.masking = ()
-    monkeypatch.setattr(ablations, "grid", lambda config, name: {"full": Painter(0.2), "off": Painter(0.9)})
-    plain = ablations.score
-    monkeypatch.setattr(ablations, "score", lambda evaluation, methods: plain(evaluation, methods, fake_encoders()))
-    run_ablations(config)
-    assert sorted(path.name for path in config.ablations_folder.iterdir()) == ["beta.json", "beta.md"]
+    config.ablation = AblationConfig(name, "A title", {"full": Painter(0.2), "none": Painter(0.9)}, published=name)
+    summary = run_ablation(config)
+    assert json.loads((config.ablations_folder / f"{name}.json").read_text()) == summary
+    assert list(summary) == ["full", "none", "differences"] and summary["full"]["dino"]["mean"] > summary["none"]["dino"]["mean"]
+    page = (config.ablations_folder / f"{name}.md").read_text()
+    assert page.startswith("# A title") and "| full |" in page and row in page and "not comparable with mini" in page
+
+
+def test_without_published_numbers_there_is_no_such_section(tmp_path):
+    config = fake_config(tmp_path, {})
+    config.ablation = AblationConfig("steps", methods={"few": Painter(0.2), "many": Painter(0.1)})
+    run_ablation(config)
+    assert "paper" not in (config.ablations_folder / "steps.md").read_text()
+
+
+def test_settings_of_the_main_evaluation_share_its_pictures_or_are_refused(tmp_path):
+    log = str(tmp_path / "log")
+    config = fake_config(tmp_path, {"ours": Painter(0.2, log)})
+    config.ablation = AblationConfig("beta", methods={"ours": Painter(0.2, log)})
+    run_ablation(config)
+    config.ablation = AblationConfig("beta", methods={"ours": Painter(0.3, log)})
+    with pytest.raises(ValueError, match="'ours' is set otherwise in the main evaluation"):
+        run_ablation(config)
+
+
+def test_an_ablation_has_to_be_named(tmp_path):
+    with pytest.raises(ValueError, match="no ablation is configured"):
+        run_ablation(fake_config(tmp_path, {}))
+
+
+def test_points_are_named_by_what_they_change():
+    assert [point_name(m) for m in (Moma(), Moma(beta=0.5), Moma(beta=0.0, mask_strength=1.0))] == ["moma", "moma_beta0.5", "moma_beta0.0_mask_strength1.0"]
+    assert point_name(Moma(adapter="runs/a b/adapter")) == "moma_adapterruns-a-b-adapter"

@@ -5,17 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
+import yaml
+from safetensors.torch import load_file, save_file
 
 from datamodules.mini.export import export
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
+from experiments.sweep import read, run_grid
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from tests.offline_wandb import offline_run
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name != "sweeps")
+MINI = EXPERIMENTS / "mini"
+YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
 TRAINING = [path for path in YAMLS if path.name != "eval.yaml"]
 
 
@@ -33,21 +39,42 @@ def decoder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def fit(data, monkeypatch):
-    """A function that runs `fit` on the tiny shards; a stage stops where it is told."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+@pytest.fixture(scope="module")
+def fit(data):
+    """A function that runs `fit` on the tiny shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
 
-    def run(path: Path, folder: Path, *options: str) -> None:
-        shards = "--data.init_args.config"
-        arguments = ["fit", "--config", str(path), "--trainer.default_root_dir", str(folder), f"{shards}.train", f"{data}/shards/train-*.tar",
-                     f"{shards}.val", f"{data}/shards/val-*.tar", f"{shards}.batch_size", "2", *options]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["moma_lightning", *arguments])
-        assert main(arguments) == 0
+        def run(path: Path, folder: Path, *options: str) -> None:
+            shards = "--data.init_args.config"
+            arguments = ["fit", "--config", str(path), "--trainer.default_root_dir", str(folder), f"{shards}.train", f"{data}/shards/train-*.tar",
+                         f"{shards}.val", f"{data}/shards/val-*.tar", f"{shards}.batch_size", "2", *options]  # fmt: skip
+            patch.setattr(sys, "argv", ["moma_lightning", *arguments])
+            assert main(arguments) == 0
 
-    yield run
+        yield run
     wandb.finish()
     wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def trained(fit, tmp_path_factory) -> Path:
+    """Two steps of each stage; lambda, which two steps hardly move, is set to 1 so that beta and masks show."""
+    folder, short = tmp_path_factory.mktemp("run"), ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.enable_progress_bar", "false")
+    fit(MINI / "stage1.yaml", folder / "stage1", *short)
+    fit(MINI / "stage2.yaml", folder / "stage2", *short, "--model.init_args.decoder", str(folder / "stage1/image_feature_decoder"))
+    weights = load_file(folder / "stage2/adapter/moma.safetensors")
+    save_file({name: torch.ones_like(w) if name.endswith("lambda_") else w for name, w in weights.items()}, folder / "stage2/adapter/moma.safetensors")
+    return folder
+
+
+@pytest.fixture
+def options(trained, data, monkeypatch) -> list[str]:
+    """What makes an evaluation small: one subject, two prompts, four denoising steps."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    small = {"subjects": ["cat"], "context_prompts": 1, "texture_prompts": 1, "sampler": {"num_inference_steps": 4}}
+    return [f"--run={trained}", f"--data={data}/dreambooth", f"--adapter={trained}/stage2/adapter", f"--decoder={trained}/stage1/image_feature_decoder",
+            "--num_processes=1", f"--overrides={json.dumps(small)}"]  # fmt: skip
 
 
 def test_there_are_yamls_of_each_kind():
@@ -59,21 +86,45 @@ def test_training_takes_a_step(path, fit, decoder, tmp_path):
     fit(path, tmp_path, "--trainer.fast_dev_run", "1", *(("--model.init_args.decoder", str(decoder)) if path.name == "stage2.yaml" else ()))
 
 
-def test_the_line_from_shards_to_report(fit, data, tmp_path):
-    """What `make reproduce` does, on one subject after two steps of each stage."""
-    mini, short = EXPERIMENTS / "mini", ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.enable_progress_bar", "false")
-    fit(mini / "stage1.yaml", tmp_path / "stage1", *short)
-    fit(mini / "stage2.yaml", tmp_path / "stage2", *short, "--model.init_args.decoder", str(tmp_path / "stage1/image_feature_decoder"))
-    subject = sorted(path.name for path in (data / "dreambooth/dataset").iterdir() if path.is_dir())[0]
-    small = {"subjects": [subject], "context_prompts": 2, "texture_prompts": 1, "sampler": {"num_inference_steps": 2}}
-    options = ["--config", str(mini / "eval.yaml"), f"--run={tmp_path}", f"--data={data}/dreambooth", f"--adapter={tmp_path}/stage2/adapter",
-               f"--decoder={tmp_path}/stage1/image_feature_decoder", "--num_processes=1", "--overrides", json.dumps(small)]  # fmt: skip
-    for command in ("dreambooth", "ablate", "report"):
-        evaluation([command, *options])
-    summary = json.loads((tmp_path / "eval/summary.json").read_text())
+def test_the_line_from_shards_to_report(trained, options):
+    """What `make reproduce` does."""
+    for command in ("dreambooth", "report"):
+        evaluation([command, "--config", str(MINI / "eval.yaml"), *options])
+    summary = json.loads((trained / "eval/summary.json").read_text())
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
-    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
-    assert {"eval/scores.parquet", "eval/table.md", "ablations/beta.json", "ablations/masking.md", "report/index.html", "report/grid.png"} <= made
+    made = {path.relative_to(trained).as_posix() for path in trained.rglob("*")}
+    assert {"eval/scores.parquet", "eval/table.md", "report/index.html", "report/grid.png"} <= made
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")) + [MINI / "ablations/mask_layers.yaml"], ids=lambda p: p.stem)
+def test_ablations_of_sampling_run(path, trained, options):
+    evaluation(["ablate", "--config", str(MINI / "eval.yaml"), "--config", str(path), *options, "--ablation.name", path.stem])
+    summary = json.loads((trained / f"ablations/{path.stem}.json").read_text())
+    assert len(summary) >= 4 and len({json.dumps(summary[name]) for name in summary if name != "differences"}) >= 3, "settings that change nothing"
+
+
+@pytest.mark.parametrize("path", sorted(MINI.glob("ablations/*.yaml")), ids=lambda p: p.stem)
+def test_ablations_that_train_name_what_their_commands_write(path):
+    """The folders that methods read are those of the `make` commands in the file's own comment."""
+    methods = parse(["ablate", "--config", str(MINI / "eval.yaml"), "--config", str(path)])[1].ablation.methods.values()
+    roots = {str(Path(used).parent) for method in methods for used in (method.adapter, method.decoder) if used}
+    commands = " ".join(line for line in path.read_text().splitlines() if line.startswith("# make "))
+    named = {word.strip("'") for word in commands.split() if word.startswith("runs/mini/") and "image_feature_decoder" not in word}
+    assert {root.rstrip("0123456789") for root in roots} == {root.rstrip("0123456789") for root in named}
+
+
+@pytest.mark.parametrize("name", ["beta", "masking"])
+def test_sweeps_run_offline_and_can_be_read_back(name, trained, options, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    path = EXPERIMENTS / f"sweeps/{name}.yaml"
+    run_grid(read(path), [*options, "--report.subjects=1"])
+    values = yaml.safe_load(path.read_text())["parameters"][{"beta": "moma.beta", "masking": "moma.mask_strength"}[name]]["values"]
+    assert len(json.loads((trained / f"ablations/moma-{name}.json").read_text())) == len(values) + 1
+    runs = [offline_run(path) for path in sorted((trained / "sweeps/wandb").rglob("*.wandb"))]
+    runs = [run for run in runs if run["group"] == name]
+    assert sorted(run["config"]["moma"][{"beta": "beta", "masking": "mask_strength"}[name]] for run in runs) == sorted(values)
+    for run in runs:
+        assert run["tags"] == [name] and {"dino", "clip_i", "clip_t_context", "clip_t_texture", "pictures"} <= set(run["metrics"])
 
 
 @pytest.mark.parametrize("path", [p for p in YAMLS if p.name == "eval.yaml"], ids=lambda p: p.parent.name)

@@ -44,3 +44,8 @@ def test_gradient_goes_to_the_prediction(pair):
     predicted, target = pair[0].requires_grad_(), pair[1]
     losses.image_embedding_loss(predicted, target).backward()
     assert torch.allclose(predicted.grad, 2 * (predicted.detach() - target) / predicted.numel(), atol=1e-7)
+
+
+def test_image_embedding_cosine_loss_is_half_the_squared_distance_of_unit_vectors(pair):
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in pair]
+    assert losses.image_embedding_cosine_loss(*pair).item() == pytest.approx(((unit[0] - unit[1]) ** 2).sum(-1).mean().item() / 2, rel=1e-5)

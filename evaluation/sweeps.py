@@ -1,0 +1,43 @@
+"""One point of a sweep: a setting of MoMA generated, scored and logged to wandb; and a name for it."""
+
+import re
+from dataclasses import MISSING, asdict, fields
+
+import wandb
+
+from evaluation.config import EvalConfig
+from evaluation.dreambooth import write_json
+from evaluation.generation import generate
+from evaluation.methods import Moma
+from evaluation.plan import Evaluation
+from evaluation.report.pictures import choose_rows, draw_grid
+from evaluation.scoring import score
+from evaluation.statistics import METRICS, summarise
+from evaluation.tracking import mode
+
+
+def point_name(method: Moma) -> str:
+    """`moma` and every option that is not its default: `moma_beta0.5`. Two settings never share a name, so neither do their pictures."""
+    changed = {f.name: getattr(method, f.name) for f in fields(method) if f.default is not MISSING and getattr(method, f.name) != f.default}
+    return re.sub(r"[^\w.+-]+", "-", "_".join(["moma", *(f"{key}{value}" for key, value in changed.items())]))
+
+
+def run_point(config: EvalConfig) -> dict:
+    """Score `config.moma`, write `<run>/sweeps/<name>.json` and log one wandb run: settings as config, means as metrics, the picture grid."""
+    name = point_name(config.moma)
+    methods = {name: config.moma}
+    generate(config, methods)
+    scores = score(Evaluation.open(config), methods)
+    summary = summarise(scores)
+    write_json(config.sweeps_folder / f"{name}.json", summary)
+    if config.wandb.enabled:
+        folder = config.sweeps_folder / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        with wandb.init(
+            project=config.wandb.project, name=config.wandb.name or name, group=config.wandb.group, tags=config.wandb.tags, mode=mode(), dir=folder,
+            job_type="sweep", config={"moma": asdict(config.moma), "protocol": asdict(config.resolved_protocol())},
+            settings=wandb.Settings(silent=True, console="off"),
+        ) as run:  # fmt: skip
+            run.log({metric: summary[name][metric]["mean"] for metric in METRICS if metric in summary[name]})
+            run.log({"pictures": wandb.Image(draw_grid(choose_rows(scores, config.report.subjects, config.report.prompts)))})
+    return summary

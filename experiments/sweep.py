@@ -1,0 +1,68 @@
+"""Runs a wandb sweep file: on the server with a key, else its grid on this machine, offline, ending in the same table.
+
+`python -m experiments.sweep experiments/sweeps/beta.yaml [arguments of every point]`. An interrupted grid goes on where it stopped: pictures that
+are there are kept. Offline points are wandb runs too (`wandb sync` sends them later).
+"""
+
+import itertools
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import wandb
+import yaml
+
+from evaluation.ablations import run_ablation
+from evaluation.cli import main as evaluation
+from evaluation.cli import parse
+from evaluation.config import AblationConfig
+from evaluation.sweeps import point_name
+from evaluation.tracking import mode
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A sweep file. Raises ValueError for one that is no grid over listed values or does not run `evaluation point`."""
+    sweep = yaml.safe_load(path.read_text())
+    if sweep.get("method") != "grid" or not all({"values", "value"} & set(p) for p in sweep["parameters"].values()):
+        raise ValueError(f"{path}: only `method: grid` over `values` runs without a server; with WANDB_API_KEY wandb runs the others")
+    if sweep["command"][2:5] != ["-m", "evaluation", "point"]:
+        raise ValueError(f"{path}: its command must be `${{env}} ${{interpreter}} -m evaluation point ...`")
+    return sweep
+
+
+def points(sweep: dict[str, Any], extra: list[str]) -> Iterator[list[str]]:
+    """The arguments of `evaluation` at each point of the grid, in wandb's form `--key=value`."""
+    parameters = {key: p.get("values", [p.get("value")]) for key, p in sweep["parameters"].items()}
+    for values in itertools.product(*parameters.values()):
+        args = [f"--{key}={value}" for key, value in zip(parameters, values, strict=True)]
+        yield [part for word in sweep["command"][4:] for part in (args if word == "${args}" else [word])] + extra
+
+
+def run_grid(sweep: dict[str, Any], extra: list[str]) -> None:
+    """Every point in turn, then `<run>/ablations/<name>.{json,md}` of all of them."""
+    commands = list(points(sweep, extra))
+    for arguments in commands:
+        evaluation(arguments)
+    configs = [parse(arguments)[1] for arguments in commands]
+    config = configs[0]
+    config.ablation = AblationConfig(sweep["name"], f"Sweep {sweep['name']}", {point_name(c.moma): c.moma for c in configs})
+    run_ablation(config)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path, extra = Path(sys.argv[1]), sys.argv[2:]
+    if mode() == "online":
+        sweep = yaml.safe_load(path.read_text())
+        sweep["command"] += extra
+        project = sweep.get("project", "moma-lightning")
+        subprocess.run(["wandb", "agent", "--project", project, wandb.sweep(sweep, project=project)], check=True)
+    else:
+        run_grid(read(path), extra)
+
+
+if __name__ == "__main__":
+    main()
