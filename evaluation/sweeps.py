@@ -7,10 +7,11 @@ import wandb
 
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_json
+from evaluation.figures.grids import draw_grid
+from evaluation.figures.scored import comparison
 from evaluation.generation import generate
 from evaluation.methods import Moma
 from evaluation.plan import Evaluation
-from evaluation.report.pictures import choose_rows, draw_grid
 from evaluation.scoring import score
 from evaluation.statistics import METRICS, summarise
 from evaluation.tracking import mode
@@ -39,5 +40,6 @@ def run_point(config: EvalConfig) -> dict:
             settings=wandb.Settings(silent=True, console="off"),
         ) as run:  # fmt: skip
             run.log({metric: summary[name][metric]["mean"] for metric in METRICS if metric in summary[name]})
-            run.log({"pictures": wandb.Image(draw_grid(choose_rows(scores, config.report.subjects, config.report.prompts)))})
+            if (grid := comparison(scores, config.report.subjects, config.report.prompts)) is not None:
+                run.log({"pictures": wandb.Image(draw_grid(grid))})
     return summary

@@ -1,0 +1,82 @@
+"""The paper's trends on the mini world with the shipped MoMA: a reduced evaluation that fails when one of them goes away.
+
+tests/golden/trends.json keeps what was measured; each trend must stay above half of it. After a change that is meant to move them
+`python -m tests.test_trends` writes it anew; say why in the commit. The second test breaks one part after the other and sees its trend fall.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.mini.export import export_dreambooth
+from evaluation.config import EvalConfig, WandbConfig
+from evaluation.generation import generate
+from evaluation.methods import Method, Moma, TextOnly
+from evaluation.plan import Evaluation
+from evaluation.scoring import score
+from evaluation.statistics import summarise
+from moma_lightning.models import attention
+from moma_lightning.models.masks import MaskPyramid
+
+GOLDEN = Path(__file__).parent / "golden" / "trends.json"
+TRAINED = "experiments/mini/foundation/moma"
+METHODS: dict[str, Method] = {"text_only": TextOnly(), "beta_0": Moma(beta=0.0), "beta_1": Moma(beta=1.0), "mask_0": Moma(beta=1.0, mask_strength=0.0)}
+#: Trend -> metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3).
+TRENDS = {"subject": ("dino", "beta_1", "beta_0"), "context": ("dino", "beta_0", "text_only"), "masking": ("clip_t_context", "beta_1", "mask_0")}
+
+
+def trend(name: str, run: Path, data: Path) -> float:
+    """How much the first method of a trend scores above the second."""
+    metric, a, b = TRENDS[name]
+    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": 3, "texture_prompts": 0}
+    methods = {method: METHODS[method] for method in (a, b)}
+    config = EvalConfig(str(run), str(data), "mini", small, methods, adapter=f"{TRAINED}/adapter", decoder=f"{TRAINED}/image_feature_decoder",
+                        wandb=WandbConfig(enabled=False))  # fmt: skip
+    generate(config)
+    summary = summarise(score(Evaluation.open(config), methods))
+    return summary[a][metric]["mean"] - summary[b][metric]["mean"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "dreambooth"
+    export_dreambooth(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A function that silences one part, as a bug would."""
+    parts = {
+        "subject": (attention, "subject_attention", lambda subject, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
+        "context": (attention, "context_attention", lambda context, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
+        "masking": (MaskPyramid, "weight", lambda self, sequence_length: torch.ones(len(self.mask), sequence_length)),
+    }
+    return lambda name: monkeypatch.setattr(*parts[name])
+
+
+@pytest.mark.parametrize("name", TRENDS)
+def test_the_trend_is_there(name, run, data):
+    assert trend(name, run, data) > json.loads(GOLDEN.read_text())[name] / 2
+
+
+@pytest.mark.parametrize("name", TRENDS)
+def test_the_trend_falls_when_its_part_is_broken(name, broken, tmp_path, data):
+    broken(name)
+    assert trend(name, tmp_path, data) < json.loads(GOLDEN.read_text())[name] / 2
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        export_dreambooth(Path(folder) / "dreambooth")
+        measured = {name: round(trend(name, Path(folder) / "run", Path(folder) / "dreambooth"), 4) for name in TRENDS}
+    GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")
+    print(measured)
