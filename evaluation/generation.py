@@ -1,12 +1,21 @@
-"""Making the pictures: resumable, split by subject among worker processes."""
+"""Making the pictures: resumable, split by subject among processes that Lightning's Trainer runs."""
 
 import logging
+import math
+import os
 import time
+import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from itertools import groupby
+from typing import Any
 
-import torch
-import torch.multiprocessing as mp
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader
 
 from evaluation.config import EvalConfig
 from evaluation.methods import Method
@@ -17,51 +26,110 @@ logger = logging.getLogger(__name__)
 
 
 def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> None:
-    """Make every missing picture of every method, with `config.num_processes` workers that share out the subjects."""
+    """Make every missing picture of every method, the subjects shared out among the processes.
+
+    Started by hand there are `config.num_processes` of them; under torchrun or SLURM those that it started, on any number of nodes.
+    """
     methods = config.methods if methods is None else methods
     if not methods:
         raise ValueError("the config names no methods to evaluate")
     evaluation = Evaluation.open(config)
-    for method in methods.values():
-        method.weights(evaluation.models)  # large files are digested once, here; workers inherit the digests
-    count = min(config.num_processes, len(evaluation.subjects))
-    if count <= 1:
-        work(0, 1, config, methods, evaluation.models.digests)
-    else:
-        mp.spawn(work, args=(count, config, methods, evaluation.models.digests), nprocs=count)
+    if rank_zero_only.rank == 0:  # large files are digested once; the other processes are told
+        for method in methods.values():
+            method.weights(evaluation.models)
+    maker = PictureMaker(config, methods, evaluation.models.digests)
+    trainer = build_trainer(config, len(evaluation.subjects))
+    trainer.predict(maker, return_predictions=False)
+    trainer.strategy.barrier("every process has made its share")
 
 
-def work(rank: int, count: int, config: EvalConfig, methods: dict[str, Method], digests: dict[str, str]) -> None:
-    """One worker: its share of the subjects, method by method."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = config.resolved_device()
-    if device == "cuda":
-        device = f"cuda:{rank % torch.cuda.device_count()}"
-    elif count > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    evaluation = Evaluation.open(config, device)
-    evaluation.models.digests.update(digests)
-    evaluation.subjects = evaluation.subjects[rank::count]
-    for name, method in methods.items():
-        if not method.is_oracle:
-            run_method(name, method, evaluation)
+def build_trainer(config: EvalConfig, subjects: int) -> Trainer:
+    """A Trainer that does nothing but run the processes."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    nodes, devices, strategy = launch(min(config.num_processes, subjects))
+    return Trainer(
+        accelerator=config.resolved_device(), devices=devices, num_nodes=nodes, strategy=strategy, use_distributed_sampler=False,
+        inference_mode=False,  # methods that are trained on a subject need gradients
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
 
 
-def run_method(name: str, method: Method, evaluation: Evaluation) -> None:
-    """Make one method's missing pictures; its weights are loaded only when something is missing."""
-    missing = [plan for plan in evaluation.planned(name, method) if not plan.is_done]
-    if not missing:
-        return
-    protocol, by_name = evaluation.protocol, {subject.name: subject for subject in evaluation.subjects}
-    provenance = {"name": name, "protocol": protocol.name, "protocol_digest": protocol.digest, "git_revision": git_revision()}
-    method.setup(evaluation.models, protocol.sampler)
-    progress = Progress(name, len(missing))
-    for batch in batches(missing, evaluation.config.batch_size):
-        reference = batch[0].reference
-        images = method.generate(by_name[batch[0].task.subject], reference, [plan.task for plan in batch])
+def launch(num_processes: int) -> tuple[int, int, Any]:
+    """Nodes, processes a node and the strategy: as torchrun or srun started this process, else `num_processes` spawned here.
+
+    A process that has made its share waits for the others however long they take, so collectives do not time out.
+    """
+    patient: dict[str, Any] = {"timeout": timedelta(days=30)}
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]) // local, local, DDPStrategy(**patient)
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return nodes, int(os.environ["SLURM_NTASKS"]) // nodes, DDPStrategy(**patient)
+    return 1, max(1, num_processes), DDPStrategy(start_method="spawn", **patient) if num_processes > 1 else "auto"
+
+
+class PictureMaker(LightningModule):
+    """Makes this process's share of the missing pictures; it has no parameters, each method brings its own models.
+
+    The share is a list of batches cut here, not a sampler's: DistributedSampler would pad it with pictures that others make.
+    """
+
+    def __init__(self, config: EvalConfig, methods: dict[str, Method], digests: dict[str, str]):
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.told = config, methods, digests
+        self.method: Method | None = None
+
+    def setup(self, stage: str) -> None:
+        """Rank 0's config, methods and digests count everywhere."""
+        logging.basicConfig(level=logging.INFO, format="%(message)s")  # a spawned process has no logging yet
+        self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
+        self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
+        self.evaluation.models.digests.update(digests)
+        self.by_name = {subject.name: subject for subject in self.evaluation.subjects}
+        protocol = self.evaluation.protocol
+        self.provenance = {"protocol": protocol.name, "protocol_digest": protocol.digest, "git_revision": git_revision()}
+
+    def predict_dataloader(self) -> DataLoader:
+        """Positions in `self.work`: every `world_size`-th subject, method by method."""
+        subjects = self.evaluation.subjects[self.trainer.global_rank :: self.trainer.world_size]
+        self.work = []
+        for name, method in self.methods.items():
+            plans = [] if method.is_oracle else self.evaluation.planned(name, method, subjects)
+            missing = [plan for plan in plans if not plan.is_done]
+            self.work += [(name, batch) for batch in batches(missing, self.config.batch_size)]
+        self.progress = Progress(sum(len(batch) for _, batch in self.work), self.trainer.global_rank, self.trainer.world_size)
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*|Total length of `DataLoader`.*")
+        return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
+
+    def predict_step(self, position: int, batch_idx: int) -> int:
+        """Make a batch and write it. Returns its number of pictures: Lightning warns of steps that return nothing."""
+        if self.trainer.received_sigterm:  # another process has died, or the cluster wants its node back; the rest is for the next run
+            raise SIGTERMException
+        name, batch = self.work[position]
+        method, reference = self.ready(name), batch[0].reference
+        images = method.generate(self.by_name[batch[0].task.subject], reference, [plan.task for plan in batch])
         for plan, image in zip(batch, images, strict=True):
-            write_picture(plan.path, image, plan.settings, provenance | {"reference": str(reference.path)})
-        progress.add(len(batch))
+            write_picture(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(reference.path)})
+        self.progress.add(name, len(batch))
+        return len(batch)
+
+    def ready(self, name: str) -> Method:
+        """The method, set up; the one before it lets go of its models."""
+        method = self.methods[name]
+        if self.method is not method:
+            if self.method is not None:
+                self.method.teardown()
+            self.method, method.folder = method, self.config.pictures / name
+            method.setup(self.evaluation.models, self.evaluation.protocol.sampler)
+        return method
+
+    def teardown(self, stage: str) -> None:
+        if self.method is not None:
+            self.method.teardown()
+            self.method = None
 
 
 def batches(plans: list[Planned], size: int) -> Iterator[list[Planned]]:
@@ -75,15 +143,19 @@ def batches(plans: list[Planned], size: int) -> Iterator[list[Planned]]:
 class Progress:
     """One line every ten seconds and at the end: long runs are watched in logs, not in terminals."""
 
-    def __init__(self, name: str, total: int):
-        self.name, self.total, self.made = name, total, 0
+    def __init__(self, total: int, rank: int = 0, count: int = 1):
+        self.total, self.made = total, 0
+        self.process = f"process {rank + 1} of {count}, " if count > 1 else ""
         self.started = self.told = time.monotonic()
 
-    def add(self, count: int) -> None:
+    def add(self, name: str, count: int) -> None:
         self.made += count
         now = time.monotonic()
         if now - self.told > 10 or self.made == self.total:
             self.told = now
-            logger.info(
-                "%s: %d/%d pictures, %.1f a second", self.name, self.made, self.total, self.made / max(now - self.started, 1e-6)
-            )
+            logger.info("%s", self.line(name, now - self.started))
+
+    def line(self, name: str, seconds: float) -> str:
+        rate = self.made / max(seconds, 1e-6)
+        left = math.ceil((self.total - self.made) / rate / 60) if self.made else 0
+        return f"{self.process}{name}: {self.made}/{self.total} pictures, {rate:.1f} a second, {left} min left"

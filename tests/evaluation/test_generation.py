@@ -1,15 +1,22 @@
 import json
-import pickle
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from evaluation.generation import batches, generate
+from evaluation.generation import PictureMaker, Progress, batches, generate, launch
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
 from evaluation.stamps import read_stamp, stamp_path
+from tests.evaluation import processes
 from tests.evaluation.fakes import Painter, fake_config, made
 
 PICTURES = 3 * (2 + 1)
@@ -31,6 +38,7 @@ def test_every_picture_gets_a_stamp_that_says_how(tmp_path, log):
     assert settings["task"]["prompt"].startswith("a boot")
     assert settings["task"]["seed"] in {seed for _, _, seed in made(log)}
     assert settings["sampler"]["num_inference_steps"] == 12
+    assert settings["weights"] == {}  # test_methods.py has those of methods that have some
     assert set(settings["input"]) == {"image", "mask"}
     assert all(settings["input"].values())
     assert (provenance["name"], provenance["protocol"]) == ("a", "mini, modified")
@@ -50,8 +58,17 @@ def test_nothing_is_made_twice(tmp_path, log):
     assert len(made(log)) == PICTURES
 
 
-def test_goes_on_after_a_kill(tmp_path, log):
-    with pytest.raises(KeyboardInterrupt):
+@pytest.fixture
+def interruptible():
+    """The Trainer ends on Ctrl-C by leaving the process, deaf to further ones."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_goes_on_after_an_interrupt(tmp_path, log):
+    with pytest.raises(SystemExit):
         generate(fake_config(tmp_path, {"a": Painter(0.3, log, fail_after=4)}))
     config = fake_config(tmp_path, {"a": Painter(0.3, log)})
     kept = {p: p.read_bytes() for p in config.pictures.rglob("*.png")}
@@ -106,23 +123,99 @@ def test_a_changed_reference_makes_its_subject_again(tmp_path, log):
     assert [name for name, *_ in made(log)[PICTURES:]] == ["tabby"] * 3
 
 
-def test_processes_share_the_subjects(tmp_path, log, monkeypatch):
-    """Workers are run one after another here; that what they are given can be sent to a process is checked."""
-    shares = []
+def share(config, rank: int, count: int) -> PictureMaker:
+    """What one of `count` processes would make, without starting it."""
+    maker = PictureMaker(config, config.methods, {})
+    strategy = SimpleNamespace(broadcast=lambda told: told, root_device=torch.device("cpu"))
+    maker._trainer = SimpleNamespace(global_rank=rank, world_size=count, strategy=strategy, received_sigterm=False)
+    maker.setup("predict")
+    assert list(maker.predict_dataloader()) == list(range(len(maker.work)))
+    return maker
 
-    def in_turn(function, args, nprocs):
-        threads = torch.get_num_threads()
-        for rank in range(nprocs):
-            before = len(made(log))
-            function(rank, *pickle.loads(pickle.dumps(args)))
-            shares.append({name for name, *_ in made(log)[before:]})
-        torch.set_num_threads(threads)
 
-    monkeypatch.setattr(mp, "spawn", in_turn)
-    generate(fake_config(tmp_path, {"a": Painter(0.3, log)}, num_processes=2))
-    assert shares == [{"red_mug", "tabby"}, {"old_boot"}]
-    alone = fake_config(tmp_path, {"a": Painter(0.3)})
-    assert all(plan.is_done for plan in Evaluation.open(alone).planned("a", alone.methods["a"]))
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_are_all_pictures_once(tmp_path, count):
+    """Nothing is padded to even shares, and a process may have none."""
+    config = fake_config(tmp_path, {"a": Painter(0.3), "b": Painter(0.4), "real": RealImages()})
+    shares = [[plan.path for _, batch in share(config, rank, count).work for plan in batch] for rank in range(count)]
+    expected = [plan.path for name in "ab" for plan in Evaluation.open(config).planned(name, config.methods[name])]
+    assert sorted(path for one in shares for path in one) == sorted(expected)
+    assert [len({path.parent.name for path in one}) for one in shares] == {1: [3], 2: [2, 1], 3: [1] * 3, 5: [1, 1, 1, 0, 0]}[count]
+
+
+def test_a_process_that_is_told_to_end_stops_after_its_batch(tmp_path, log):
+    maker = share(fake_config(tmp_path, {"a": Painter(0.3, log)}), 0, 1)
+    assert maker.predict_step(0, 0) == 2
+    maker._trainer.received_sigterm = True
+    with pytest.raises(SIGTERMException):
+        maker.predict_step(1, 1)
+    assert len(made(log)) == 2
+
+
+def stamped(config) -> dict[Path, tuple[bytes, int]]:
+    """The pictures that count: their bytes and when they were written."""
+    plans = Evaluation.open(config).planned("a", config.methods["a"])
+    return {plan.path: (plan.path.read_bytes(), plan.path.stat().st_mtime_ns) for plan in plans if plan.is_done}
+
+
+def start(*command: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_one_killed_then_torchrun_goes_on(tmp_path):
+    """Spawned processes, one of which dies by SIGKILL when the other has made its share; then two that torchrun starts, one without work."""
+    config, log = processes.config(tmp_path), str(tmp_path / "log")
+    run = start("-m", "tests.evaluation.processes", str(tmp_path), "0.3")
+    boots = [plan for plan in Evaluation.open(config).planned("a", config.methods["a"]) if plan.task.subject == "old_boot"]
+    while not all(plan.is_done for plan in boots):
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.01)
+    pids = {name: int(Path(f"{log}.{name}").read_text()) for name in ("old_boot", "red_mug")}
+    os.kill(pids["red_mug"], signal.SIGKILL)
+    output = run.communicate(timeout=250)[0]
+    assert run.returncode != 0, output
+    assert "SIGKILL" in output
+    assert len({*pids.values(), run.pid}) == 3
+    before, made_before = stamped(config), len(made(log))
+    assert 6 < len(before) < processes.PICTURES
+    assert made_before - len(before) in (0, 1, 2)  # a batch may be lost
+    run = start("-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "tests.evaluation.processes", str(tmp_path), "0")
+    output = run.communicate(timeout=250)[0]
+    assert run.returncode == 0, output
+    after = stamped(config)  # rank 1's own config has another noise: its pictures would not count
+    assert len(after) == processes.PICTURES
+    assert all(after[path] == before[path] for path in before)
+    assert len(made(log)) - made_before == processes.PICTURES - len(before)
+    assert "process 1 of 2, a: " in output
+
+
+def test_processes_are_the_launchers(monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch(1) == (1, 1, "auto")
+    assert launch(0) == (1, 1, "auto")
+    nodes, devices, strategy = launch(3)
+    assert (nodes, devices) == (1, 3)
+    assert isinstance(strategy, DDPStrategy)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "evaluation")
+    assert launch(3)[:2] == (2, 4)
+    environment = {"RANK": "5", "GROUP_RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch(3)[:2] == (3, 4)
+
+
+def test_progress_tells_rate_and_time_left():
+    progress = Progress(100, rank=1, count=4)
+    progress.made = 25
+    assert progress.line("moma", 50.0) == "process 2 of 4, moma: 25/100 pictures, 0.5 a second, 3 min left"
+    progress.made = 100
+    assert progress.line("moma", 50.0).endswith("100/100 pictures, 2.0 a second, 0 min left")
+    assert Progress(4).line("moma", 1.0).startswith("moma: 0/4")
 
 
 def test_nothing_is_left_beside_the_pictures(tmp_path):
