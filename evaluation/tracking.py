@@ -1,14 +1,17 @@
-"""wandb logging of the score table and the picture grid; offline without a key, and it never asks for one."""
+"""wandb logging of every table and figure; offline without a key, and it never asks for one."""
 
-import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import wandb
 
 from evaluation.config import EvalConfig
-from evaluation.statistics import METRICS
+from evaluation.figures.ablations import read_ablations
+from evaluation.figures.names import methods_of, metric_name
+from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_summary
+from evaluation.figures.write import figures_folder
 
 
 def mode() -> Any:
@@ -17,27 +20,51 @@ def mode() -> Any:
 
 
 def log_evaluation(config: EvalConfig) -> None:
-    """Log `eval/<method>/<metric>`, the table and the grid of the last scoring and report."""
+    """Log `eval/<method>/<metric>`, the tables and the figures of the last scoring, ablations, figures and report."""
     if not config.wandb.enabled:
         return
-    summary = json.loads((config.eval_folder / "summary.json").read_text())
-    methods = {name: metrics for name, metrics in summary.items() if name != "differences"}
     folder = config.eval_folder / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     with wandb.init(
         project=config.wandb.project,
         name=config.wandb.name,
+        group=config.wandb.group,
+        tags=config.wandb.tags,
         job_type="evaluation",
         mode=mode(),
         dir=folder,
         config={"protocol": asdict(config.resolved_protocol()), "adapter": config.adapter, "decoder": config.decoder},
         settings=wandb.Settings(silent=True, console="off"),
     ) as run:
-        rows = [[name, *(metrics.get(m, {}).get("mean") for m in METRICS)] for name, metrics in methods.items()]
-        run.log({"eval/table": wandb.Table(columns=["method", *METRICS], data=rows)})
-        run.log(
-            {f"eval/{name}/{metric}": value["mean"] for name, metrics in methods.items() for metric, value in metrics.items()}
-        )
-        grid = config.report_folder / "grid.png"
-        if grid.exists():
-            run.log({"eval/grid": wandb.Image(str(grid))})
+        run.log({**means(config), **tables(config), **images(config)})
+
+
+def means(config: EvalConfig) -> dict[str, float]:
+    found = methods_of(read_summary(config))
+    return {f"eval/{name}/{metric}": cell["mean"] for name, cells in found.items() for metric, cell in cells.items()}
+
+
+def tables(config: EvalConfig) -> dict[str, wandb.Table]:
+    """Scores, differences and each ablation, each number with the ends of its interval in columns of their own."""
+    summary = read_summary(config)
+    rows = named_rows(summary)
+    found = {"tables/scores": interval_table("Method", rows)}
+    if differences := difference_rows(summary):
+        found["tables/differences"] = interval_table("Difference", differences)
+    for ablation in read_ablations(config):
+        found[f"tables/ablation_{ablation.key}"] = interval_table("Setting", ablation.rows)
+    return found
+
+
+def interval_table(first: str, rows: Mapping[str, Cells]) -> wandb.Table:
+    metrics = metrics_in(*rows.values())
+    ends = [(metric, end) for metric in metrics for end in ("mean", "lo", "hi")]
+    titles = [metric_name(metric) if end == "mean" else f"{metric_name(metric)} {end}" for metric, end in ends]
+    data: Sequence[list] = [[name, *(cells.get(metric, {}).get(end) for metric, end in ends)] for name, cells in rows.items()]
+    return wandb.Table(columns=[first, *titles], data=data)
+
+
+def images(config: EvalConfig) -> dict[str, wandb.Image]:
+    """Every PNG of `<run>/figures`, and the report's grid."""
+    paths = [*sorted(figures_folder(config).glob("*.png")), config.report_folder / "grid.png"]
+    return {f"figures/{path.stem}": wandb.Image(str(path)) for path in paths if path.exists()}

@@ -78,11 +78,12 @@ def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) 
         axes = figure.subplots()
         for method in frame:
             axes.plot(range(len(frame)), frame[method], "o-", color=colors[method], markersize=3.4, linewidth=1.3, label=method_name(method))
-        axes.set_title(metric_name(metric), pad=24)
+        columns = min(len(frame.columns), 6)
+        axes.set_title(metric_name(metric), pad=10 + 14 * -(-len(frame.columns) // columns))
         axes.set_xticks(range(len(frame)), [name.replace("_", " ") for name in frame.index], rotation=60, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.5, len(frame) - 0.5)
         axes.grid(axis="y", visible=False)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(frame.columns), borderaxespad=0.2, handlelength=1.4, columnspacing=1.4)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.4, columnspacing=1.4)
     return figure
 
 

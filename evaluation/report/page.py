@@ -1,6 +1,7 @@
 """report/index.html: tables with intervals, figures, breakdowns, training curves and ablations in one file."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,6 +66,7 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
         "title": config.report.title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "about": about,
+        "warnings": [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]],
         "subjects": scores["subject"].nunique(),
         "pictures": len(scores),
         "level": f"{LEVEL:.0%}",
@@ -79,6 +81,13 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
         "published": tables.published_table("Method", published.TABLE_1),
         "published_note": published.NOTE,
     }
+
+
+def in_words(sentence: str, methods: Sequence[str]) -> str:
+    """A warning of the statistics with the names that people use in the place of keys."""
+    names = {**{key: method_name(key) for key in methods}, **{key: metric_name(key) for key in METRICS}}
+    keys = sorted(map(re.escape, names), key=len, reverse=True)
+    return re.sub(rf"(?<![\w.])({'|'.join(keys)})(?![\w])", lambda match: names[match.group()], sentence)
 
 
 def scores_section(config: EvalConfig, scores: pd.DataFrame) -> dict[str, Any]:

@@ -3,20 +3,25 @@ import json
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
 from evaluation.dreambooth import write_tables
+from evaluation.figures import write_figures
+from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
+from evaluation.figures.style import DPI
 from evaluation.generation import generate
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
-from evaluation.report.pictures import spread
-from evaluation.report.svg import interval_chart, line_chart, ticks
+from evaluation.report.pictures import as_data, narrow
+from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
 from evaluation.scoring import score
-from tests.evaluation.fakes import Painter, fake_config, fake_encoders
+from evaluation.statistics import METRICS
+from tests.evaluation.fakes import Painter, fake_config, fake_encoders, random_picture
 
 
 class Page(HTMLParser):
@@ -30,7 +35,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -45,7 +50,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    config = fake_config(tmp_path_factory.mktemp("report"), {"real": RealImages(), "weak": Painter(0.8), "strong": Painter(0.4)})
+    methods = {"real_images": RealImages(), "text_only": Painter(0.8), "moma_beta1": Painter(0.4)}
+    config = fake_config(tmp_path_factory.mktemp("report"), methods, adapter=None, decoder=None)
     generate(config)
     with pytest.warns(UserWarning, match="copying its input"):
         write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
@@ -53,8 +59,10 @@ def evaluated(tmp_path_factory):
     stage.mkdir(parents=True)
     pd.DataFrame({"step": [1, 2, 3], "train/loss": [3.0, float("nan"), 1.0], "lr": [1, 1, 1]}).to_csv(stage / "metrics.csv", index=False)
     config.ablations_folder.mkdir()
-    values = {"mean": 0.123, "lo": 0.1, "hi": 0.2}
-    (config.ablations_folder / "beta.json").write_text(json.dumps({"moma_beta0.5": {"dino": values}, "differences": []}))
+    for name, values in (("beta", (0.5, 1.0)), ("steps", (6, 12))):
+        rows = {f"{name}_{value:g}": {"dino": {"mean": value / 7, "lo": 0.1, "hi": 0.2}} for value in values}
+        (config.ablations_folder / f"{name}.json").write_text(json.dumps(rows | {"title": f"About {name}", "differences": []}))
+    write_figures(config)
     write_report(config)
     return config
 
@@ -72,47 +80,145 @@ def page(text) -> Page:
 def test_page_is_well_formed_and_self_contained(text, page):
     assert page.open == []
     assert page.all("link") == []
-    assert all(image.get("src", "data:image/png;base64,").startswith("data:image/png;base64,") for image in page.all("img"))
+    assert all(image.get("src", "data:").startswith("data:") for image in page.all("img"))
     assert all("src" not in script for script in page.all("script"))
     assert not re.search(r"https?://|url\(|@import", text)
 
 
-def test_embedded_pictures_are_pngs(page):
-    sources = [image["src"] for image in page.all("img") if "src" in image]
-    assert len(sources) == 3 * 3 * 3  # subjects x (2 context + 1 texture) x (reference + 2 methods)
+def test_embedded_pictures_are_whole(page):
+    sources = [image["src"] for image in page.all("img") if image.get("src", "").startswith("data:image/webp")]
+    # Figures 4 and 5: subjects x (reference + 2 context, reference + 1 texture); 6: subjects x 3 prompts x (reference + 2 methods)
+    assert len(sources) == 3 * 3 + 3 * 2 + 3 * 3 * 3
     for source in sources:
         assert Image.open(io.BytesIO(b64decode(source.split(",")[1]))).size == (24, 24)
 
 
+def test_small_pictures_are_exact_and_large_ones_shrunk(tmp_path):
+    picture = random_picture(3, (40, 40))
+    picture.save(tmp_path / "small.png")
+    shown = Image.open(io.BytesIO(b64decode(as_data(str(tmp_path / "small.png"), 256).split(",")[1])))
+    assert shown.convert("RGB").tobytes() == picture.tobytes()
+    random_picture(3, (600, 300)).save(tmp_path / "large.png")
+    assert Image.open(io.BytesIO(b64decode(as_data(str(tmp_path / "large.png"), 256).split(",")[1]))).size == (256, 128)
+
+
 def test_each_picture_tells_how_it_was_made(page):
     told = [button for button in page.all("button") if "data-facts" in button]
-    strong = [button for button in told if button["data-title"] == "strong"]
-    assert len(strong) == 9
-    assert all(re.search(r"CLIP-T -?\d\.\d{3}\nPainter \(noise 0.4\)\nDDIMScheduler, 12 steps, guidance 3, seed \d+", b["data-facts"]) for b in strong)
+    own = [button for button in told if button["data-title"] == "MoMA, beta 1"]
+    assert len(own) == 6 + 3 + 9
+    assert all(re.search(r"CLIP-T -?\d\.\d{3}\nPainter \(noise 0.4\)\nDDIMScheduler, 12 steps, guidance 3.0, seed \d+", b["data-facts"]) for b in own)
 
 
-def test_page_shows_scores_protocol_curves_ablations_and_the_paper(evaluated, text):
+def test_page_shows_scores_protocol_curves_and_the_paper(evaluated, text, page):
     summary = json.loads((evaluated.eval_folder / "summary.json").read_text())
-    value = summary["strong"]["dino"]
-    assert f"{value['mean']:.3f}</b> <small>[{value['lo']:.3f}, {value['hi']:.3f}]" in text
+    value = summary["moma_beta1"]["dino"]
+    assert f"{value['mean']:.3f}</b> <small" in text
+    assert f"<span>[{value['lo']:.3f}, {value['hi']:.3f}]" in text
     assert evaluated.resolved_protocol().digest in text
-    assert "<h3>stage1</h3>" in text
-    assert 'aria-label="train/loss"' in text
-    assert "0.123" in text
+    assert "<h3>Stage 1</h3>" in text
+    assert "train/loss" in [image.get("alt") for image in page.all("img")]
     assert "Published, real DreamBooth, not comparable with mini" in text
     assert 'name="viewport"' in text
 
 
-def test_per_subject_values_are_means_over_its_pictures(evaluated, page):
+def test_names_are_what_people_say(text):
+    words = re.sub(r"<(script|style|pre).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL)
+    assert "MoMA, beta 1" in words and "Real images" in words
+    assert not re.search(r"moma_beta|text_only|real_images|clip_[ti]", words)
+    assert "MoMA, beta 1 passes Real images in CLIP-I" in words
+
+
+def test_every_ablation_has_its_table_and_only_the_papers_have_its_rows(text):
+    beta, steps = text.index("<h3>About beta</h3>"), text.index("<h3>About steps</h3>")
+    assert beta < steps
+    assert "<td>beta 0.5</td>" in text[beta:steps] and "0.071" in text[beta:steps]
+    assert "<td>steps 12</td>" in text[steps:] and "1.714" in text[steps:]
+    assert "The paper's numbers" in text[beta:steps]
+    assert "The paper's numbers" not in text[steps:]
+    assert 'alt="DINO over steps"' in text[steps:]
+
+
+def test_every_head_of_every_table_is_a_button_that_a_key_can_press(text):
+    heads = re.findall(r"<th\b[^>]*>(.*?)</th>", text)
+    assert len(heads) > 40
+    assert all(re.fullmatch(r'<button type="button">.+</button>', head) for head in heads)
+
+
+def test_no_table_of_intervals_is_wider_than_four_numbers():
+    rows = {"a": {metric: {"mean": 0.5, "lo": 0.4, "hi": 0.6} for metric in METRICS} | {"extra": {"mean": 1.0, "lo": 0.0, "hi": 2.0}}}
+    found = score_tables("Method", rows, [*METRICS, "extra"])
+    assert all(len(table.titles) <= 4 for table in found)
+    assert [title for table in found for title in table.titles][-1] == "extra"
+    assert found[0].titles == ["DINO", "CLIP-T(c)", "CLIP-I", "CLIP-T(t)"]
+    assert all(len(table.titles) <= 4 for table in difference_tables(rows, [*METRICS, "extra"]))
+
+
+def test_the_best_contender_stands_out():
+    rows = {name: {"dino": {"mean": mean, "lo": 0.0, "hi": 1.0}} for name, mean in (("Real images", 0.9), ("a", 0.2), ("b", 0.4))}
+    table = score_tables("Method", rows, ["dino"], ["a", "b"])[0]
+    assert [(name, values[0].stands_out) for name, values in table.rows] == [("Real images", False), ("a", False), ("b", True)]
+
+
+def test_differences_stand_out_where_zero_is_left_out():
+    cells = [(-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)]
+    rows = {str(i): {"dino": {"mean": 0.0, "lo": lo, "hi": hi}} for i, (lo, hi) in enumerate(cells)}
+    assert [values[0].stands_out for _, values in difference_tables(rows, ["dino"])[0].rows] == [True, False, True]
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.4912, ".491"), (-0.05, "\u2212.050"), (1.25, "1.250"), (0.9999, "1.000"), (10.0, "10.000")])
+def test_short_numbers(number, text):
+    assert short(number) == text
+
+
+def test_signed_numbers_have_a_sign_on_both_ends():
+    value = value_of({"mean": 0.1, "lo": -0.1, "hi": 0.3}, signed=True)
+    assert (value.text, value.interval, value.short) == ("+0.100", "[\u22120.100, +0.300]", "\u2212.100 … +.300")
+
+
+def test_published_columns_are_those_the_paper_has():
+    table = published_table("Method", {"a": (0.1, None, 0.3, None), "b": (None, None, 0.4, None)})
+    assert table.titles == ["DINO", "CLIP-I"]
+    assert [[value and value.text for value in values] for _, values in table.rows] == [["0.100", "0.300"], [None, "0.400"]]
+
+
+def test_breakdowns_are_means_over_pictures(evaluated, page):
     scores = pd.read_parquet(evaluated.eval_folder / "scores.parquet")
-    expected = scores[(scores.method == "strong") & (scores.subject == "tabby")].dino.mean()
-    assert any(abs(float(cell["data-v"]) - expected) < 1e-9 for cell in page.all("td") if cell.get("data-v"))
+    own = scores[scores.method == "moma_beta1"]
+    told = [float(cell["data-v"]) for cell in page.all("td") if cell.get("data-v")]
+    by_subject = own[own.subject == "tabby"].dino.mean()
+    prompts = own.assign(form=[prompt.replace(label, "…") for prompt, label in zip(own.prompt, own.label, strict=True)])
+    by_prompt = prompts[prompts.prompt_kind == "texture"].groupby("form").clip_t.mean()
+    for expected in (by_subject, *by_prompt):
+        assert any(abs(value - expected) < 1e-9 for value in told)
+
+
+def test_grids_of_the_figures_command_are_shown_while_their_pictures_are_there(evaluated, tmp_path):
+    picture = Path(evaluated.run) / "figures" / "pictures" / "one.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    random_picture(1).save(picture)
+    grid = Grid("figure8", "Strength of everything", "", [Row([Cell("MoMA", str(picture), "beta 0.2")])])
+    (Path(evaluated.run) / "figures" / "figure8.json").write_bytes(to_json(grid))
+    try:
+        shown = write_report(evaluated).read_text()
+        picture.unlink()
+        gone = write_report(evaluated).read_text()
+    finally:
+        (Path(evaluated.run) / "figures" / "figure8.json").unlink()
+    assert "<em>Figure 8</em>Strength of everything" in shown and "<figcaption>beta 0.2</figcaption>" in shown
+    assert "Strength of everything" not in gone
 
 
 def test_grid_picture(evaluated):
     grid = Image.open(evaluated.report_folder / "grid.png")
-    assert grid.width == 3 * (128 + 6) + 6
+    assert grid.width == int((3 * (0.8 + GAP) + GAP) * DPI)
     assert len(grid.getcolors(maxcolors=1 << 20)) > 50
+
+
+def test_wide_rows_wrap_on_a_phone():
+    row = Row([Cell("", "")] * 8)
+    assert narrow(Grid("figure4", "", "", [row])) == 4
+    assert narrow(Grid("figure4", "", "", [row], wrap=3)) == 3
+    assert narrow(Grid("figure4", "", "", [Row([Cell("", "")] * 5)])) == 5
 
 
 def test_report_before_scores_says_what_to_run(tmp_path):
@@ -120,23 +226,13 @@ def test_report_before_scores_says_what_to_run(tmp_path):
         write_report(fake_config(tmp_path, {"a": Painter()}))
 
 
-def test_words_of_the_data_cannot_break_the_page():
-    chart = line_chart("<script>", [0, 1], [0.0, 1.0])
-    assert "<script>" not in chart
-    assert "&lt;script&gt;" in chart
-
-
-def test_ticks_are_round_and_inside():
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(0.31, 0.36) == [0.31, 0.32, 0.33, 0.34, 0.35, 0.36]
-    assert ticks(5, 5) == [5]
-
-
-def test_charts_survive_flat_and_infinite_values():
-    assert "nan" not in line_chart("flat", [1, 2, 3], [0.0, 0.0, float("inf")])
-    assert "nan" not in interval_chart("one", [("a", {"mean": 0.0, "lo": 0.0, "hi": 0.0}, "#000")])
-
-
-def test_spread():
-    assert spread(list(range(10)), 3) == [0, 4, 9]
-    assert spread([1, 2], 5) == [1, 2]
+def test_words_of_the_data_cannot_break_the_page(evaluated):
+    path = evaluated.eval_folder / "scores.parquet"
+    scores = pd.read_parquet(path)
+    try:
+        scores.assign(prompt=scores["prompt"] + " <script>").to_parquet(path)
+        written = write_report(evaluated).read_text()
+    finally:
+        scores.to_parquet(path)
+    assert "&lt;script&gt;" in written
+    assert written.count("<script>") == 1

@@ -1,0 +1,223 @@
+import io
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from evaluation.dreambooth import write_tables
+from evaluation.figures import write_figures
+from evaluation.figures.ablations import read_ablations, varying
+from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
+from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
+from evaluation.figures.names import kind_name, method_name, methods_of, metric_name, prompt_form
+from evaluation.figures.scored import comparison, one_method, own_method, settings_grid
+from evaluation.figures.style import DPI, colors_of, encoded, svg_address
+from evaluation.figures.tables import difference_rows, means_by
+from evaluation.figures.write import charts, read_grid
+from evaluation.generation import generate
+from evaluation.methods import Moma, RealImages
+from evaluation.plan import Evaluation
+from evaluation.scoring import score
+from evaluation.statistics import by_subject
+from tests.evaluation.fakes import Painter, fake_config, fake_encoders
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Scores of two painters, and two ablations: one of a number, one of kinds."""
+    methods = {"real_images": RealImages(), "text_only": Painter(0.8), "moma_beta1": Painter(0.6)}
+    config = fake_config(tmp_path_factory.mktemp("figures"), methods, adapter=None, decoder=None)
+    generate(config)
+    with pytest.warns(UserWarning, match="copying its input"):
+        write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
+    config.ablations_folder.mkdir()
+    one = {"dino": {"mean": 0.2, "lo": 0.1, "hi": 0.3}}
+    difference = {"a": "noise_0.5", "b": "noise_1", "metric": "dino", "mean": 0.0, "lo": -0.1, "hi": 0.1}
+    noise = {"noise_1": one, "noise_0.5": one, "differences": [difference], "title": "More or less noise"}
+    (config.ablations_folder / "noise.json").write_text(json.dumps(noise))
+    (config.ablations_folder / "start.json").write_text(json.dumps({"moma_beta1": one, "from_scratch": one, "differences": []}))
+    return config
+
+
+@pytest.fixture(scope="module")
+def scores(evaluated) -> pd.DataFrame:
+    return pd.read_parquet(evaluated.eval_folder / "scores.parquet")
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("moma_beta1", "MoMA, beta 1"), ("moma_beta0.5", "MoMA, beta 0.5"), ("moma_masking0", "MoMA, mask strength 0"), ("ip_adapter", "IP-Adapter"),
+     ("real_images", "Real images"), ("text_only", "Text only"), ("moma", "MoMA"), ("dreambooth_lora", "DreamBooth LoRA"), ("steps_25", "steps 25"),
+     ("my_own_thing", "my own thing")],
+)  # fmt: skip
+def test_methods_are_called_what_people_call_them(key, name):
+    assert method_name(key) == name
+
+
+def test_metrics_and_kinds_without_a_title_read_as_words():
+    assert (metric_name("clip_t_context"), metric_name("copy_paste")) == ("CLIP-T(c)", "copy paste")
+    assert (kind_name("texture"), kind_name("camera_angle")) == ("new texture", "camera angle")
+
+
+def test_prompts_of_different_subjects_meet():
+    assert prompt_form("a toy robot in the snow", "toy robot") == prompt_form("a cat in the snow", "cat") == "a … in the snow"
+    assert prompt_form("a category", "cat") == "a category"
+
+
+def test_only_tables_of_intervals_are_methods():
+    cell = {"mean": 1, "lo": 0, "hi": 2}
+    assert list(methods_of({"a": {"dino": cell}, "differences": [], "title": "x", "values": {"a": 1.0}})) == ["a"]
+
+
+def test_an_ablations_axis_is_the_one_number_in_which_its_pictures_differ():
+    shared = {"kind": "Moma", "beta": 1.0}
+    assert varying(["moma_beta1", "weak"], [shared | {"mask_strength": 1.0}, shared | {"mask_strength": 0.5}], "masking") == ("mask_strength", [1.0, 0.5])
+    assert varying(["a", "b"], [{"adapter": "x"}, {"adapter": "y"}], "start") == ("start", None)
+    assert varying(["a", "b"], [{"x": 1, "y": 1}, {"x": 2, "y": 2}], "start") == ("start", None)
+    assert varying(["a", "b"], [{"guided": True}, {"guided": False}], "guided") == ("guided", None)
+    assert varying(["moma_beta0", "beta_0.5"], [{}, {}], "beta") == ("beta", [0.0, 0.5])
+    assert varying(["moma_beta0", "other"], [{}, {}], "beta") == ("beta", None)
+
+
+def test_ablations_have_titles_labels_and_differences(evaluated):
+    noise, start = read_ablations(evaluated)
+    assert (noise.title, list(noise.rows), noise.values) == ("More or less noise", ["noise 1", "noise 0.5"], [1.0, 0.5])
+    assert list(noise.differences) == ["noise 0.5 − noise 1"]  # noqa: RUF001
+    assert (start.title, list(start.rows), start.values) == ("Start", ["MoMA, beta 1", "from scratch"], None)
+
+
+def test_options_come_from_the_stamps(evaluated):
+    """The fake painters differ in `noise` alone, and their names do not tell it."""
+    rows = {name: {"dino": {"mean": 0, "lo": 0, "hi": 0}} for name in ("text_only", "moma_beta1")}
+    (evaluated.ablations_folder / "painters.json").write_text(json.dumps(rows))
+    try:
+        found = next(ablation for ablation in read_ablations(evaluated) if ablation.key == "painters")
+    finally:
+        (evaluated.ablations_folder / "painters.json").unlink()
+    assert (found.axis, found.values, list(found.rows)) == ("noise", [0.8, 0.6], ["noise 0.8", "noise 0.6"])
+
+
+def test_means_by_subject_are_the_statistics_own(scores):
+    frame = means_by(scores, "dino", "subject")
+    for method in ("real_images", "text_only", "moma_beta1"):
+        table = by_subject(scores, method, "dino")
+        assert np.allclose(frame[method].sort_index(), (table["sum"] / table["count"]).sort_index())
+    assert list(frame.index) == list(dict.fromkeys(scores["subject"]))
+    assert means_by(scores.drop(columns="dino"), "dino", "subject").empty
+
+
+def test_intervals_are_drawn_where_they_are():
+    rows = {"a": {"dino": {"mean": 0.5, "lo": 0.4, "hi": 0.7}}, "b": {}, "c": {"dino": {"mean": 0.1, "lo": 0.0, "hi": 0.2}}}
+    axes = interval_figure(rows, {"a": "#ff0000"}, ["dino"]).axes[0]
+    bar, dot, third, _ = axes.lines
+    assert (list(bar.get_xdata()), list(bar.get_ydata()), bar.get_color()) == ([0.4, 0.7], [0, 0], "#ff0000")
+    assert list(dot.get_xdata()) == [0.5]
+    assert list(third.get_ydata()) == [2, 2]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_a_sweep_is_drawn_in_the_order_of_its_axis():
+    rows = [{"dino": {"mean": m, "lo": m - 0.1, "hi": m + 0.2}} for m in (0.9, 0.5, 0.1)]
+    axes = sweep_figure([1.0, 0.5, 0.0], rows, "beta", ["dino"]).axes[0]
+    assert list(axes.lines[0].get_xdata()) == [0.0, 0.5, 1.0]
+    assert list(axes.lines[0].get_ydata()) == [0.1, 0.5, 0.9]
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert np.isclose(heights.min(), 0.0) and np.isclose(heights.max(), 1.1)
+
+
+def test_figure_7_is_the_mean_clip_t_of_each_subject(scores):
+    colors = colors_of(["real_images", "text_only", "moma_beta1"], ["real_images"])
+    axes = subject_lines(scores, "clip_t_texture", colors).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["Text only", "MoMA, beta 1"]
+    own = scores[(scores["method"] == "moma_beta1") & (scores["prompt_kind"] == "texture")].groupby("subject", sort=False)["clip_t"].mean()
+    assert np.allclose(axes.lines[1].get_ydata(), own)
+    assert subject_lines(scores[scores["prompt_kind"] == "real"], "clip_t_texture", colors) is None
+
+
+def test_the_papers_own_method_is_the_nearest_to_the_protocols_strength(evaluated, scores):
+    config = fake_config(evaluated.eval_folder.parents[1], {"text_only": Moma(beta=0.2), "moma_beta1": Moma(beta=0.0)})
+    assert own_method(config, scores) == "text_only"
+    assert own_method(evaluated, scores) == "moma_beta1"
+
+
+def test_figures_4_and_6(scores):
+    grid = one_method(scores, "moma_beta1", "context", "figure4", "New contexts", "", subjects=2, prompts=2)
+    assert [len(row.cells) for row in grid.rows] == [3, 3]
+    assert grid.rows[0].cells[0].title == "Reference"
+    assert all("/moma_beta1/" in cell.path and cell.caption == cell.prompt for row in grid.rows for cell in row.cells[1:])
+    compared = comparison(scores, subjects=3, prompts=2)
+    assert compared.columns == ["Reference", "Text only", "MoMA, beta 1"]
+    kinds = ["texture" in row.cells[1].path for row in compared.rows]
+    assert kinds == [False] * 3 + [True] * 3
+    assert all(len({cell.prompt for cell in row.cells[1:]}) == 1 for row in compared.rows)
+    assert one_method(scores, "moma_beta1", "camera", "figure4", "", "") is None
+
+
+def test_figure_10_takes_any_kind_of_prompt_and_what_is_worn(scores):
+    assert settings_grid(scores, "moma_beta1") is None
+    changed = scores.copy()
+    own = changed.index[(changed["method"] == "moma_beta1") & (changed["prompt_kind"] == "context")]
+    changed.loc[own[0], "prompt_kind"] = "camera"
+    changed.loc[own[1], "prompt"] = "a mug wearing a hat"
+    grid = settings_grid(changed, "moma_beta1")
+    assert sorted(row.title for row in grid.rows) == ["Accessory", "Camera"]
+    assert [cell.prompt for row in grid.rows for cell in row.cells[1:] if row.title == "Accessory"] == ["a mug wearing a hat"]
+
+
+def test_a_drawn_grid_shows_each_picture_in_its_place(tmp_path):
+    colors = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    for name, color in colors.items():
+        Image.new("RGB", (10, 10), color).save(tmp_path / f"{name}.png")
+    grid = Grid("figure4", "", "", [Row([Cell("", str(tmp_path / "red.png")), Cell("", str(tmp_path / "blue.png"))])])
+    drawn = Image.open(io.BytesIO(encoded(draw_grid(grid, inches=1.0), "png")))
+    assert drawn.size == (int((2 + 3 * GAP) * DPI), int((1 + 2 * GAP) * DPI))
+    middle = drawn.height // 2
+    assert drawn.getpixel((round((GAP + 0.5) * DPI), middle)) == colors["red"]
+    assert drawn.getpixel((round((2 * GAP + 1.5) * DPI), middle)) == colors["blue"]
+    assert drawn.getpixel((2, 2)) == (255, 255, 255)
+
+
+def test_grids_survive_json():
+    grid = Grid("figure8", "t", "a", [Row([Cell("x", "y", "z", "p", "f")], "r"), Row([])], ["c"], 4)
+    assert from_json(to_json(grid).decode()) == grid
+    assert (grid.number, grid.width) == (8, 1)
+
+
+def test_every_figure_is_written_as_png_and_svg(evaluated):
+    paths = write_figures(evaluated)
+    names = {path.stem for path in paths}
+    assert {"figure4", "figure5", "figure6", "figure7_clip_t_context", "figure7_clip_t_texture", "scores", "differences", "ablation_noise",
+            "ablation_start", "sweep_noise"} == names  # fmt: skip
+    assert len(paths) == 2 * len(names)
+    for path in paths:
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            assert min(Image.open(path).size) > 100
+    assert read_grid(evaluated, "figure4").name == "figure4"
+    assert read_grid(evaluated, "figure8") is None
+
+
+def test_figures_are_the_same_bytes_each_time(evaluated, scores):
+    first, second = (dict(charts(evaluated, scores)) for _ in range(2))
+    for name in ("scores", "sweep_noise"):
+        assert svg_address(first[name]) == svg_address(second[name])
+        assert encoded(first[name], "png") == encoded(second[name], "png")
+
+
+def test_figures_before_scores_say_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="evaluation dreambooth"):
+        write_figures(fake_config(tmp_path, {"a": Painter()}))
+
+
+def test_differences_are_named_by_both_methods():
+    row = {"a": "moma_beta1", "b": "ip_adapter", "metric": "dino", "mean": 1.0, "lo": 0.0, "hi": 2.0}
+    assert difference_rows({"differences": [row]}) == {"MoMA, beta 1 − IP-Adapter": {"dino": {"mean": 1.0, "lo": 0.0, "hi": 2.0}}}  # noqa: RUF001
+
+
+def test_spread():
+    assert spread(list(range(10)), 3) == [0, 4, 9]
+    assert spread([1, 2], 5) == [1, 2]

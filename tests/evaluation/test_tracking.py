@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import wandb
+
+from evaluation.dreambooth import write_tables
+from evaluation.figures import write_figures
+from evaluation.generation import generate
+from evaluation.methods import RealImages
+from evaluation.plan import Evaluation
+from evaluation.report import write_report
+from evaluation.scoring import score
+from evaluation.tracking import interval_table, log_evaluation
+from tests.evaluation.fakes import Painter, fake_config, fake_encoders
+from tests.offline_wandb import offline_run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = fake_config(tmp_path_factory.mktemp("tracking"), {"real": RealImages(), "moma_beta1": Painter(0.9)}, adapter=None, decoder=None)
+    generate(config)
+    with pytest.warns(UserWarning, match="copying its input"):
+        write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
+    config.ablations_folder.mkdir()
+    rows = {f"beta_{beta}": {"dino": {"mean": beta, "lo": 0.0, "hi": 1.0}} for beta in (0, 1)}
+    (config.ablations_folder / "beta.json").write_text(json.dumps(rows))
+    write_figures(config)
+    write_report(config)
+    return config
+
+
+def test_an_offline_run_holds_config_metrics_tables_and_images(config, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    config.wandb.enabled, config.wandb.group, config.wandb.tags = True, "some group", ["a tag"]
+    log_evaluation(config)
+    wandb.teardown()  # its service writes the file behind our back; this waits for it
+    (path,) = config.eval_folder.rglob("run-*.wandb")
+    run = offline_run(path)
+    assert (run["group"], run["tags"]) == ("some group", ["a tag"])
+    assert run["config"]["protocol"]["name"] == config.resolved_protocol().name
+    summary = json.loads((config.eval_folder / "summary.json").read_text())
+    assert run["metrics"]["eval/moma_beta1/dino"] == pytest.approx(summary["moma_beta1"]["dino"]["mean"])
+    pictures = {key for key, value in run["metrics"].items() if isinstance(value, dict) and value["_type"] == "image-file"}
+    assert pictures >= {"figures/grid", "figures/figure4", "figures/figure7_clip_t_context", "figures/sweep_beta", "figures/scores"}
+    for key in pictures:
+        assert (path.parent / "files" / run["metrics"][key]["path"]).stat().st_size == run["metrics"][key]["size"]
+    table = json.loads((path.parent / "files" / run["metrics"]["tables/ablation_beta"]["path"]).read_text())
+    assert table == {"columns": ["Setting", "DINO", "DINO lo", "DINO hi"], "data": [["beta 0", 0, 0.0, 1.0], ["beta 1", 1, 0.0, 1.0]], "ncols": 4, "nrows": 2}
+    scores = json.loads((path.parent / "files" / run["metrics"]["tables/scores"]["path"]).read_text())
+    assert [row[0] for row in scores["data"]] == ["real", "MoMA, beta 1"]
+
+
+def test_nothing_is_logged_when_it_is_off(config):
+    config.wandb.enabled = False
+    before = set(config.eval_folder.rglob("*"))
+    log_evaluation(config)
+    assert set(config.eval_folder.rglob("*")) == before
+
+
+def test_missing_values_are_empty_cells():
+    table = interval_table("Method", {"a": {"dino": {"mean": 1.0, "lo": 0.0, "hi": 2.0}}, "b": {}})
+    assert table.data == [["a", 1.0, 0.0, 2.0], ["b", None, None, None]]
