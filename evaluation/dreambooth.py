@@ -1,20 +1,25 @@
-"""DreamBooth-style evaluation from pictures to table: scores.parquet, summary.json, table.md, protocol.json."""
+"""DreamBooth-style evaluation from pictures to table: scores.parquet, summary.json, table.md, per_{subject,prompt}.csv, protocol.json."""
 
 import io
 import json
 import logging
 import warnings
 from dataclasses import asdict
+from typing import Literal
 
 import pandas as pd
 
 from evaluation.config import EvalConfig
+from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.generation import generate
+from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
+from evaluation.protocols import Protocol
 from evaluation.scoring import score
-from evaluation.stamps import git_revision, write_beside
-from evaluation.statistics import above_oracle, summarise
+from evaluation.stamps import content_digest, git_revision, write_beside
+from evaluation.statistics import METRICS, above_oracle, breakdown, summarise
 from evaluation.tables import method_table, score_page
+from moma_lightning.foundation import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +35,34 @@ def run_scoring(config: EvalConfig) -> pd.DataFrame:
 def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     folder, protocol = evaluation.config.eval_folder, evaluation.protocol
     summary = summarise(scores)
-    found = above_oracle(scores, summary)
+    found = check_oracle(scores, protocol, evaluation.subjects) + above_oracle(scores, summary)
     for sentence in found:
         warnings.warn(sentence, stacklevel=2)
     buffer = io.BytesIO()
     scores.to_parquet(buffer, index=False)
     write_beside(folder / "scores.parquet", buffer.getvalue())
     write_json(folder / "summary.json", summary)
+    for by in ("subject", "prompt"):
+        write_beside(folder / f"per_{by}.csv", breakdowns(scores, by).to_csv(index=False, float_format="%.6f").encode())
     about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "protocol": asdict(protocol)}
+    about |= {"weights": weights_of(protocol)}
     write_json(folder / "protocol.json", about)
     write_beside(folder / "table.md", score_page(summary, protocol, len(evaluation.subjects), found).encode())
     logger.info("%s\n%s", folder / "table.md", method_table(summary))
+
+
+def breakdowns(scores: pd.DataFrame, by: Literal["subject", "prompt"]) -> pd.DataFrame:
+    """Columns metric, subject or prompt, then a method each; a block of rows a metric."""
+    first = pd.DataFrame(columns=["metric", by])
+    return pd.concat([first, *(breakdown(scores, metric, by).reset_index().assign(metric=metric) for metric in METRICS)])
+
+
+def weights_of(protocol: Protocol) -> dict[str, str]:
+    """What the scores were made with: the digest of a local folder's files, or the model's name and revision."""
+    models = {name: (config.model, config.revision) for name, config in protocol.encoders.items()}
+    if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
+        models["segmenter"] = (protocol.segmenter, None)
+    return {name: content_digest(found) if (found := local_path(model)) else f"{model}@{revision}" for name, (model, revision) in models.items()}
 
 
 def write_json(path, content) -> None:

@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from evaluation.metrics import ClipConfig, DinoConfig
+from evaluation.metrics import ClipConfig, DinoConfig, EncoderConfig, SiglipConfig
+
+#: Scores beyond the paper's Table 1; evaluation/extra_scores.py says what each is.
+ExtraScore = Literal[
+    "dino_masked", "clip_i_masked", "clip_t_background", "diversity", "copy_paste", "dinov2", "dinov3", "siglip2_i", "siglip2_t"
+]
+
+#: The successors at DINO's own size, resize and crop.
+DINOV2 = DinoConfig("vit_small_patch14_dinov2.lvd142m")
+DINOV3 = DinoConfig("vit_small_patch16_dinov3.lvd1689m")
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,12 @@ class Protocol:
 
     subjects: names, or None for all. references: the first picture of each subject, or each in turn.
     comparison: real pictures a generated one is compared to: all of its subject, all but the input, or the input alone.
-    context_prompts, texture_prompts: how many a subject (a fixed choice of its own, spread over the list), None for all.
+    <kind>_prompts: how many a subject (a fixed choice of its own, spread over the list), None for all.
     text_template, clip_t_scale: what CLIP-T reads and what it is multiplied by.
+    aggregation: a method's score is the mean over its pictures, or over its subjects' means. They differ where subjects have
+    different numbers of pictures: for the real ones, and with every picture as a reference.
+    extra_scores: scores made besides DINO, CLIP-I and CLIP-T, by the encoders below. segmenter: SAM folder or checkpoint that finds the
+    subject for masked scores, mask_background: what the subject is then shown on.
     """
 
     name: str
@@ -54,11 +67,34 @@ class Protocol:
     pictures_per_prompt: int = 4
     context_prompts: int | None = None
     texture_prompts: int | None = None
+    accessory_prompts: int | None = 0
+    pose_prompts: int | None = 0
+    camera_prompts: int | None = 0
     text_template: str = "{prompt}"
     clip_t_scale: float = 1.0
     dino: DinoConfig = field(default_factory=DinoConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    aggregation: Literal["pictures", "subjects"] = "pictures"
+    extra_scores: tuple[ExtraScore, ...] = ()
+    dinov2: DinoConfig = DINOV2
+    dinov3: DinoConfig = DINOV3
+    siglip2: SiglipConfig = field(default_factory=SiglipConfig)
+    segmenter: str = "sam_vit_h_4b8939.pth"
+    mask_background: Literal["white", "grey"] = "white"
     sampler: Sampler = field(default_factory=Sampler)
+
+    @property
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """What its scores need, by name."""
+        extra = {score.split("_")[0] for score in self.extra_scores}
+        known: dict[str, EncoderConfig] = {
+            "dino": self.dino,
+            "clip": self.clip,
+            "dinov2": self.dinov2,
+            "dinov3": self.dinov3,
+            "siglip2": self.siglip2,
+        }
+        return {name: config for name, config in known.items() if name in {"dino", "clip", *extra}}
 
     @property
     def digest(self) -> str:
@@ -71,21 +107,34 @@ class Protocol:
 
 
 HALF = (0.5, 0.5, 0.5)
+
+#: The mini world at 64 pixels, in minutes on two CPU cores. Its scores compare to nothing but themselves.
+MINI = Protocol(
+    "mini",
+    pictures_per_prompt=1,
+    context_prompts=8,
+    texture_prompts=4,
+    dino=DinoConfig("experiments/mini/foundation/dino", resize=64, crop=64, mean=HALF, std=HALF),
+    clip=ClipConfig("experiments/mini/foundation/clip", revision=None),
+    sampler=Sampler(num_inference_steps=12, guidance_scale=3.0, masks="dataset"),
+    extra_scores=("dino_masked", "clip_i_masked", "clip_t_background", "copy_paste", "diversity"),
+    segmenter="experiments/mini/foundation/sam",
+)
+
 PRESETS = {
-    # DreamBooth, section 4: 30 subjects x 25 prompts x 4 pictures = 3,000.
+    # DreamBooth (Ruiz et al., CVPR 2023), section 4: 30 subjects x 25 prompts x 4 pictures = 3,000. Texture prompts are MoMA's addition.
     "dreambooth": Protocol("dreambooth"),
-    # MoMA reports about 14 k pictures: one reference for every real picture, 158 x 25 x 4 = 15,800.
+    # MoMA, section 5, reports about 14 k pictures: one reference for every real picture, 158 x 25 x 4 = 15,800, texture prompts apart.
     "moma-paper": Protocol("moma-paper", references="every"),
-    # The mini world at 64 pixels, in minutes on two CPU cores. Its scores compare to nothing but themselves.
-    "mini": Protocol(
-        "mini",
-        pictures_per_prompt=1,
-        context_prompts=8,
-        texture_prompts=4,
-        dino=DinoConfig("experiments/mini/foundation/dino", resize=64, crop=64, mean=HALF, std=HALF),
-        clip=ClipConfig("experiments/mini/foundation/clip"),
-        sampler=Sampler(num_inference_steps=12, guidance_scale=3.0, masks="dataset"),
-    ),
+    "mini": MINI,
+    # DreamBooth's own prompts alone, every real picture a reference in turn: no luck of the one reference in the score. The input
+    # picture is left out of the comparison, as in the score of the real pictures, which is what makes that a fair upper bound.
+    "dreambooth-all-refs": Protocol("dreambooth-all-refs", references="every", comparison="others", texture_prompts=0),
+    # KOSMOS-G (Pan et al., ICLR 2024), section 4: DreamBooth's prompts, one input picture a subject, and similarity to that picture alone.
+    # Copying the input is the best one can do under it, so its scores are high beside everybody else's (DINO .694; a re-run gave .618).
+    "kosmosg-single-ref": Protocol("kosmosg-single-ref", comparison="input", texture_prompts=0),
+    # All 25 context and all texture prompts: for figures in a log rather than for trying things out.
+    "mini-full": replace(MINI, name="mini-full", context_prompts=None, texture_prompts=None),
 }
 
 

@@ -1,102 +1,113 @@
-"""Scoring: pictures -> one row of DINO, CLIP-I and CLIP-T each."""
+"""Scoring: pictures -> one row of scores each."""
 
 import logging
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from evaluation.methods import Method
-from evaluation.metrics import CachedEncoder, SubjectSimilarity, TextAlignment, build_encoders
+from datamodules.dreambooth import Subject
+from evaluation.extra_scores import NEEDS_MASKS, Group, Judges, scores_of
+from evaluation.methods import Method, Reference
+from evaluation.metrics import CachedEncoder, Masker, build_encoders
+from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
 from evaluation.stamps import load_picture
 
 logger = logging.getLogger(__name__)
 
-SCORES = ("dino", "clip_i", "clip_t")
 
+def score(
+    evaluation: Evaluation, methods: dict[str, Method], encoders: dict[str, CachedEncoder] | None = None, masker: Masker | None = None
+) -> pd.DataFrame:
+    """One row a picture, every method. Raises ValueError where pictures are missing: a mean over a part is another number.
 
-def score(evaluation: Evaluation, methods: dict[str, Method], encoders: dict[str, CachedEncoder] | None = None) -> pd.DataFrame:
-    """One row a picture, every method. Raises ValueError where pictures are missing: a mean over a part is another number."""
-    if encoders is None:
-        protocol, config = evaluation.protocol, evaluation.config
-        encoders = build_encoders(protocol.dino, protocol.clip, config.eval_folder / "cache", config.resolved_device())
-    frames = []
-    for name, method in methods.items():
-        rows = oracle_rows(evaluation, encoders) if method.is_oracle else generated_rows(evaluation, name, method, encoders)
+    Real pictures are scored first: what they score against each other says whether any other score can be believed.
+    """
+    protocol = evaluation.protocol
+    judges = open_judges(evaluation) if encoders is None else Judges(protocol, encoders, masker)
+    frames: dict[str, pd.DataFrame] = {}
+    for name in sorted(methods, key=lambda name: not methods[name].is_oracle):
+        is_oracle = methods[name].is_oracle
+        rows = oracle_rows(evaluation, judges) if is_oracle else generated_rows(evaluation, name, methods[name], judges)
         if not rows:
             raise ValueError(f"{name}: no subject has two pictures, so there are no real pictures to compare to each other")
-        frames.append(pd.DataFrame(rows).assign(method=name))
-        for encoder in encoders.values():
-            encoder.save()
-        logger.info("%s: %d pictures scored", name, len(rows))
-    table = pd.concat(frames, ignore_index=True)
-    table = table.assign(protocol=evaluation.protocol.name, protocol_digest=evaluation.protocol.digest)
-    first = ["method", "subject", "label", "prompt_kind", "prompt", *SCORES, "path", "reference"]
+        frames[name] = pd.DataFrame(rows).assign(method=name)
+        judges.save()
+        logger.info("%s: %d pictures scored%s", name, len(rows), without_subject(frames[name]))
+        for sentence in check_oracle(frames[name], protocol, evaluation.subjects) if is_oracle else ():
+            logger.warning("!!! %s", sentence)
+    table = pd.concat([frames[name] for name in methods], ignore_index=True)
+    table = table.assign(protocol=protocol.name, protocol_digest=protocol.digest, aggregation=protocol.aggregation)
+    first = ["method", "subject", "label", "prompt_kind", "prompt", *judges.columns, "path", "reference"]
     return table[[*first, *(column for column in table.columns if column not in first)]]
 
 
-def oracle_rows(evaluation: Evaluation, encoders: dict[str, CachedEncoder]) -> list[dict[str, Any]]:
+def open_judges(evaluation: Evaluation) -> Judges:
+    """The protocol's encoders and, where a score needs it, its segmenter, with what they found in earlier runs."""
+    protocol, cache, device = evaluation.protocol, evaluation.config.eval_folder / "cache", evaluation.config.resolved_device()
+    needs_masks = not NEEDS_MASKS.isdisjoint(protocol.extra_scores)
+    masker = Masker.from_pretrained(protocol.segmenter, cache, device) if needs_masks else None
+    return Judges(protocol, build_encoders(protocol.encoders, cache, device), masker)
+
+
+def oracle_rows(evaluation: Evaluation, judges: Judges) -> list[dict[str, Any]]:
     """Each real picture against the others of its subject: what a perfect method could reach (DreamBooth, Table 1)."""
     rows = []
     for subject in evaluation.subjects:
         if len(subject.images) < 2:
             logger.warning("%s has one picture: it is left out of the real pictures' score", subject.name)
             continue
-        pictures = [load_picture(path) for path in subject.images]
-        metrics = {"dino": SubjectSimilarity(encoders["dino"]), "clip_i": SubjectSimilarity(encoders["clip"])}
+        pictures = real_pictures(evaluation, subject)
         for i, picture in enumerate(pictures):
-            for metric in metrics.values():
-                metric.update([picture], pictures[:i] + pictures[i + 1 :])
-        values = {name: metric.per_picture().tolist() for name, metric in metrics.items()}
-        for i, path in enumerate(subject.images):
-            rows.append(
-                {
-                    "subject": subject.name,
-                    "label": subject.label,
-                    "prompt_kind": "real",
-                    "prompt": "",
-                    "path": str(path),
-                    "reference": "",
-                    "reference_index": i,
-                    "prompt_index": 0,
-                    "picture": 0,
-                    "seed": -1,
-                    "clip_t": np.nan,
-                }
-                | {name: values[name][i] for name in values}
-            )
+            group = Group("real", [picture.image], [""], pictures[:i] + pictures[i + 1 :], own=(picture,))
+            about = {
+                "subject": subject.name,
+                "label": subject.label,
+                "prompt_kind": "real",
+                "prompt": "",
+                "path": str(picture.path),
+                "reference": "",
+                "reference_index": i,
+                "prompt_index": 0,
+                "picture": 0,
+                "seed": -1,
+            }
+            rows.append(about | {name: values[0] for name, values in scores_of(group, judges).items()})
     return rows
 
 
-def generated_rows(evaluation: Evaluation, name: str, method: Method, encoders: dict[str, CachedEncoder]) -> list[dict[str, Any]]:
+def real_pictures(evaluation: Evaluation, subject: Subject) -> list[Reference]:
+    return [evaluation.reference(subject, i) for i in range(len(subject.images))]
+
+
+def generated_rows(evaluation: Evaluation, name: str, method: Method, judges: Judges) -> list[dict[str, Any]]:
     plans = evaluation.planned(name, method)
     refuse_missing(name, plans)
-    real = {subject.name: subject.images for subject in evaluation.subjects}
+    real = {subject.name: real_pictures(evaluation, subject) for subject in evaluation.subjects}
+    per_prompt = evaluation.protocol.pictures_per_prompt
+    at_once = max(1, 64 // per_prompt) * per_prompt  # whole prompts
     rows = []
     for _, group in groupby(plans, key=lambda plan: (plan.task.subject, plan.task.reference, plan.task.kind)):
         same = list(group)
-        compared = comparison(evaluation.protocol.comparison, real[same[0].task.subject], same[0].task.reference)
-        for start in range(0, len(same), 64):
-            rows += scored_rows(same[start : start + 64], compared, evaluation, encoders)
+        for start in range(0, len(same), at_once):
+            rows += scored_rows(same[start : start + at_once], real[same[0].task.subject], judges)
     return rows
 
 
-def scored_rows(
-    plans: list[Planned], compared: list, evaluation: Evaluation, encoders: dict[str, CachedEncoder]
-) -> list[dict[str, Any]]:
-    """Rows of pictures of one reference and kind. Texture prompts change the subject's look: CLIP-T only (paper, Table 1)."""
-    pictures, tasks = [load_picture(plan.path) for plan in plans], [plan.task for plan in plans]
-    clip_t = TextAlignment(encoders["clip"], evaluation.protocol.text_template, evaluation.protocol.clip_t_scale)
-    clip_t.update(pictures, [task.prompt for task in tasks])
-    scores = {"clip_t": clip_t.per_picture().tolist(), "dino": [np.nan] * len(plans), "clip_i": [np.nan] * len(plans)}
-    if tasks[0].kind == "context":
-        real = [load_picture(path) for path in compared]
-        for key, encoder in (("dino", encoders["dino"]), ("clip_i", encoders["clip"])):
-            metric = SubjectSimilarity(encoder)
-            metric.update(pictures, real)
-            scores[key] = metric.per_picture().tolist()
+def scored_rows(plans: list[Planned], real: list[Reference], judges: Judges) -> list[dict[str, Any]]:
+    """Rows of pictures of one reference and kind."""
+    tasks, protocol = [plan.task for plan in plans], judges.protocol
+    group = Group(
+        tasks[0].kind,
+        [load_picture(plan.path) for plan in plans],
+        [task.prompt for task in tasks],
+        comparison(protocol.comparison, real, tasks[0].reference),
+        real[tasks[0].reference],
+        tuple(comparison("others", real, tasks[0].reference)),
+        protocol.pictures_per_prompt,
+    )
+    scores = scores_of(group, judges)
     return [
         {
             "subject": task.subject,
@@ -120,6 +131,14 @@ def comparison(kind: str, real: list, reference: int) -> list:
     if kind == "input":
         return [real[reference]]
     return [path for i, path in enumerate(real) if kind == "all" or i != reference]
+
+
+def without_subject(rows: pd.DataFrame) -> str:
+    """How many pictures SAM found no subject in: masked scores leave them out, so a method must not have many."""
+    if "dino_masked" not in rows:
+        return ""
+    count = (rows["dino_masked"].isna() & ~rows["prompt_kind"].isin(["texture"])).sum()
+    return f", {count} of them without a subject that SAM finds" if count else ""
 
 
 def refuse_missing(name: str, plans: list[Planned]) -> None:

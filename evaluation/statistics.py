@@ -1,30 +1,113 @@
-"""Means with bootstrap intervals over subjects, and paired differences."""
+"""Means with bootstrap intervals over subjects, paired differences, and what a mean is made of."""
 
+import re
 from collections.abc import Iterable
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-#: Metric -> column and kind of prompt, in the order of the paper's Table 1.
-METRICS = {
+#: Metric -> column and kinds of prompt, in the order of the paper's Table 1.
+TABLE_1 = {
     "dino": ("dino", ("context", "real")),
     "clip_t_context": ("clip_t", ("context",)),
     "clip_i": ("clip_i", ("context", "real")),
     "clip_t_texture": ("clip_t", ("texture",)),
 }
+#: What a protocol may ask for besides: shown where it was made.
+EXTRAS = {
+    "dino_masked": ("dino_masked", ("context", "real")),
+    "clip_i_masked": ("clip_i_masked", ("context", "real")),
+    "clip_t_background": ("clip_t_background", ("context",)),
+    "copy_paste": ("copy_paste", ("context",)),
+    "diversity": ("diversity", ("context",)),
+    "dinov2": ("dinov2", ("context", "real")),
+    "dinov3": ("dinov3", ("context", "real")),
+    "siglip2_i": ("siglip2_i", ("context", "real")),
+    "siglip2_t_context": ("siglip2_t", ("context",)),
+    "siglip2_t_texture": ("siglip2_t", ("texture",)),
+    "dino_accessory": ("dino", ("accessory",)),
+    "clip_t_accessory": ("clip_t", ("accessory",)),
+    "dino_pose": ("dino", ("pose",)),
+    "clip_t_pose": ("clip_t", ("pose",)),
+    "dino_camera": ("dino", ("camera",)),
+    "clip_t_camera": ("clip_t", ("camera",)),
+}
+METRICS = TABLE_1 | EXTRAS
 RESAMPLES = 2000
 LEVEL = 0.95
 
 Interval = dict[str, float]
 
 
-def by_subject(scores: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
-    """Sum and count of a method's values, a row a subject; empty where the metric is not given."""
+def rows_of(scores: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
+    """A method's rows that have the metric, with its column as `value`; none where it was not made.
+
+    Raises ValueError where they come from more than one protocol.
+    """
     column, kinds = METRICS[metric]
+    if column not in scores:
+        return scores[:0].assign(value=0.0)
     rows = scores[(scores["method"] == method) & scores["prompt_kind"].isin(kinds) & scores[column].notna()]
-    return rows.groupby("subject")[column].agg(["sum", "count"])
+    refuse_mixed(rows)
+    return rows.assign(value=rows[column])
+
+
+def by_subject(scores: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
+    """Sum and count of a method's values, a row a subject; empty where the metric is not given.
+
+    Where the protocol's aggregation is "subjects", each subject counts once, with its mean.
+    """
+    rows = rows_of(scores, method, metric)
+    table = rows.groupby("subject")["value"].agg(["sum", "count"])
+    if "aggregation" in rows and (rows["aggregation"] == "subjects").any():
+        return table.assign(sum=table["sum"] / table["count"], count=1)
+    return table
+
+
+def breakdown(scores: pd.DataFrame, metric: str, by: Literal["subject", "prompt"]) -> pd.DataFrame:
+    """Means over pictures: a row a subject or a prompt, a column each method that has the metric.
+
+    Prompts of different subjects are the same where only the subject's name differs, which is written {}. Real pictures have no prompt.
+    """
+    columns = {}
+    for method in dict.fromkeys(scores["method"]):
+        rows = rows_of(scores, method, metric)
+        if by == "prompt":
+            rows = rows[rows["prompt"] != ""]
+            rows = rows.assign(prompt=[prompt_form(*given) for given in zip(rows["prompt"], rows["label"], strict=True)])
+        if not rows.empty:
+            columns[method] = rows.groupby(by)["value"].mean()
+    return pd.DataFrame(columns).rename_axis(by)
+
+
+def prompt_form(prompt: str, label: str) -> str:
+    """`a cat in the snow` -> `a {} in the snow`."""
+    return re.sub(rf"\b{re.escape(label)}\b", "{}", prompt, count=1)
+
+
+def protocols_of(scores: pd.DataFrame) -> dict[str, str]:
+    """Digest -> name; empty for frames that do not say."""
+    if "protocol_digest" not in scores:
+        return {}
+    names = scores["protocol"] if "protocol" in scores else scores["protocol_digest"]
+    return dict(zip(scores["protocol_digest"], names, strict=True))
+
+
+def refuse_mixed(scores: pd.DataFrame) -> None:
+    found = protocols_of(scores)
+    if len(found) > 1:
+        titles = ", ".join(f"{name!r} ({digest})" for digest, name in sorted(found.items(), key=lambda item: item[1]))
+        raise ValueError(f"scores of different protocols are not comparable: {titles}; keep them apart as rows of their own (separate=True)")
+
+
+def apart(scores: pd.DataFrame) -> pd.DataFrame:
+    """The scores with each method named `method @ protocol`, with the digest where two protocols share a name."""
+    found = protocols_of(scores)
+    names = list(found.values())
+    titles = {digest: name if names.count(name) == 1 else f"{name} ({digest})" for digest, name in found.items()}
+    return scores.assign(method=scores["method"] + " @ " + scores["protocol_digest"].map(titles))
 
 
 def draws(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -66,8 +149,26 @@ def difference(scores: pd.DataFrame, a: str, b: str, metric: str, resamples: int
     return interval(mean_of(first) - mean_of(second), resampled_means(first, drawn) - resampled_means(second, drawn))
 
 
-def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi}]}`; pairs of generated methods."""
+def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, separate: bool = False) -> dict[str, Any]:
+    """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi}]}`; pairs of generated methods.
+
+    Raises ValueError for scores of several protocols, unless `separate`: then rows are `method @ protocol`, and differences are
+    within a protocol only.
+    """
+    if not separate:
+        refuse_mixed(scores)
+        return summary_of(scores, resamples)
+    summary: dict[str, Any] = {"differences": []}
+    named = apart(scores)
+    for _, part in named.groupby("protocol_digest", sort=False):
+        own = summary_of(part, resamples)
+        summary["differences"] += own.pop("differences")
+        summary |= own
+    summary["differences"] = summary.pop("differences")
+    return summary
+
+
+def summary_of(scores: pd.DataFrame, resamples: int) -> dict[str, Any]:
     methods = list(dict.fromkeys(scores["method"]))
     summary: dict[str, Any] = {}
     for method in methods:
@@ -98,7 +199,7 @@ def above_oracle(scores: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         for method, metrics in summary.items():
             if method in ("differences", oracle):
                 continue
-            for metric in ("dino", "clip_i"):
+            for metric in summary[oracle]:
                 if metric in metrics and metrics[metric]["mean"] > summary[oracle][metric]["mean"]:
                     warnings.append(
                         f"{method} passes {oracle} in {metric} ({metrics[metric]['mean']:.3f} > "

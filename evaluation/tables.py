@@ -5,9 +5,31 @@ from typing import Any
 
 from evaluation import published
 from evaluation.protocols import Protocol
-from evaluation.statistics import LEVEL, METRICS, Interval
+from evaluation.statistics import LEVEL, METRICS, TABLE_1, Interval
 
-TITLES = {"dino": "DINO", "clip_t_context": "CLIP-T(c)", "clip_i": "CLIP-I", "clip_t_texture": "CLIP-T(t)"}
+TITLES = {
+    "dino": "DINO",
+    "clip_t_context": "CLIP-T(c)",
+    "clip_i": "CLIP-I",
+    "clip_t_texture": "CLIP-T(t)",
+    "dino_masked": "DINO, subject",
+    "clip_i_masked": "CLIP-I, subject",
+    "clip_t_background": "CLIP-T, background",
+    "copy_paste": "copy-paste",
+    "diversity": "diversity",
+    "dinov2": "DINOv2",
+    "dinov3": "DINOv3",
+    "siglip2_i": "SigLIP2-I",
+    "siglip2_t_context": "SigLIP2-T(c)",
+    "siglip2_t_texture": "SigLIP2-T(t)",
+    "dino_accessory": "DINO, accessory",
+    "clip_t_accessory": "CLIP-T, accessory",
+    "dino_pose": "DINO, pose",
+    "clip_t_pose": "CLIP-T, pose",
+    "dino_camera": "DINO, camera",
+    "clip_t_camera": "CLIP-T, camera",
+}
+assert list(TITLES) == list(METRICS)
 
 
 def with_interval(value: Interval | None) -> str:
@@ -23,28 +45,34 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def shown(summary: dict[str, Any]) -> list[str]:
+    """Metrics of a table: the paper's four, then what else any method has."""
+    methods = [metrics for name, metrics in summary.items() if name != "differences"]
+    return [m for m in METRICS if m in TABLE_1 or any(m in metrics for metrics in methods)]
+
+
 def method_table(summary: dict[str, Any]) -> str:
-    rows = [
-        [name, *(with_interval(metrics.get(m)) for m in METRICS)] for name, metrics in summary.items() if name != "differences"
-    ]
-    return markdown(["Method", *TITLES.values()], rows)
+    columns = shown(summary)
+    rows = [[name, *(with_interval(metrics.get(m)) for m in columns)] for name, metrics in summary.items() if name != "differences"]
+    return markdown(["Method", *(TITLES[m] for m in columns)], rows)
 
 
 def difference_table(summary: dict[str, Any]) -> str:
     """A row a pair, a column a metric; bold where the interval leaves out zero."""
+    columns = shown(summary)
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for row in summary["differences"]:
         text = signed_interval(row)
         pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = f"**{text}**" if row["lo"] > 0 or row["hi"] < 0 else text
     return markdown(
-        ["Difference", *TITLES.values()],
-        [[f"{a} - {b}", *(cells.get(m, "-") for m in METRICS)] for (a, b), cells in pairs.items()],
+        ["Difference", *(TITLES[m] for m in columns)],
+        [[f"{a} - {b}", *(cells.get(m, "-") for m in columns)] for (a, b), cells in pairs.items()],
     )
 
 
 def published_table(rows: Mapping[Any, Sequence[float | None]], first: str = "Method") -> str:
     return markdown(
-        [first, *TITLES.values()],
+        [first, *(TITLES[m] for m in TABLE_1)],
         [[str(name), *("-" if v is None else f"{v:.3f}" for v in values)] for name, values in rows.items()],
     )
 

@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.protocols import Protocol
 
-PromptKind = Literal["context", "texture"]
+PromptKind = Literal["context", "texture", "accessory", "pose", "camera"]
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,12 @@ def chosen_subjects(protocol: Protocol, data: DreamBooth) -> list[Subject]:
 
 
 def tasks_of(protocol: Protocol, data: DreamBooth, subject: Subject) -> Iterator[PictureTask]:
-    """A subject's pictures: reference by reference, context prompts before texture prompts."""
+    """A subject's pictures: reference by reference, kind by kind in the order of PromptKind."""
     references = range(len(subject.images)) if protocol.references == "every" else range(1)
     prompts: list[tuple[PromptKind, int, str]] = []
-    for index, prompt in choose(data.prompts(subject), protocol.context_prompts, subject.name):
-        prompts.append(("context", index, prompt))
-    for index, prompt in choose(data.texture_prompts(subject), protocol.texture_prompts, subject.name):
-        prompts.append(("texture", index, prompt))
+    for kind in get_args(PromptKind):
+        count = getattr(protocol, f"{kind}_prompts")
+        prompts += [(kind, index, prompt) for index, prompt in choose(data.prompts_of(kind, subject), count, subject.name)]
     for reference in references:
         for kind, index, prompt in prompts:
             for picture in range(protocol.pictures_per_prompt):

@@ -1,17 +1,13 @@
-"""The encoders behind DINO, CLIP-I and CLIP-T, one interface for all of them.
+"""The encoders behind every score, one interface for all of them: DINO and its successors, CLIP, SigLIP 2.
 
 Every setting that moves a score (weights, sizes, interpolation, precision) is a field of a frozen dataclass, so that a
 protocol can name it. Preprocessing starts from PIL pictures: resizing decoded arrays gives other numbers.
 """
 
-import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import timm
 import torch
 from jaxtyping import Float
@@ -19,9 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
 from moma_lightning.foundation import local_path, resolve
+
+Precision = Literal["float32", "float16", "bfloat16"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,7 +28,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class DinoConfig:
     """A timm ViT and how pictures reach it. The defaults are DreamBooth's: ViT-S/16, resize 256 bicubic, centre crop 224.
 
-    model: a timm name, a local folder in timm's hub layout, or a hub id (`<id>@<revision>`).
+    model: a timm name, a local folder in timm's hub layout, or a hub id. pooling: the CLS token, or the mean of the patch tokens, after
+    the last norm. revision: commit of the hub's `timm/<model>`; None is whatever is there today. It is None because none could
+    be verified where this was written: pin it where the weights are at hand.
     """
 
     model: str = "vit_small_patch16_224.dino"
@@ -39,16 +39,39 @@ class DinoConfig:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
+    pooling: Literal["cls", "mean"] = "cls"
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """A transformers CLIP folder or hub id (`<id>@<revision>`); pictures go through the processor saved beside its weights."""
+    """A transformers CLIP folder or hub id; pictures go through the processor saved beside its weights.
+
+    revision: the hub's commit that others pin for this model; it means nothing to a folder.
+    """
 
     model: str = "openai/clip-vit-base-patch32"
     backend: Literal["pil", "torchvision"] = "pil"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
+    revision: str | None = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """A transformers SigLIP or SigLIP 2 of fixed resolution (model type `siglip`); the rest as in ClipConfig.
+
+    lowercase: SigLIP 2 was trained on lower-case text.
+    """
+
+    model: str = "google/siglip2-base-patch16-224"
+    backend: Literal["pil", "torchvision"] = "pil"
+    dtype: Precision = "float32"
+    lowercase: bool = True
+    revision: str | None = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
+
+
+EncoderConfig = DinoConfig | ClipConfig | SiglipConfig
 
 
 class ImageTextEncoder(nn.Module):
@@ -62,13 +85,16 @@ class ImageTextEncoder(nn.Module):
 
 
 class DinoEncoder(ImageTextEncoder):
-    """The CLS token after the last norm. timm's own crop_pct for DINO, 0.9, is not DreamBooth's: only the config counts."""
+    """DINO, DINOv2 or DINOv3. timm's own crop_pct for DINO, 0.9, is not DreamBooth's: only the config counts.
+
+    A model made for another picture size (DINOv2: 518) has its position embedding resampled to the crop, by timm.
+    """
 
     def __init__(self, config: DinoConfig, model: nn.Module | None = None):
         super().__init__()
         self.config = config
         self.dtype = getattr(torch, config.dtype)
-        self.model = (model or load_timm(config.model)).to(self.dtype).eval().requires_grad_(False)
+        self.model = at_size(model or load_timm(config.model, config.revision), config.crop).to(self.dtype).eval().requires_grad_(False)
         self.transform = v2.Compose(
             [
                 v2.Resize(config.resize, interpolation=v2.InterpolationMode(config.interpolation)),
@@ -85,7 +111,9 @@ class DinoEncoder(ImageTextEncoder):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
         pixels = self.preprocess(images).to(next(self.model.parameters()).device, self.dtype)
-        return F.normalize(self.model.forward_features(pixels)[:, 0].float(), dim=-1)
+        tokens = self.model.forward_features(pixels).float()
+        pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(1)
+        return F.normalize(pooled, dim=-1)
 
 
 class ClipEncoder(ImageTextEncoder):
@@ -95,7 +123,7 @@ class ClipEncoder(ImageTextEncoder):
         super().__init__()
         self.config = config
         self.dtype = getattr(torch, config.dtype)
-        source = resolve(config.model)
+        source = source_of(config)
         self.model = CLIPModel.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
         self.tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -113,77 +141,74 @@ class ClipEncoder(ImageTextEncoder):
         return F.normalize(embeds.float(), dim=-1)
 
 
-class CachedEncoder(ImageTextEncoder):
-    """Remembers image embeddings by the picture's pixels, in memory and, given a path, in an .npz file between runs.
+class SiglipEncoder(ImageTextEncoder):
+    """Both towers of SigLIP 2: the attention-pooled picture, and the last token of a text padded on the right to full length.
 
-    Cosines of unit vectors do not need the pictures again, so scoring goes on where it stopped.
+    The padding is seen by the text tower, as in its training; there is no attention mask.
     """
 
-    def __init__(self, encoder: ImageTextEncoder, path: Path | None = None, batch_size: int = 64):
+    def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.encoder, self.path, self.batch_size = encoder, path, batch_size
-        self.known: dict[str, Tensor] = {}
-        if path is not None and path.exists():
-            with np.load(path) as file:
-                self.known = dict(zip(file["digests"].tolist(), torch.from_numpy(file["embeds"]), strict=True))
+        self.config = config
+        self.dtype = getattr(torch, config.dtype)
+        source = source_of(config)
+        self.model = SiglipModel.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
+        self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
+        self.tokenizer = AutoTokenizer.from_pretrained(**source, padding_side="right")
 
+    @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
-        digests = [pixel_digest(image) for image in images]
-        missing = list({d: image for d, image in zip(digests, images, strict=True) if d not in self.known}.items())
-        for start in range(0, len(missing), self.batch_size):
-            part = missing[start : start + self.batch_size]
-            embeds = self.encoder.encode_images([image for _, image in part]).cpu()
-            self.known.update(zip([digest for digest, _ in part], embeds, strict=True))
-        return torch.stack([self.known[digest] for digest in digests])
+        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        embeds = self.model.get_image_features(pixels.to(self.model.device, self.dtype)).pooler_output
+        return F.normalize(embeds.float(), dim=-1)
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
-        return self.encoder.encode_texts(texts).cpu()
-
-    def save(self) -> None:
-        if self.path is None or not self.known:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.npz")
-        np.savez(beside, digests=np.array(list(self.known)), embeds=torch.stack(list(self.known.values())).numpy())
-        beside.replace(self.path)
+        given = [text.lower() if self.config.lowercase else text for text in texts]
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(given, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        embeds = self.model.get_text_features(tokens.input_ids.to(self.model.device)).pooler_output
+        return F.normalize(embeds.float(), dim=-1)
 
 
-def pixel_digest(image: Image.Image) -> str:
-    """Digest of what is seen (mode, size, pixels), the same for one picture stored in two formats."""
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: the folder, or the hub id at its revision."""
+    source = resolve(config.model)
+    is_folder = local_path(config.model) is not None
+    return source if is_folder or config.revision is None else {**source, "revision": config.revision}
 
 
-def load_timm(name: str) -> nn.Module:
+def load_timm(name: str, revision: str | None = None) -> nn.Module:
     """A timm model without its classifier: by timm's name, a local folder in timm's hub layout, or a hub id.
 
     Raises FileNotFoundError for a path that is not there, ValueError for a model without a CLS token.
     """
-    if local_path(name) is not None:
-        name = f"local-dir:{local_path(name)}"
-    elif "/" in name and ":" not in name:
-        source = resolve(name)
-        name = "hf-hub:" + "@".join(source.values())
-    model = timm.create_model(name, pretrained=True, num_classes=0)
+    model = timm.create_model(timm_name(name, revision), pretrained=True, num_classes=0)
     if getattr(model, "num_prefix_tokens", 0) < 1:
         raise ValueError(f"{name} has no CLS token; DINO similarity needs a ViT with one")
     return model
 
 
-def build_encoders(
-    dino: DinoConfig, clip: ClipConfig, cache: Path | None = None, device: str = "cpu"
-) -> dict[str, CachedEncoder]:
-    """{"dino": ..., "clip": ...} with caches under `cache`, in files named by the encoder's settings and weights."""
-    encoders: dict[str, ImageTextEncoder] = {"dino": DinoEncoder(dino), "clip": ClipEncoder(clip)}
-    configs: dict[str, DinoConfig | ClipConfig] = {"dino": dino, "clip": clip}
-    return {
-        name: CachedEncoder(encoder.to(device), cache and cache / f"{name}-{fingerprint(encoder, configs[name])}.npz")
-        for name, encoder in encoders.items()
-    }
+def timm_name(name: str, revision: str | None) -> str:
+    """What `timm.create_model` calls it. A revision makes a plain timm name a hub id: all of timm's weights are below `timm/`."""
+    if local_path(name) is not None:
+        return f"local-dir:{local_path(name)}"
+    if revision is not None and "/" not in name:
+        name = f"timm/{name}"
+    if "/" not in name or ":" in name:
+        return name
+    source = resolve(name) | ({} if revision is None else {"revision": revision})
+    return "hf-hub:" + "@".join(source.values())
 
 
-def fingerprint(encoder: nn.Module, config: DinoConfig | ClipConfig) -> str:
-    """Twelve digits that change with any setting and any weight."""
-    digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
-    for key, value in sorted(encoder.state_dict().items()):
-        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+def at_size(model: nn.Module, size: int) -> nn.Module:
+    """The model with its position embedding for `size` x `size` pixels; models that take any size are left alone."""
+    if not getattr(model, "dynamic_img_size", False) and model.patch_embed.img_size != (size, size):
+        model.set_input_size(img_size=size)
+    return model
+
+
+def build_encoder(config: EncoderConfig) -> ImageTextEncoder:
+    if isinstance(config, DinoConfig):
+        return DinoEncoder(config)
+    return SiglipEncoder(config) if isinstance(config, SiglipConfig) else ClipEncoder(config)

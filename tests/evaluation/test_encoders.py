@@ -7,7 +7,8 @@ from torchvision import transforms
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from evaluation.metrics import CachedEncoder, ClipConfig, ClipEncoder, DinoConfig, DinoEncoder
-from evaluation.metrics.encoders import fingerprint, load_timm, pixel_digest
+from evaluation.metrics.cache import fingerprint, pixel_digest
+from evaluation.metrics.encoders import load_timm
 from experiments.mini.recipe.captions import MAX_TOKENS, build_tokenizer
 from tests.evaluation.fakes import ColorEncoder, random_picture
 

@@ -1,0 +1,53 @@
+"""The subject's mask in any picture, by SAM, found once."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation.metrics.cache import pixel_digest, weights_digest
+from evaluation.metrics.masked import Mask
+from evaluation.stamps import write_beside
+from moma_lightning.segmentation import SamMasker
+
+
+class Masker:
+    """Masks by pixels, in memory and, given a folder, as PNG files between runs.
+
+    Where SAM finds nothing the mask is empty: that is an answer too, and is kept like the others.
+    """
+
+    def __init__(self, sam: SamMasker, folder: Path | None = None):
+        self.sam, self.known = sam, dict[str, Mask]()
+        self.folder = folder and folder / f"masks-{weights_digest(sam)[:12]}"
+
+    @classmethod
+    def from_pretrained(cls, path: str, folder: Path | None = None, device: str = "cpu") -> "Masker":
+        """As `SamMasker.from_pretrained`, which raises FileNotFoundError and ValueError."""
+        return cls(SamMasker.from_pretrained(path).to(device), folder)
+
+    def __call__(self, image: Image.Image) -> Mask:
+        digest = pixel_digest(image)
+        if digest not in self.known:
+            self.known[digest] = self._read_or_find(image, digest)
+        return self.known[digest]
+
+    def _read_or_find(self, image: Image.Image, digest: str) -> Mask:
+        path = self.folder and self.folder / f"{digest[:32]}.png"
+        if path and path.exists():
+            return np.asarray(Image.open(path)) > 0
+        mask = self._find(image)
+        if path:
+            buffer = io.BytesIO()
+            Image.fromarray(mask).save(buffer, format="PNG")
+            write_beside(path, buffer.getvalue())
+        return mask
+
+    @torch.no_grad()
+    def _find(self, image: Image.Image) -> Mask:
+        try:
+            return self.sam(image)[0].cpu().numpy() > 0.5
+        except ValueError:
+            return np.zeros((image.height, image.width), bool)
