@@ -1,0 +1,203 @@
+"""Other pipelines as methods, and stage 1 in front of a stock IP-Adapter."""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+
+from datamodules.dreambooth import Subject
+from evaluation.cli import parse
+from evaluation.methods import (
+    BlipDiffusion,
+    DreamBoothLora,
+    Models,
+    Pipeline,
+    Reference,
+    StockIpAdapter,
+    TextOnly,
+    TextualInversion,
+)
+from evaluation.methods.pipelines import without_label
+from evaluation.protocols import Sampler
+from evaluation.tasks import PictureTask
+from moma_lightning.foundation import MINI, FoundationConfig
+from moma_lightning.pipeline import MoMAPipeline
+from tests.evaluation.fakes import random_picture
+from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
+
+SAMPLER = Sampler(num_inference_steps=2, guidance_scale=2.0)
+SUBJECT = Subject("red_mug", "mug", False, [], None)
+
+
+def task(prompt: str, seed: int) -> PictureTask:
+    return PictureTask("red_mug", "mug", 0, "context", 0, prompt, 0, seed)
+
+
+TASKS = [task("a mug in the snow", 1), task("a red mug", 2)]
+
+
+@pytest.fixture
+def reference(tmp_path) -> Reference:
+    random_picture(3, (64, 64)).save(tmp_path / "00.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    return Reference(tmp_path / "00.png", tmp_path / "mask.png")
+
+
+class Recorder:
+    """Keeps what it is called with, which must be arguments that `like`, or this class itself, takes."""
+
+    like = None
+
+    def __init__(self):
+        self.calls, self.scheduler = [], EulerDiscreteScheduler()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        made = cls()
+        made.loaded = pretrained_model_name_or_path, kwargs
+        return made
+
+    def to(self, device):
+        return self
+
+    def set_progress_bar_config(self, disable):
+        assert disable
+
+    def __call__(self, prompt, image=None, word=None, strength=1.0, num_inference_steps=9, generator=None, **rest):
+        given = {"prompt": prompt, "image": image, "word": word, "strength": strength, "steps": num_inference_steps, "generator": generator} | rest
+        self.calls.append(given)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in ([prompt] if isinstance(prompt, str) else prompt)])
+
+
+class BlipRecorder(Recorder):
+    def __call__(self, **given):
+        inspect.signature(diffusers.BlipDiffusionPipeline.__call__).bind(self, **given)  # raises TypeError for what it does not take
+        return super().__call__(given["prompt"], **{k: v for k, v in given.items() if k not in ("prompt",)})
+
+
+def here(name: str) -> str:
+    return f"{__name__}.{name}"
+
+
+def test_a_pipeline_of_the_mini_base_draws_text_onlys_bits(reference):
+    foreign, ours = Pipeline(f"{MINI}/base", "diffusers.StableDiffusionPipeline"), TextOnly()
+    drawn = []
+    for method in (foreign, ours):
+        method.setup(Models(FoundationConfig(sam=None)), SAMPLER)
+        drawn.append([image.tobytes() for image in method.generate(SUBJECT, reference, TASKS)])
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][1]
+    assert type(foreign.pipeline) is diffusers.StableDiffusionPipeline
+
+
+def test_arguments_are_mapped(monkeypatch, reference):
+    monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
+    method = Pipeline("owner/name@abc", here("Recorder"), {"prompt": "prompt", "image": "image", "word": "label"}, {"strength": 0.3})
+    method.setup(Models(FoundationConfig()), Sampler(num_inference_steps=2, prompt_template="photo of a {label}. {prompt}"))
+    assert len(method.generate(SUBJECT, reference, TASKS)) == 2
+    loaded, kwargs = method.pipeline.loaded
+    assert (loaded, kwargs) == ("owner/name", {"revision": "abc", "torch_dtype": torch.float32})
+    (given,) = method.pipeline.calls
+    assert given["prompt"] == ["photo of a mug. a mug in the snow", "photo of a mug. a red mug"]
+    assert (given["word"], given["strength"], given["steps"]) == (["mug", "mug"], 0.3, 2)
+    assert given["image"].tobytes() == random_picture(3, (64, 64)).tobytes()
+    assert [g.initial_seed() for g in given["generator"]] == [1, 2]
+    assert type(method.pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert method.weights(Models(FoundationConfig())) == {"pipeline": "owner/name@abc"}
+
+
+def test_pictures_one_by_one_with_the_pipelines_own_scheduler(monkeypatch, reference):
+    monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
+    method = Pipeline("owner/name", here("Recorder"), batched=False, own_scheduler=True)
+    method.setup(Models(FoundationConfig()), SAMPLER)
+    assert len(method.generate(SUBJECT, reference, TASKS)) == 2
+    assert [given["prompt"] for given in method.pipeline.calls] == ["a mug in the snow", "a red mug"]
+    assert isinstance(method.pipeline.scheduler, EulerDiscreteScheduler)
+
+
+def test_what_a_pipeline_does_not_take_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="no class 'diffusers.NoSuchPipeline'"):
+        Pipeline(f"{MINI}/base", "diffusers.NoSuchPipeline").setup(Models(FoundationConfig()), SAMPLER)
+    method = Pipeline(f"{MINI}/base", "diffusers.StableDiffusionPipeline", {"prompt": "prompt", "picture": "image"})
+    with pytest.raises(ValueError, match="takes no argument picture"):
+        method.setup(Models(FoundationConfig()), SAMPLER)
+    with pytest.raises(FileNotFoundError, match="no/such/folder"):
+        Pipeline("no/such/folder").weights(Models(FoundationConfig()))
+
+
+def test_blip_diffusions_arguments_fit_its_signature(monkeypatch, reference):
+    monkeypatch.setattr(BlipDiffusion, "load", lambda self: BlipRecorder())
+    method = BlipDiffusion(revision="abc")
+    method.setup(Models(FoundationConfig()), SAMPLER)
+    assert len(method.generate(SUBJECT, reference, TASKS)) == 2
+    first, second = method.pipeline.calls
+    assert (first["prompt"], second["prompt"]) == (["in the snow"], ["red"])
+    assert first["source_subject_category"] == first["target_subject_category"] == ["mug"]
+    assert first["reference_image"].tobytes() == random_picture(3, (64, 64)).tobytes()
+    assert [given["generator"][0].initial_seed() for given in method.pipeline.calls] == [1, 2]
+    assert (first["guidance_scale"], first["steps"], first["neg_prompt"]) == (2.0, 2, "")
+
+
+def test_blip_diffusion_is_pinned():
+    with pytest.raises(ValueError, match="set `revision`"):
+        BlipDiffusion().weights(Models(FoundationConfig()))
+    assert BlipDiffusion(revision="abc").weights(Models(FoundationConfig())) == {"pipeline": "Salesforce/blipdiffusion@abc"}
+
+
+@pytest.mark.parametrize("prompt, rest", [("a mug on top of a mug", "on top of a mug"), ("a red mug", "red"), ("An icy mug at sunset", "icy at sunset")])
+def test_blip_diffusion_puts_the_label_itself(prompt, rest):
+    assert without_label(task(prompt, 0)) == rest
+
+
+def stock(pipeline) -> StockIpAdapter:
+    models = Models(FoundationConfig(ip_adapter="ip.safetensors"), "adapter", "decoder")
+    asked = []
+    models.pipeline = lambda *paths: asked.append(paths) or pipeline
+    method = StockIpAdapter(scale=0.8)
+    method.setup(models, SAMPLER)
+    assert asked == [("ip.safetensors", "decoder")]
+    return method
+
+
+def test_stage_1_feeds_the_stock_ip_adapter(reference):
+    """Each prompt's own prediction from the subject on white; the same pictures as handing the embeddings to the pipeline."""
+    base, seen = tiny_base(), []
+    pipeline = MoMAPipeline.from_base(base, tiny_adapter(base))
+    embeds = torch.randn(2, EMBED_DIM, generator=torch.Generator().manual_seed(0))
+    pipeline.decoder = lambda white, labels, prompts: seen.append((white, labels, prompts)) or embeds
+    images = stock(pipeline).generate(SUBJECT, reference, TASKS)
+    ((white, labels, prompts),) = seen
+    assert (labels, prompts) == (["mug", "mug"], [t.prompt for t in TASKS])
+    assert white.shape == (2, 3, 64, 64)
+    generators = [torch.Generator().manual_seed(t.seed) for t in TASKS]
+    expected = pipeline(prompts, image_embeds=embeds, context_scale=0.8, beta=0.0, generator=generators, guidance_scale=2.0, num_inference_steps=2).images
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+
+
+def test_stage_1_is_asked_for():
+    with pytest.raises(ValueError, match="needs `decoder`"):
+        StockIpAdapter().weights(Models(FoundationConfig(), "adapter", None))
+
+
+def test_methods_in_a_yaml(tmp_path):
+    (tmp_path / "eval.yaml").write_text(
+        "methods:\n"
+        "  ti: {class_path: TextualInversion, init_args: {steps: 7, pictures: all}}\n"
+        "  lora: {class_path: DreamBoothLora, init_args: {rank: 2}}\n"
+        "  stock: StockIpAdapter\n"
+        "  blip: {class_path: BlipDiffusion, init_args: {revision: abc}}\n"
+        "  any: {class_path: Pipeline, init_args: {pretrained: o/n@r, arguments: {text: prompt, picture: image}, kwargs: {eta: 0.5}}}\n"
+    )
+    methods = parse(["generate", "--config", str(Path(tmp_path / "eval.yaml"))])[1].methods
+    assert methods == {
+        "ti": TextualInversion(steps=7, pictures="all"),
+        "lora": DreamBoothLora(rank=2),
+        "stock": StockIpAdapter(),
+        "blip": BlipDiffusion(revision="abc"),
+        "any": Pipeline("o/n@r", arguments={"text": "prompt", "picture": "image"}, kwargs={"eta": 0.5}),
+    }
