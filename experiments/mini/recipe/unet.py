@@ -12,7 +12,7 @@ import copy
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -128,9 +128,13 @@ def main():
 
 
 def export(unet) -> None:
-    """The EMA as fp16 safetensors in the base folder; it is what is shipped."""
+    """The EMA as fp16 safetensors in the base folder; it is what is shipped. With it the folder is a whole pipeline's."""
     copy.deepcopy(unet).half().save_pretrained(BASE / "unet")
     scheduler().save_pretrained(BASE / "scheduler")
+    vae, text_encoder = AutoencoderKL.from_pretrained(BASE / "vae"), CLIPTextModel.from_pretrained(BASE / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler(), None, None, requires_safety_checker=False)
+    pipe.save_config(BASE)
 
 
 if __name__ == "__main__":
