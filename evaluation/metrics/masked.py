@@ -29,7 +29,7 @@ def background_alone(image: Image.Image, mask: Mask) -> Image.Image:
     """The picture with its subject painted over in the mean colour of the rest."""
     pixels = np.asarray(image.convert("RGB"))
     refuse_other_size(image, mask)
-    return painted(image, mask, tuple(pixels[~mask].mean(0).round().astype(int)))
+    return painted(image, mask, tuple(pixels[~mask].mean(0).round().astype(int).tolist()))
 
 
 def painted(image: Image.Image, where: Mask, color: tuple[int, ...]) -> Image.Image:

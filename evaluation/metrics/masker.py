@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from evaluation.metrics.cache import pixel_digest, weights_digest
 from evaluation.metrics.masked import Mask
@@ -14,12 +15,12 @@ from moma_lightning.segmentation import SamMasker
 
 
 class Masker:
-    """Masks by pixels, in memory and, given a folder, as PNG files between runs.
+    """Masks by pixels, of a SamMasker (or another module that takes a picture and raises ValueError where there is none), in memory and, given a folder, as PNG files between runs.
 
     Where SAM finds nothing the mask is empty: that is an answer too, and is kept like the others.
     """
 
-    def __init__(self, sam: SamMasker, folder: Path | None = None):
+    def __init__(self, sam: nn.Module, folder: Path | None = None):
         self.sam, self.known = sam, dict[str, Mask]()
         self.folder = folder and folder / f"masks-{weights_digest(sam)[:12]}"
 

@@ -4,11 +4,12 @@ import timm
 import torch
 from PIL import Image
 from torchvision import transforms
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor, SiglipModel
+from transformers import SiglipConfig as SiglipModelConfig
 
-from evaluation.metrics import CachedEncoder, ClipConfig, ClipEncoder, DinoConfig, DinoEncoder
+from evaluation.metrics import CachedEncoder, ClipConfig, ClipEncoder, DinoConfig, DinoEncoder, SiglipConfig, SiglipEncoder
 from evaluation.metrics.cache import fingerprint, pixel_digest
-from evaluation.metrics.encoders import load_timm
+from evaluation.metrics.encoders import load_timm, source_of, timm_name
 from experiments.mini.recipe.captions import MAX_TOKENS, build_tokenizer
 from tests.evaluation.fakes import ColorEncoder, random_picture
 
@@ -60,6 +61,52 @@ def test_dino_embedding_is_the_unit_cls_token(dino):
     torch.testing.assert_close(dino.encode_images(pictures), expected)
 
 
+def test_dino_end_to_end_by_hand(dino):
+    """Pillow's own resize and crop, then the ViT block by block: nothing shared with the encoder but the weights."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (320, 512, 3), dtype=np.uint8))
+    resized = picture.resize((int(512 * 256 / 320), 256), Image.Resampling.BICUBIC)  # the long side is truncated, not rounded
+    left, top = round((resized.width - 224) / 2), (256 - 224) // 2
+    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    pixels = torch.from_numpy((pixels - np.float32(IMAGENET[0])) / np.float32(IMAGENET[1])).permute(2, 0, 1)[None]
+    model = dino.model
+    patches = torch.nn.functional.conv2d(pixels, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=16).flatten(2).mT
+    tokens = torch.cat([model.cls_token, patches], 1) + model.pos_embed
+    for block in model.blocks:
+        tokens = block(tokens)
+    cls = torch.nn.functional.layer_norm(tokens, (384,), model.norm.weight, model.norm.bias, 1e-6)[0, 0]
+    torch.testing.assert_close(dino.encode_images([picture])[0], cls / cls.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_mean_pooling_is_over_patches(dino):
+    picture = random_picture(4, (256, 256))
+    patches = dino.model.forward_features(dino.preprocess([picture]))[0, 1:]
+    expected = patches.sum(0) / patches.sum(0).norm()
+    torch.testing.assert_close(DinoEncoder(DinoConfig(pooling="mean"), dino.model).encode_images([picture])[0], expected)
+
+
+def test_dinov2_takes_the_crop_with_its_position_embedding_resampled():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_dinov2.lvd142m", pretrained=False, num_classes=0, depth=1)
+    torch.nn.init.normal_(model.pos_embed)
+    grid = model.pos_embed[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)  # 518 / 14
+    small = torch.nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True).flatten(2).mT
+    expected = torch.cat([model.pos_embed[:, :1], small], 1)
+    encoder = DinoEncoder(DinoConfig("vit_small_patch14_dinov2.lvd142m"), model)
+    torch.testing.assert_close(encoder.model.pos_embed, expected, rtol=1e-4, atol=1e-4)
+    embeds = encoder.encode_images([random_picture(5, (300, 260))])
+    assert embeds.shape == (1, 384) and float(embeds.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_dinov3_is_its_class_token_not_its_registers():
+    torch.manual_seed(0)
+    model, own = (timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=1, **more)
+                  for more in ({}, {"global_pool": "token"}))  # fmt: skip
+    own.load_state_dict(model.state_dict())
+    encoder, picture = DinoEncoder(DinoConfig("vit_small_patch16_dinov3"), model), random_picture(6, (300, 260))
+    expected = own.eval()(encoder.preprocess([picture]))
+    torch.testing.assert_close(encoder.encode_images([picture]), expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
 def test_dino_from_a_local_folder(tmp_path):
     options = dict(img_size=64, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=0, global_pool="token")
     model = timm.create_model("vit_small_patch16_224", **options)
@@ -91,6 +138,52 @@ def test_clip_embeddings_are_the_projected_ones(clip_folder):
         ids = encoder.tokenizer(text, return_tensors="pt").input_ids
         expected = encoder.model.text_projection(encoder.model.text_model(ids).pooler_output)[0]
         torch.testing.assert_close(embed, expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("siglip"), build_tokenizer()
+    torch.manual_seed(0)
+    text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                max_position_embeddings=12, projection_size=16)  # fmt: skip
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    SiglipModel(SiglipModelConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}, resample=Image.Resampling.BILINEAR).save_pretrained(folder)
+    return folder
+
+
+def test_siglip_pictures_are_attention_pooled(siglip_folder):
+    encoder, picture = SiglipEncoder(SiglipConfig(str(siglip_folder))), random_picture(1, (50, 40))
+    squashed = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
+    pixels = torch.from_numpy(squashed).permute(2, 0, 1)[None] / 127.5 - 1
+    tokens, head = encoder.model.vision_model(pixels).last_hidden_state, encoder.model.vision_model.head
+    (wq, wk, wv), (bq, bk, bv) = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
+    q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (head.probe @ wq.T + bq, tokens @ wk.T + bk, tokens @ wv.T + bv))
+    mixed = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    pooled = head.attention.out_proj(mixed)
+    pooled = (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
+    torch.testing.assert_close(encoder.encode_images([picture]), pooled / pooled.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_siglip_texts_are_lower_case_and_padded_on_the_right_to_full_length(siglip_folder):
+    encoder = SiglipEncoder(SiglipConfig(str(siglip_folder)))
+    ids = encoder.tokenizer("a cat in the snow").input_ids
+    padded = torch.tensor([ids + [encoder.tokenizer.pad_token_id] * (12 - len(ids))])
+    tokens = encoder.model.text_model(padded).last_hidden_state[:, -1]
+    expected = encoder.model.text_model.head(tokens)
+    both = encoder.encode_texts(["A CAT in the snow", "a mug"])
+    torch.testing.assert_close(both[:1], expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_revisions_reach_the_hub_and_mean_nothing_to_folders(clip_folder):
+    assert source_of(ClipConfig("owner/name", revision="abc")) == {"pretrained_model_name_or_path": "owner/name", "revision": "abc"}
+    assert source_of(ClipConfig("owner/name@def", revision=None)) == {"pretrained_model_name_or_path": "owner/name", "revision": "def"}
+    assert source_of(ClipConfig(str(clip_folder), revision="abc")) == {"pretrained_model_name_or_path": str(clip_folder)}
+    assert timm_name("vit_small_patch16_224.dino", None) == "vit_small_patch16_224.dino"
+    assert timm_name("vit_small_patch16_224.dino", "abc") == "hf-hub:timm/vit_small_patch16_224.dino@abc"
+    assert timm_name("owner/name", "abc") == timm_name("owner/name@abc", None) == "hf-hub:owner/name@abc"
+    assert timm_name(str(clip_folder), "abc") == f"local-dir:{clip_folder}"
 
 
 def test_fingerprint_changes_with_weights_and_settings(clip_folder):

@@ -21,8 +21,14 @@ def test_every_field_moves_the_digest():
         replace(protocol, dino=replace(protocol.dino, resize=72)),
         replace(protocol, clip=replace(protocol.clip, dtype="float16")),
         replace(protocol, sampler=replace(protocol.sampler, seed=1)),
+        replace(protocol, dino=replace(protocol.dino, pooling="mean")),
+        replace(protocol, dino=replace(protocol.dino, revision="abc")),
+        replace(protocol, pose_prompts=2),
+        replace(protocol, extra_scores=()),
+        replace(protocol, segmenter="another"),
+        replace(protocol, aggregation="subjects"),
     ]
-    assert len({p.digest for p in [protocol, *changed]}) == 6
+    assert len({p.digest for p in [protocol, *changed]}) == 12
     assert protocol.digest == replace(protocol).digest
 
 
@@ -95,3 +101,49 @@ def test_unknown_subjects_are_refused(data):
 
 def test_sampler_defaults_are_the_papers_first_row():
     assert (Sampler().beta, Sampler().mask_strength) == (1.0, 1.0)
+
+
+def test_each_published_way_of_comparing_is_a_preset():
+    references = {name: preset.references for name, preset in PRESETS.items()}
+    assert references == {"dreambooth": "first", "moma-paper": "every", "mini": "first", "dreambooth-all-refs": "every",
+                          "kosmosg-single-ref": "first", "mini-full": "first"}  # fmt: skip
+    assert PRESETS["kosmosg-single-ref"].comparison == "input"
+    assert PRESETS["dreambooth-all-refs"].comparison == "others"
+    assert len({preset.digest for preset in PRESETS.values()}) == len(PRESETS)
+
+
+def test_mini_keeps_what_its_pictures_depend_on():
+    mini = PRESETS["mini"]
+    assert mini.sampler == Sampler(num_inference_steps=12, guidance_scale=3.0, masks="dataset")
+    assert (mini.pictures_per_prompt, mini.context_prompts, mini.texture_prompts) == (1, 8, 4)
+    full = PRESETS["mini-full"]
+    assert replace(full, name="mini", context_prompts=8, texture_prompts=4) == mini
+
+
+def test_full_size_counts_are_the_papers(tmp_path):
+    """25 prompts x 4 pictures a reference, on a folder of 3 subjects x 3 pictures with 5 prompts each."""
+    data = DreamBooth(write_data(tmp_path))
+
+    def count(name: str) -> int:
+        return sum(task.kind == "context" for subject in data.subjects for task in tasks_of(PRESETS[name], data, subject))
+
+    assert count("dreambooth") == count("kosmosg-single-ref") == 3 * 5 * 4
+    assert count("moma-paper") == count("dreambooth-all-refs") == 9 * 5 * 4
+    assert not any(task.kind != "context" for task in tasks_of(PRESETS["dreambooth-all-refs"], data, data.subjects[0]))
+
+
+def test_only_encoders_that_are_needed_are_named():
+    assert list(PRESETS["mini"].encoders) == ["dino", "clip"]
+    protocol = named("dreambooth", {"extra_scores": ["siglip2_t", "dinov3", "dino_masked"]})
+    assert list(protocol.encoders) == ["dino", "clip", "dinov3", "siglip2"]
+    assert protocol.encoders["dinov3"].model == "vit_small_patch16_dinov3.lvd1689m"
+    with pytest.raises(ValueError, match="extra_scores"):
+        named("mini", {"extra_scores": ["dinov9"]})
+
+
+def test_every_kind_of_prompt_is_asked_for_by_its_count(data):
+    asked = {"context_prompts": 1, "texture_prompts": 0, "accessory_prompts": 2, "pose_prompts": 3, "camera_prompts": None}
+    tasks = list(tasks_of(named("mini", asked), data, data.subjects[2]))
+    assert list(dict.fromkeys(task.kind for task in tasks)) == ["context", "accessory", "pose", "camera"]
+    assert [sum(task.kind == kind for task in tasks) for kind in ("accessory", "pose", "camera")] == [2, 3, 8]
+    assert len({task.file for task in tasks}) == len({task.seed for task in tasks}) == len(tasks)

@@ -5,7 +5,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation.statistics import above_oracle, by_subject, difference, method_interval, summarise
+from evaluation.statistics import (
+    METRICS,
+    TABLE_1,
+    above_oracle,
+    breakdown,
+    by_subject,
+    difference,
+    method_interval,
+    prompt_form,
+    summarise,
+)
 
 
 def frame(values: dict[str, dict[str, list[float]]], kind: str = "context") -> pd.DataFrame:
@@ -89,3 +99,69 @@ def test_a_method_above_the_oracle_is_named():
     found = above_oracle(scores, summarise(scores, resamples=10))
     assert len(found) == 2
     assert all(sentence.startswith("copy passes real") for sentence in found)
+
+
+def of_protocol(name: str, digest: str, shift: float) -> pd.DataFrame:
+    return frame({"weak": normal(0, shift=shift), "strong": normal(0, shift=shift + 0.1)}).assign(protocol=name, protocol_digest=digest)
+
+
+def test_table_1_comes_first_and_extras_only_where_they_were_made():
+    assert list(METRICS)[:4] == list(TABLE_1) == ["dino", "clip_t_context", "clip_i", "clip_t_texture"]
+    plain = frame({"a": normal(0)})
+    assert list(summarise(plain, resamples=10)["a"]) == ["dino", "clip_t_context", "clip_i"]
+    more = plain.assign(dino_masked=plain["dino"] - 0.1, diversity=np.nan)
+    summary = summarise(more, resamples=10)
+    assert list(summary["a"]) == ["dino", "clip_t_context", "clip_i", "dino_masked"]
+    assert summary["a"]["dino_masked"]["mean"] == pytest.approx(summary["a"]["dino"]["mean"] - 0.1)
+
+
+def test_other_kinds_of_prompt_never_enter_table_1():
+    context = frame({"a": {"x": [0.4]}})
+    scores = pd.concat([context, frame({"a": {"x": [0.9]}}, kind="pose"), frame({"a": {"x": [0.8]}}, kind="accessory")])
+    summary = summarise(scores, resamples=10)["a"]
+    assert {metric: round(cell["mean"], 6) for metric, cell in summary.items() if metric.startswith("dino")} == {
+        "dino": 0.4, "dino_accessory": 0.8, "dino_pose": 0.9}  # fmt: skip
+
+
+def test_scores_of_two_protocols_are_refused_by_name():
+    mixed = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2)])
+    for refused in (lambda: summarise(mixed), lambda: by_subject(mixed, "weak", "dino"), lambda: breakdown(mixed, "dino", "subject")):
+        with pytest.raises(ValueError, match=r"'mini' \(aaa\), 'moma-paper' \(bbb\)"):
+            refused()
+
+
+def test_protocols_kept_apart_have_rows_of_their_own():
+    parts = [of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2)]
+    found = summarise(pd.concat(parts), resamples=20, separate=True)
+    assert list(found) == ["weak @ mini", "strong @ mini", "weak @ moma-paper", "strong @ moma-paper", "differences"]
+    for part, name in zip(parts, ("mini", "moma-paper"), strict=True):
+        assert found[f"weak @ {name}"] == summarise(part, resamples=20)["weak"]
+    assert {(d["a"], d["b"]) for d in found["differences"]} == {(f"strong @ {p}", f"weak @ {p}") for p in ("mini", "moma-paper")}
+    same_name = summarise(pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("mini", "bbb", 0.2)]), resamples=20, separate=True)
+    assert list(same_name)[::2][:2] == ["weak @ mini (aaa)", "weak @ mini (bbb)"]
+
+
+def test_subjects_count_alike_where_the_protocol_says_so():
+    scores = frame({"a": {"x": [0.1, 0.3], "y": [0.8]}})
+    assert method_interval(scores, "a", "dino")["mean"] == pytest.approx(0.4)
+    assert method_interval(scores.assign(aggregation="subjects"), "a", "dino")["mean"] == pytest.approx(0.5)
+
+
+def test_breakdown_by_subject_and_prompt():
+    rows = [("a", "x", "cat", "a cat in the snow", 0.2), ("a", "x", "cat", "a cat on a lake", 0.4), ("a", "y", "mug", "a mug in the snow", 0.6),
+            ("b", "x", "cat", "a cat in the snow", 0.8), ("real", "x", "cat", "", 0.9)]  # fmt: skip
+    scores = pd.DataFrame(rows, columns=["method", "subject", "label", "prompt", "dino"])
+    scores["prompt_kind"] = np.where(scores["method"] == "real", "real", "context")
+    subjects = breakdown(scores, "dino", "subject")
+    assert list(subjects.columns) == ["a", "b", "real"]
+    assert subjects["a"].to_dict() == pytest.approx({"x": 0.3, "y": 0.6})
+    assert subjects.loc["x", "real"] == 0.9 and np.isnan(subjects.loc["y", "b"])
+    prompts = breakdown(scores, "dino", "prompt")
+    assert list(prompts.columns) == ["a", "b"]
+    assert prompts["a"].to_dict() == pytest.approx({"a {} in the snow": 0.4, "a {} on a lake": 0.4})
+    assert breakdown(scores, "dinov2", "subject").empty
+
+
+def test_the_subject_is_taken_out_of_its_prompt_as_a_word():
+    assert prompt_form("a cat in the category of cat", "cat") == "a {} in the category of cat"
+    assert prompt_form("a stuffed animal (blue)", "stuffed animal") == "a {} (blue)"
