@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> None:
     """Make every missing picture of every method, the subjects shared out among the processes.
 
-    Started by hand there are `config.num_processes` of them; under torchrun or SLURM those that it started, on any number of nodes.
+    Started by hand there are `config.num_processes` of them. Under torchrun (`torchrun --nproc_per_node 8 -m evaluation generate ...`) or
+    srun there are those that it started, on any number of nodes that share `run`'s folder.
     """
     methods = config.methods if methods is None else methods
     if not methods:

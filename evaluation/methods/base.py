@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 from PIL import Image
 
 from datamodules.dreambooth import Subject
@@ -73,7 +74,7 @@ class Method(ABC):
     is_oracle: ClassVar[bool] = False
     uses_reference: ClassVar[bool] = True
     folder: Path | None = None
-    pipeline: Any = None
+    pipeline: Any = None  # diffusers declares a pipeline's parts at run time only
 
     def options(self) -> dict[str, Any]:
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
@@ -96,3 +97,13 @@ class Method(ABC):
     @abstractmethod
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         """One picture a task, its initial noise drawn on the CPU from the task's seed."""
+
+
+def use_scheduler(pipeline: Any, sampler: Sampler) -> None:
+    """Give the pipeline the protocol's scheduler, configured by its own. Raises ValueError for a name that diffusers lacks."""
+    if sampler.scheduler is None:
+        return
+    scheduler = getattr(diffusers, sampler.scheduler, None)
+    if scheduler is None:
+        raise ValueError(f"diffusers has no scheduler {sampler.scheduler!r}")
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)

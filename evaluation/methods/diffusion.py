@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.dreambooth import Subject
-from evaluation.methods.base import Method, Models, Reference
+from evaluation.methods.base import Method, Models, Reference, use_scheduler
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 
@@ -19,7 +18,6 @@ from evaluation.tasks import PictureTask
 class DiffusionMethod(Method):
     """Shared by the methods below: scheduler, sizes, prompts and noise as the protocol's sampler says."""
 
-    pipeline: Any  # a MoMAPipeline; diffusers declares a pipeline's parts at run time only
     sampler: Sampler
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
@@ -36,11 +34,7 @@ class DiffusionMethod(Method):
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler, self.pipeline = sampler, models.pipeline(*self.checkpoints(models))
-        if sampler.scheduler is not None:
-            scheduler = getattr(diffusers, sampler.scheduler, None)
-            if scheduler is None:
-                raise ValueError(f"diffusers has no scheduler {sampler.scheduler!r}")
-            self.pipeline.scheduler = scheduler.from_config(self.pipeline.scheduler.config)
+        use_scheduler(self.pipeline, sampler)
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         """What the pipeline is given besides the prompts."""

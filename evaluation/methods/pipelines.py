@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from datamodules.dreambooth import Subject
-from evaluation.methods.base import Method, Models, Reference
+from evaluation.methods.base import Method, Models, Reference, use_scheduler
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.foundation import local_path, resolve
@@ -39,14 +39,6 @@ class ForeignPipeline(Method):
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler, self.pipeline = sampler, models.hold((type(self).__name__, self.source()), self.load)
         self.pipeline.set_progress_bar_config(disable=True)
-
-    def use_scheduler(self) -> None:
-        """Give the pipeline the protocol's scheduler, configured by its own. Raises ValueError for a name that diffusers lacks."""
-        if self.sampler.scheduler is None:
-            return
-        if not hasattr(diffusers, self.sampler.scheduler):
-            raise ValueError(f"diffusers has no scheduler {self.sampler.scheduler!r}")
-        self.pipeline.scheduler = getattr(diffusers, self.sampler.scheduler).from_config(self.pipeline.scheduler.config)
 
     def settings(self, tasks: list[PictureTask]) -> dict[str, Any]:
         """The protocol's settings under diffusers' names; sizes only where the protocol has some."""
@@ -95,7 +87,7 @@ class Pipeline(ForeignPipeline):
         if unknown := set(self.arguments | self.kwargs) - set(self.taken):
             raise ValueError(f"{self.pipeline_class} takes no argument {', '.join(sorted(unknown))}; it takes {', '.join(self.taken)}")
         if not self.own_scheduler:
-            self.use_scheduler()
+            use_scheduler(self.pipeline, sampler)
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         groups = [tasks] if self.batched else [[task] for task in tasks]
@@ -139,7 +131,7 @@ class BlipDiffusion(ForeignPipeline):
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         super().setup(models, sampler)
-        self.use_scheduler()
+        use_scheduler(self.pipeline, sampler)
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         """Picture by picture: the pipeline pairs one reference with one prompt."""

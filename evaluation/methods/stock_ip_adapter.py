@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -38,6 +39,7 @@ class StockIpAdapter(IpAdapter):
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         return self.draw(subject, reference, tasks, image_embeds=self.predicted(subject, reference, tasks))
 
+    @torch.no_grad()
     def predicted(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> Float[Tensor, "tasks dim"]:
         """Stage 1's embedding for each prompt, worded as the UNet gets it."""
         pipeline, sampler = self.pipeline, self.sampler
