@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.figures.names import method_name, metric_name
+from evaluation.figures.names import column_of, method_name, metric_name
 from evaluation.figures.style import COLORS, SOFT, styled
 from evaluation.figures.tables import means_by
+from evaluation.statistics import METRICS
 
 Interval = Mapping[str, float]
 COLUMNS = 4
@@ -66,6 +67,11 @@ def sweep_figure(values: Sequence[float], rows: Sequence[Mapping[str, Interval]]
             one.set_xticks(x)
             one.locator_params(axis="y", nbins=5)
     return figure
+
+
+def figure_7() -> list[str]:
+    """The metrics of the paper's Figure 7: CLIP-T with new contexts, CLIP-T with new textures."""
+    return [metric for metric in METRICS if column_of(metric) == "clip_t" and METRICS[metric][1] in (("context",), ("texture",))]
 
 
 def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) -> Figure | None:

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from evaluation.config import EvalConfig
 from evaluation.figures import sampled, scored
 from evaluation.figures.ablations import read_ablations
-from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
+from evaluation.figures.charts import figure_7, interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import Grid, draw_grid, from_json, to_json
-from evaluation.figures.names import column_of, method_name
+from evaluation.figures.names import method_name
 from evaluation.figures.style import colors_of, write_figure
 from evaluation.figures.tables import difference_rows, metrics_in, named_rows, read_scores, read_summary
 from evaluation.plan import Evaluation
 from evaluation.stamps import write_beside
-from evaluation.statistics import METRICS, oracles
+from evaluation.statistics import oracles
 
 #: Grids whose pictures are sampled for them.
 MADE = ("figure8", "figure9", "figure10_community")
@@ -88,8 +88,8 @@ def charts(config: EvalConfig, scores: pd.DataFrame) -> Iterator[tuple[str, Figu
     yield "scores", interval_figure(rows, {method_name(key): color for key, color in colors.items()}, metrics_in(*rows.values()))
     if differences:
         yield "differences", interval_figure(differences, {}, metrics_in(*differences.values()), zero=True)
-    for metric in METRICS:
-        if column_of(metric) == "clip_t" and (lines := subject_lines(scores, metric, colors)):
+    for metric in figure_7():
+        if lines := subject_lines(scores, metric, colors):
             yield f"figure7_{metric}", lines
     for ablation in read_ablations(config):
         yield f"ablation_{ablation.key}", interval_figure(ablation.rows, {}, ablation.metrics)

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.figures.ablations import Ablation, read_ablations
-from evaluation.figures.charts import curve, interval_figure, subject_lines, sweep_figure
+from evaluation.figures.charts import curve, figure_7, interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import Grid, draw_grid
-from evaluation.figures.names import column_of, method_name, metric_name, prompt_form
+from evaluation.figures.names import method_name, metric_name, prompt_form
 from evaluation.figures.scored import comparison
 from evaluation.figures.style import colors_of, encoded, svg_address
 from evaluation.figures.tables import Cells, difference_rows, means_by, metrics_in, named_rows, read_scores, read_summary
@@ -140,7 +140,7 @@ def means_tables(scores: pd.DataFrame, key: str) -> dict[str, tables.Table]:
 def subject_charts(scores: pd.DataFrame) -> list[Chart]:
     """Figure 7."""
     colors = colors_of(list(dict.fromkeys(scores["method"])), oracles(scores))
-    found = [(metric, subject_lines(scores, metric, colors)) for metric in METRICS if column_of(metric) == "clip_t"]
+    found = [(metric, subject_lines(scores, metric, colors)) for metric in figure_7()]
     return [as_chart(figure, f"{metric_name(metric)} by subject") for metric, figure in found if figure]
 
 

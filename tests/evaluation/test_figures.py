@@ -58,7 +58,7 @@ def test_methods_are_called_what_people_call_them(key, name):
 
 
 def test_metrics_and_kinds_without_a_title_read_as_words():
-    assert (metric_name("clip_t_context"), metric_name("copy_paste")) == ("CLIP-T(c)", "copy paste")
+    assert (metric_name("clip_t_context"), metric_name("how_round")) == ("CLIP-T(c)", "how round")
     assert (kind_name("texture"), kind_name("camera_angle")) == ("new texture", "camera angle")
 
 

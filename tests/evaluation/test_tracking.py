@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import wandb
@@ -41,14 +42,21 @@ def test_an_offline_run_holds_config_metrics_tables_and_images(config, monkeypat
     assert run["config"]["protocol"]["name"] == config.resolved_protocol().name
     summary = json.loads((config.eval_folder / "summary.json").read_text())
     assert run["metrics"]["eval/moma_beta1/dino"] == pytest.approx(summary["moma_beta1"]["dino"]["mean"])
-    pictures = {key for key, value in run["metrics"].items() if isinstance(value, dict) and value["_type"] == "image-file"}
+    logged = {key.removesuffix("/_type"): value for key, value in run["metrics"].items() if key.endswith("/_type")}
+    pictures = {key for key, kind in logged.items() if kind == "image-file"}
     assert pictures >= {"figures/grid", "figures/figure4", "figures/figure7_clip_t_context", "figures/sweep_beta", "figures/scores"}
     for key in pictures:
-        assert (path.parent / "files" / run["metrics"][key]["path"]).stat().st_size == run["metrics"][key]["size"]
-    table = json.loads((path.parent / "files" / run["metrics"]["tables/ablation_beta"]["path"]).read_text())
-    assert table == {"columns": ["Setting", "DINO", "DINO lo", "DINO hi"], "data": [["beta 0", 0, 0.0, 1.0], ["beta 1", 1, 0.0, 1.0]], "ncols": 4, "nrows": 2}
-    scores = json.loads((path.parent / "files" / run["metrics"]["tables/scores"]["path"]).read_text())
+        assert stored(run, path, key).stat().st_size == run["metrics"][f"{key}/size"]
+    table = json.loads(stored(run, path, "tables/ablation_beta").read_text())
+    assert table["columns"] == ["Setting", "DINO", "DINO lo", "DINO hi"]
+    assert table["data"] == [["beta 0", 0, 0.0, 1.0], ["beta 1", 1, 0.0, 1.0]]
+    scores = json.loads(stored(run, path, "tables/scores").read_text())
     assert [row[0] for row in scores["data"]] == ["real", "MoMA, beta 1"]
+
+
+def stored(run: dict, path: Path, key: str) -> Path:
+    """The file of an offline run that a logged picture or table points to."""
+    return path.parent / "files" / run["metrics"][f"{key}/path"]
 
 
 def test_nothing_is_logged_when_it_is_off(config):
