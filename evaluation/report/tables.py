@@ -12,6 +12,8 @@ from evaluation.statistics import METRICS
 
 #: Numbers beside each other that a phone holds without a swipe.
 ACROSS = 4
+#: Scores of which more is not better by itself: a copy scores high in the one, noise in the other.
+UNRANKED = frozenset(("copy_paste", "diversity"))
 
 
 @dataclass
@@ -58,10 +60,10 @@ def value_of(cell: Mapping[str, float], signed: bool = False, stands_out: bool =
 def score_tables(first: str, rows: Mapping[str, Cells], metrics: Sequence[str], contenders: Iterable[str] | None = None) -> list[Table]:
     """Means and intervals; the best contender of each metric stands out (all rows compete unless some are named)."""
     competing = set(rows if contenders is None else contenders)
-    best = {m: max((cells[m]["mean"] for name, cells in rows.items() if name in competing and m in cells), default=None) for m in metrics}
+    best = {m: max((cells[m]["mean"] for name, cells in rows.items() if name in competing and m in cells), default=None) for m in metrics if m not in UNRANKED}
 
     def value(name: str, cells: Cells, metric: str) -> Value | None:
-        return value_of(cells[metric], stands_out=name in competing and cells[metric]["mean"] == best[metric]) if metric in cells else None
+        return value_of(cells[metric], stands_out=name in competing and cells[metric]["mean"] == best.get(metric)) if metric in cells else None
 
     return [
         Table(first, list(map(metric_name, group)), [(name, [value(name, cells, m) for m in group]) for name, cells in rows.items()])

@@ -160,6 +160,11 @@ def test_the_best_contender_stands_out():
     assert [(name, values[0].stands_out) for name, values in table.rows] == [("Real images", False), ("a", False), ("b", True)]
 
 
+def test_nothing_is_best_at_copying():
+    rows = {name: {"copy_paste": {"mean": mean, "lo": 0.0, "hi": 1.0}} for name, mean in (("a", 0.2), ("b", 0.4))}
+    assert not any(values[0].stands_out for _, values in score_tables("Method", rows, ["copy_paste"])[0].rows)
+
+
 def test_differences_stand_out_where_zero_is_left_out():
     cells = [(-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)]
     rows = {str(i): {"dino": {"mean": 0.0, "lo": lo, "hi": hi}} for i, (lo, hi) in enumerate(cells)}
