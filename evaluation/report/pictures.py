@@ -7,11 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.figures.grids import Grid, draw_grid
-from evaluation.figures.scored import comparison as choose_rows
+from evaluation.figures.grids import Grid
 from evaluation.stamps import load_picture
-
-__all__ = ["as_data", "choose_rows", "draw_grid", "narrow"]
 
 #: Pictures up to this side stay exact; larger ones would make the page heavy.
 LOSSLESS_UP_TO = 128
