@@ -35,7 +35,7 @@ def run_scoring(config: EvalConfig) -> pd.DataFrame:
 def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     folder, protocol = evaluation.config.eval_folder, evaluation.protocol
     summary = summarise(scores)
-    found = check_oracle(scores, protocol, evaluation.subjects) + above_oracle(scores, summary)
+    found = check_oracle(scores, protocol, len(evaluation.subjects)) + above_oracle(scores, summary)
     for sentence in found:
         warnings.warn(sentence, stacklevel=2)
     buffer = io.BytesIO()

@@ -1,10 +1,8 @@
 """The first thing to look at: do the real pictures score what others have published for them?"""
 
-from collections.abc import Sequence
 
 import pandas as pd
 
-from datamodules.dreambooth import Subject
 from evaluation.metrics import ClipConfig, DinoConfig
 from evaluation.protocols import Protocol
 from evaluation.statistics import by_subject, mean_of
@@ -18,13 +16,13 @@ SUBJECTS = 30
 TOLERANCE = 0.01
 
 
-def check_oracle(scores: pd.DataFrame, protocol: Protocol, subjects: Sequence[Subject]) -> list[str]:
+def check_oracle(scores: pd.DataFrame, protocol: Protocol, subjects: int) -> list[str]:
     """A sentence for each published score that the real pictures miss by more than TOLERANCE.
 
     Nothing where it cannot be checked: other encoders than DreamBooth's (the mini world's), or a part of the subjects.
     """
     real = scores[scores["prompt_kind"] == "real"]
-    if len(subjects) != SUBJECTS:
+    if subjects != SUBJECTS:
         return []
     found = []
     comparable = {"dino": is_dreambooths(protocol.dino), "clip_i": is_dreambooths(protocol.clip)}

@@ -35,7 +35,7 @@ def score(
         frames[name] = pd.DataFrame(rows).assign(method=name)
         judges.save()
         logger.info("%s: %d pictures scored%s", name, len(rows), without_subject(frames[name]))
-        for sentence in check_oracle(frames[name], protocol, evaluation.subjects) if is_oracle else ():
+        for sentence in check_oracle(frames[name], protocol, len(evaluation.subjects)) if is_oracle else ():
             logger.warning("!!! %s", sentence)
     table = pd.concat([frames[name] for name in methods], ignore_index=True)
     table = table.assign(protocol=protocol.name, protocol_digest=protocol.digest, aggregation=protocol.aggregation)

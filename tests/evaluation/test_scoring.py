@@ -1,4 +1,5 @@
 import json
+import logging
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,13 @@ from evaluation import published
 from evaluation.dreambooth import write_tables
 from evaluation.generation import generate
 from evaluation.methods import RealImages
+from evaluation.metrics import Masker
+from evaluation.metrics.masked import background_alone, subject_alone
+from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
+from evaluation.protocols import PRESETS
 from evaluation.scoring import comparison, score
-from tests.evaluation.fakes import ColorEncoder, Painter, fake_config, fake_encoders, write_data
+from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, write_data
 
 METHODS = {"real_images": RealImages(), "copy": Painter(0.0), "blurred": Painter(0.6)}
 
@@ -135,3 +140,116 @@ def test_markdown_keeps_the_papers_rows_apart(tmp_path):
     assert "| Real images | 0.774 | - | 0.885 | - |" in paper
     row = next(line for line in ours.splitlines() if line.startswith("| real_images"))
     assert row.split("|")[3].strip() == "-"
+
+
+EXTRAS = ("dino_masked", "clip_i_masked", "clip_t_background", "copy_paste", "diversity")
+
+
+def with_extras(config) -> pd.DataFrame:
+    generate(config)
+    return score(Evaluation.open(config), config.methods, fake_encoders(), Masker(CentreSam()))
+
+
+def test_extra_scores_are_their_formulas(tmp_path):
+    config = fake_config(tmp_path, METHODS, {"extra_scores": list(EXTRAS), "pictures_per_prompt": 3})
+    table, encoder = with_extras(config), ColorEncoder()
+    subjects = {s.name: s for s in Evaluation.open(config).subjects}
+    middle = np.pad(np.ones((12, 12), bool), 6)
+    for (name, _), rows in table[(table.method == "blurred") & (table.prompt_kind == "context")].groupby(["subject", "prompt"]):
+        pictures, real = ([Image.open(path) for path in paths] for paths in (rows.path, subjects[name].images))
+        vectors, others = encoder.encode_images(pictures).numpy(), encoder.encode_images(real).numpy()
+        cosines = vectors @ vectors.T
+        np.testing.assert_allclose(rows.diversity, 1 - (cosines.sum(1) - 1) / 2, atol=1e-5)
+        np.testing.assert_allclose(rows.copy_paste, vectors @ others[0] - (vectors @ others[1:].T).mean(1), atol=1e-5)
+        cut = encoder.encode_images([subject_alone(picture, middle) for picture in pictures]).numpy()
+        np.testing.assert_allclose(rows.dino_masked, (cut @ others.T).mean(1), atol=1e-5)  # the data's own masks are all subject
+        text = encoder.encode_texts([rows.prompt.iloc[0]])[0].numpy()
+        rest = encoder.encode_images([background_alone(picture, middle) for picture in pictures]).numpy()
+        np.testing.assert_allclose(rows.clip_t_background, rest @ text, atol=1e-5)
+
+
+def test_extra_scores_are_blank_where_they_say_nothing(tmp_path):
+    table = with_extras(fake_config(tmp_path, METHODS, {"extra_scores": list(EXTRAS), "pictures_per_prompt": 2}))
+    given = table.groupby("prompt_kind")[list(EXTRAS)].agg(lambda column: column.notna().all())
+    assert given.loc["context"].all()
+    assert given.loc["real"].to_dict() == dict.fromkeys(EXTRAS, False) | {"dino_masked": True, "clip_i_masked": True}
+    assert given.loc["texture"].to_dict() == dict.fromkeys(EXTRAS, False) | {"diversity": True}
+    oracle = table[table.method == "real_images"]
+    np.testing.assert_allclose(oracle.dino_masked, oracle.dino, atol=1e-6)  # masks of these pictures are all subject
+
+
+def test_copying_shows_in_the_copy_paste_score_and_blur_does_not(tmp_path):
+    table = with_extras(fake_config(tmp_path, METHODS, {"extra_scores": ["copy_paste"]}))
+    means, real = table.groupby("method").copy_paste.mean(), table[(table.method == "real_images") & (table.reference_index == 0)]
+    assert means["copy"] == pytest.approx(1 - real.dino.mean(), abs=1e-5)
+    assert means["blurred"] < means["copy"]
+
+
+def test_masks_of_real_pictures_are_sams_where_the_protocol_says_so(tmp_path):
+    overrides = {"extra_scores": ["dino_masked"], "sampler": {"masks": "sam"}}
+    table = with_extras(fake_config(tmp_path, {"real_images": RealImages()}, overrides))
+    middle = np.pad(np.ones((12, 12), bool), 6)
+    for _, rows in table.groupby("subject"):
+        vectors = ColorEncoder().encode_images([subject_alone(Image.open(path), middle) for path in rows.path]).numpy()
+        cosines = vectors @ vectors.T
+        np.testing.assert_allclose(rows.dino_masked, (cosines.sum(1) - 1) / 2, atol=1e-5)
+
+
+def test_masked_scores_without_a_masker_are_refused(tmp_path):
+    config = fake_config(tmp_path, {"a": Painter(0.3)}, {"extra_scores": ["dino_masked"]})
+    generate(config)
+    with pytest.raises(ValueError, match="need a masker"):
+        score(Evaluation.open(config), config.methods, fake_encoders())
+
+
+def test_other_kinds_of_prompt_are_scored_like_context_ones(tmp_path):
+    table = scored(fake_config(tmp_path, {"a": Painter(0.3)}, {"pose_prompts": 2, "texture_prompts": 0}))
+    pose = table[table.prompt_kind == "pose"]
+    assert len(pose) == 3 * 2
+    assert pose[["dino", "clip_i", "clip_t"]].notna().all(axis=None)
+
+
+def test_real_pictures_are_scored_first_and_stay_where_the_config_has_them(tmp_path, caplog):
+    config = fake_config(tmp_path, {"copy": Painter(0.0), "real_images": RealImages()})
+    with caplog.at_level(logging.INFO, "evaluation.scoring"):
+        table = scored(config)
+    assert [line.split(":")[0] for line in caplog.messages if "pictures scored" in line] == ["real_images", "copy"]
+    assert list(dict.fromkeys(table.method)) == ["copy", "real_images"]
+
+
+@pytest.mark.parametrize(("dino", "clip_i", "missed"), [(0.774, 0.885, []), (0.766, 0.893, []), (0.70, 0.885, ["dino"]), (0.79, 0.87, ["dino", "clip_i"])])
+def test_real_pictures_must_score_what_is_published(dino, clip_i, missed):
+    scores = pd.DataFrame({"method": "real_images", "subject": ["a", "b"], "prompt_kind": "real", "dino": dino, "clip_i": clip_i})
+    found = check_oracle(scores, PRESETS["dreambooth"], 30)
+    assert [sentence.split()[2] for sentence in found] == missed
+    assert all("believe no score" in sentence for sentence in found)
+
+
+def test_nothing_is_said_of_other_encoders_or_a_part_of_the_subjects():
+    scores = pd.DataFrame({"method": "real_images", "subject": ["a"], "prompt_kind": "real", "dino": 0.1, "clip_i": 0.1})
+    assert check_oracle(scores, PRESETS["mini"], 30) == []
+    assert check_oracle(scores, PRESETS["dreambooth"], 29) == []
+
+
+def test_breakdowns_and_weights_are_written(tmp_path):
+    config = fake_config(tmp_path, METHODS)
+    with pytest.warns(UserWarning, match="copy passes"):
+        write_tables(Evaluation.open(config), scored(config))
+    scores = pd.read_parquet(config.eval_folder / "scores.parquet")
+    subjects, prompts = (pd.read_csv(config.eval_folder / f"per_{by}.csv") for by in ("subject", "prompt"))
+    assert list(subjects) == ["metric", "subject", "real_images", "copy", "blurred"]
+    assert list(prompts) == ["metric", "prompt", "copy", "blurred"]
+    own = scores[(scores.method == "blurred") & (scores.subject == "tabby") & (scores.prompt_kind == "context")]
+    row = subjects[(subjects.metric == "clip_i") & (subjects.subject == "tabby")].iloc[0]
+    assert row.blurred == pytest.approx(own.clip_i.mean(), abs=1e-6)
+    assert prompts.prompt.str.contains("{}", regex=False).all()
+    about = json.loads((config.eval_folder / "protocol.json").read_text())
+    assert about["weights"].keys() == {"dino", "clip"}
+
+
+def test_a_table_of_extras_has_them_after_the_papers_four(tmp_path):
+    config = fake_config(tmp_path, {"real_images": RealImages(), "far": Painter(1.0)}, {"extra_scores": ["dino_masked", "diversity"]})
+    write_tables(Evaluation.open(config), with_extras(config))
+    page = (config.eval_folder / "table.md").read_text()
+    assert "| Method | DINO | CLIP-T(c) | CLIP-I | CLIP-T(t) | DINO, subject |\n" in page
+    assert "dino_masked" in json.loads((config.eval_folder / "summary.json").read_text())["far"]
