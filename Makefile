@@ -12,17 +12,17 @@ MAKEFLAGS += --no-print-directory
 
 INSTALLED := .venv/.installed
 RUN := .venv/bin/python -m
-STEPS := data stage1 stage2 eval-dreambooth report
+STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) help reproduce ablate ablate-beta ablate-masking sweep-beta sweep-masking test lint bench mini-foundation clean
+.PHONY: $(STEPS) help reproduce ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## ?/\1\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
 
-reproduce: $(INSTALLED) ## data, both stages, evaluation and report, with the time each took
+reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each step took
 	@if [ -n "$(ARGS)" ]; then echo "make reproduce takes no ARGS: give them to one of $(STEPS)" >&2; exit 2; fi
 	@begun=$$SECONDS; for step in $(STEPS); do \
 		from=$$SECONDS; $(MAKE) $$step EXP=$(EXP); echo "== $$step: $$((SECONDS - from)) s"; \
@@ -41,7 +41,7 @@ stage2: $(INSTALLED) ## train the subject and context attention; goes on from it
 eval-dreambooth: $(INSTALLED) ## make the pictures that are missing, and score them
 	$(RUN) evaluation dreambooth --config experiments/$(EXP)/eval.yaml $(ARGS)
 
-report: $(INSTALLED) ## one HTML page of tables, plots and pictures
+report: $(INSTALLED) ## the paper's figures, and one HTML page of them and all tables
 	$(RUN) evaluation report --config experiments/$(EXP)/eval.yaml $(ARGS)
 
 ablate-beta: $(INSTALLED) ## the paper's Table 4: strength of the subject attention
@@ -76,6 +76,9 @@ mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about
 		*) $(RUN) experiments.mini.recipe.$$part $(ARGS) ;; esac; done
 	$(RUN) experiments.mini.recipe.ship
 	$(RUN) experiments.mini.recipe.check_base
+
+style: $(INSTALLED) ## a mini base in another drawing style, for Figure 10's community checkpoints
+	$(RUN) experiments.mini.recipe.style $(ARGS)
 
 clean: ## remove runs/EXP
 	rm -rf runs/$(EXP)

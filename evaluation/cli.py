@@ -1,4 +1,4 @@
-"""`python -m evaluation {generate,score,report,dreambooth,ablate,point} --config experiments/<family>/eval.yaml`."""
+"""`python -m evaluation {generate,score,dreambooth,ablate,point,figures,report} --config experiments/<family>/eval.yaml`."""
 
 import logging
 import sys
@@ -9,14 +9,20 @@ from jsonargparse import ArgumentParser
 from evaluation.ablations import run_ablation
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import run_dreambooth, run_scoring
+from evaluation.figures import write_figures
 from evaluation.generation import generate
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
 
 
+def figures(config: EvalConfig) -> None:
+    write_figures(config, config.report.bases)
+
+
 def report(config: EvalConfig) -> None:
-    """Write the page, then log table and grid."""
+    """Figures and page, then all of it to wandb."""
+    figures(config)
     write_report(config)
     log_evaluation(config)
 
@@ -24,10 +30,11 @@ def report(config: EvalConfig) -> None:
 COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
     "generate": (generate, "make the missing pictures"),
     "score": (run_scoring, "score the pictures; write scores.parquet, summary.json and table.md"),
-    "report": (report, "write report/index.html and report/grid.png; log to wandb"),
     "dreambooth": (run_dreambooth, "generate, then score"),
     "ablate": (run_ablation, "one table of settings: add --config experiments/ablations/<axis>.yaml"),
     "point": (run_point, "one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs"),
+    "figures": (figures, "the paper's figures as PNG and SVG"),
+    "report": (report, "figures, report/index.html and report/grid.png; log to wandb"),
 }
 
 

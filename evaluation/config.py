@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from datamodules.dreambooth import DreamBooth
-from evaluation.methods import Method, Moma, Models
+from evaluation.methods import Method, Models, Moma
 from evaluation.protocols import Protocol, named
 from moma_lightning.foundation import FoundationConfig
 
@@ -29,12 +29,16 @@ class AblationConfig:
 
 @dataclass
 class ReportConfig:
-    """subjects, prompts: rows of the picture grid. pixels: pictures wider than this are shrunk in the page."""
+    """subjects, prompts: rows of the picture grid. pixels: pictures wider than this are shrunk in the page.
+
+    bases: other fine-tunes of the base model that take the adapters unmodified (Figure 10, lower panel).
+    """
 
     title: str = "MoMA evaluation"
     subjects: int = 8
     prompts: int = 3
     pixels: int = 256
+    bases: list[str] = field(default_factory=list)
 
 
 @dataclass

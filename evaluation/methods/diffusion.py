@@ -73,7 +73,8 @@ class Moma(DiffusionMethod):
     beta, mask_strength, mask_threshold, mask_layers, guide_subject, context_scale: as in MoMAPipeline. texture_beta: beta of texture
     prompts, None for the same (the released code advises about 0.4 for them). context: what the context attention is fed with, stage 1's prediction or the
     reference's own CLIP embedding (the MLLM replaced by CLIP). num_inference_steps, guidance_scale: instead of the sampler's.
-    adapter, decoder: other weights than the config's, for ablations that train.
+    adapter, decoder: other weights than the config's, for ablations that train. base: another fine-tune of the base model, which takes
+    the adapters unmodified (Figure 10).
     """
 
     beta: float | None = None
@@ -88,6 +89,7 @@ class Moma(DiffusionMethod):
     guidance_scale: float | None = None
     adapter: str | None = None
     decoder: str | None = None
+    base: str | None = None
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
         adapter, decoder = self.adapter or models.adapter, self.decoder or models.decoder
@@ -99,12 +101,18 @@ class Moma(DiffusionMethod):
         used = {"sam": models.digest(models.foundation.sam)}
         if self.context == "image":
             used |= {"image_encoder": models.digest(models.foundation.image_encoder)}
-        return super().weights(models) | used
+        return super().weights(self.models(models)) | used
+
+    def models(self, models: Models) -> Models:
+        """With this method's base in the place of the foundation's."""
+        if self.base is None:
+            return models
+        return replace(models, foundation=replace(models.foundation, base=self.base), loaded=None)
 
     def setup(self, models: Models, sampler: Sampler) -> None:
-        named = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
+        named: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
                  "beta": self.beta, "mask_strength": self.mask_strength}  # fmt: skip
-        super().setup(models, replace(sampler, **{key: value for key, value in named.items() if value is not None}))
+        super().setup(self.models(models), replace(sampler, **{key: value for key, value in named.items() if value is not None}))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         texture = self.sampler.beta if self.texture_beta is None else self.texture_beta
