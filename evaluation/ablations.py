@@ -2,6 +2,8 @@
 
 import logging
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_json
@@ -18,7 +20,7 @@ PUBLISHED = {"masking": published.MASKING, "beta": published.BETA}
 
 
 def run_ablation(config: EvalConfig) -> dict:
-    """Write `<run>/ablations/<name>.{json,md}` and return the summary. Raises ValueError without a named ablation."""
+    """Write `<run>/ablations/<name>.{json,md}` and return the summary (under torchrun rank 0 does). Raises ValueError without a named ablation."""
     ablation = config.ablation
     if ablation.name is None or not ablation.methods:
         raise ValueError("no ablation is configured: add --config experiments/ablations/<axis>.yaml after the evaluation's own")
@@ -26,6 +28,8 @@ def run_ablation(config: EvalConfig) -> dict:
         if config.methods.get(name, method) != method:
             raise ValueError(f"{name!r} is set otherwise in the main evaluation, whose pictures it would replace: give it a name of its own")
     generate(config, ablation.methods)
+    if rank_zero_only.rank:
+        return {}
     evaluation = Evaluation.open(config)
     summary = summarise(score(evaluation, ablation.methods))
     title = ablation.title or ablation.name

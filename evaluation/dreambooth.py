@@ -59,10 +59,11 @@ def breakdowns(scores: pd.DataFrame, by: Literal["subject", "prompt"]) -> pd.Dat
 
 def weights_of(protocol: Protocol) -> dict[str, str]:
     """What the scores were made with: the digest of a local folder's files, or the model's name and revision."""
-    models = {name: (config.model, config.revision) for name, config in protocol.encoders.items()}
+    models: dict[str, tuple[str, str | None]] = {name: (config.model, config.revision) for name, config in protocol.encoders.items()}
     if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
         models["segmenter"] = (protocol.segmenter, None)
-    return {name: content_digest(found) if (found := local_path(model)) else f"{model}@{revision}" for name, (model, revision) in models.items()}
+    hub = {name: f"{model}@{revision}" if revision else model for name, (model, revision) in models.items()}
+    return {name: content_digest(found) if (found := local_path(model)) else hub[name] for name, (model, _) in models.items()}
 
 
 def write_json(path, content) -> None:

@@ -23,7 +23,7 @@ from evaluation.metrics.masked import Mask
 from evaluation.protocols import Protocol
 
 #: Column -> encoder, by what is measured.
-FIDELITY = {"dino": "dino", "clip_i": "clip", "dinov2": "dinov2", "dinov3": "dinov3", "siglip2_i": "siglip2"}
+FIDELITY = {"dino": "dino", "clip_i": "clip", "dinov2": "dinov2", "dinov3": "dinov3", "siglip2_i": "siglip2", "dreamsim": "dreamsim"}
 MASKED = {"dino_masked": "dino", "clip_i_masked": "clip"}
 TEXT = {"clip_t": "clip", "siglip2_t": "siglip2"}
 

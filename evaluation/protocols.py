@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from evaluation.metrics import ClipConfig, DinoConfig, EncoderConfig, SiglipConfig
+from evaluation.metrics import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig
 
 #: Scores beyond the paper's Table 1; evaluation/extra_scores.py says what each is.
 ExtraScore = Literal[
-    "dino_masked", "clip_i_masked", "clip_t_background", "diversity", "copy_paste", "dinov2", "dinov3", "siglip2_i", "siglip2_t"
-]
+    "dino_masked", "clip_i_masked", "clip_t_background", "diversity", "copy_paste", "dinov2", "dinov3", "siglip2_i", "siglip2_t",
+    "dreamsim",
+]  # fmt: skip
 
 #: The successors at DINO's own size, resize and crop.
 DINOV2 = DinoConfig("vit_small_patch14_dinov2.lvd142m")
@@ -79,6 +80,7 @@ class Protocol:
     dinov2: DinoConfig = DINOV2
     dinov3: DinoConfig = DINOV3
     siglip2: SiglipConfig = field(default_factory=SiglipConfig)
+    dreamsim: DreamsimConfig = field(default_factory=DreamsimConfig)
     segmenter: str = "sam_vit_h_4b8939.pth"
     mask_background: Literal["white", "grey"] = "white"
     sampler: Sampler = field(default_factory=Sampler)
@@ -93,6 +95,7 @@ class Protocol:
             "dinov2": self.dinov2,
             "dinov3": self.dinov3,
             "siglip2": self.siglip2,
+            "dreamsim": self.dreamsim,
         }
         return {name: config for name, config in known.items() if name in {"dino", "clip", *extra}}
 

@@ -25,6 +25,7 @@ EXTRAS = {
     "dinov2": ("dinov2", ("context", "real")),
     "dinov3": ("dinov3", ("context", "real")),
     "siglip2_i": ("siglip2_i", ("context", "real")),
+    "dreamsim": ("dreamsim", ("context", "real")),
     "siglip2_t_context": ("siglip2_t", ("context",)),
     "siglip2_t_texture": ("siglip2_t", ("texture",)),
     "dino_accessory": ("dino", ("accessory",)),

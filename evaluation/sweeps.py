@@ -4,13 +4,14 @@ import re
 from dataclasses import MISSING, asdict, fields
 
 import wandb
+from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_json
 from evaluation.figures.grids import draw_grid
 from evaluation.figures.scored import comparison
 from evaluation.generation import generate
-from evaluation.methods import Moma
+from evaluation.methods import Method, Moma
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.statistics import METRICS, summarise
@@ -24,10 +25,13 @@ def point_name(method: Moma) -> str:
 
 
 def run_point(config: EvalConfig) -> dict:
-    """Score `config.moma`, write `<run>/sweeps/<name>.json` and log one wandb run: settings as config, means as metrics, the picture grid."""
+    """Score `config.moma`, write `<run>/sweeps/<name>.json` and log one wandb run: settings as config, means as metrics, the picture grid. Under
+    torchrun rank 0 scores and returns the summary."""
     name = point_name(config.moma)
-    methods = {name: config.moma}
+    methods: dict[str, Method] = {name: config.moma}
     generate(config, methods)
+    if rank_zero_only.rank:
+        return {}
     scores = score(Evaluation.open(config), methods)
     summary = summarise(scores)
     write_json(config.sweeps_folder / f"{name}.json", summary)

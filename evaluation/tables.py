@@ -20,6 +20,7 @@ TITLES = {
     "dinov2": "DINOv2",
     "dinov3": "DINOv3",
     "siglip2_i": "SigLIP2-I",
+    "dreamsim": "DreamSim",
     "siglip2_t_context": "SigLIP2-T(c)",
     "siglip2_t_texture": "SigLIP2-T(t)",
     "dino_accessory": "DINO, accessory",

@@ -71,7 +71,19 @@ class SiglipConfig:
     revision: str | None = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
 
 
-EncoderConfig = DinoConfig | ClipConfig | SiglipConfig
+@dataclass(frozen=True)
+class DreamsimConfig:
+    """A model of the `dreamsim` package (an extra: `pip install -e .[dreamsim]`), with the folder that it downloads weights to.
+
+    model: the ensemble of its paper (Fu et al., NeurIPS 2023), or one of its single models, such as dino_vitb16.
+    """
+
+    model: str = "ensemble"
+    folder: str = "runs/dreamsim"
+    revision: None = None
+
+
+EncoderConfig = DinoConfig | ClipConfig | SiglipConfig | DreamsimConfig
 
 
 class ImageTextEncoder(nn.Module):
@@ -171,6 +183,27 @@ class SiglipEncoder(ImageTextEncoder):
         return F.normalize(embeds.float(), dim=-1)
 
 
+class DreamsimEncoder(ImageTextEncoder):
+    """DreamSim's embedding of pictures squashed to a square: its distance of two pictures is 1 - their cosine.
+
+    The package was tried here without its weights, which could not be fetched. Raises ImportError where it is not installed.
+    """
+
+    def __init__(self, config: DreamsimConfig):
+        super().__init__()
+        try:
+            from dreamsim import dreamsim
+        except ImportError as error:
+            raise ImportError("the score `dreamsim` needs the package dreamsim: pip install -e .[dreamsim]") from error
+        self.model, self.transform = dreamsim(pretrained=True, device="cpu", cache_dir=config.folder, dreamsim_type=config.model)
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
+        device = next(self.model.parameters()).device
+        return F.normalize(self.model.embed(torch.cat([self.transform(image) for image in images]).to(device)).float(), dim=-1)
+
+
 def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained`: the folder, or the hub id at its revision."""
     source = resolve(config.model)
@@ -211,4 +244,6 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
 def build_encoder(config: EncoderConfig) -> ImageTextEncoder:
     if isinstance(config, DinoConfig):
         return DinoEncoder(config)
+    if isinstance(config, DreamsimConfig):
+        return DreamsimEncoder(config)
     return SiglipEncoder(config) if isinstance(config, SiglipConfig) else ClipEncoder(config)

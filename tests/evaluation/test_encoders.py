@@ -1,3 +1,6 @@
+import sys
+import types
+
 import numpy as np
 import pytest
 import timm
@@ -7,7 +10,17 @@ from torchvision import transforms
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor, SiglipModel
 from transformers import SiglipConfig as SiglipModelConfig
 
-from evaluation.metrics import CachedEncoder, ClipConfig, ClipEncoder, DinoConfig, DinoEncoder, SiglipConfig, SiglipEncoder
+from evaluation.metrics import (
+    CachedEncoder,
+    ClipConfig,
+    ClipEncoder,
+    DinoConfig,
+    DinoEncoder,
+    DreamsimConfig,
+    DreamsimEncoder,
+    SiglipConfig,
+    SiglipEncoder,
+)
 from evaluation.metrics.cache import fingerprint, pixel_digest
 from evaluation.metrics.encoders import load_timm, source_of, timm_name
 from experiments.mini.recipe.captions import MAX_TOKENS, build_tokenizer
@@ -174,6 +187,34 @@ def test_siglip_texts_are_lower_case_and_padded_on_the_right_to_full_length(sigl
     expected = encoder.model.text_model.head(tokens)
     both = encoder.encode_texts(["A CAT in the snow", "a mug"])
     torch.testing.assert_close(both[:1], expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_dreamsims_distance_is_one_minus_the_cosine(monkeypatch):
+    """With a stand-in for the package, which is an extra: what it is asked for, and what is made of its embeddings."""
+    asked = {}
+
+    class Perceptual(torch.nn.Linear):
+        def embed(self, pixels):
+            return self(pixels.flatten(1))
+
+    def dreamsim(**options):
+        asked.update(options)
+        return model, lambda image: transforms.ToTensor()(image.resize((4, 4)))[None]
+
+    torch.manual_seed(0)
+    model = Perceptual(48, 6)
+    monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=dreamsim))
+    encoder, pictures = DreamsimEncoder(DreamsimConfig("dino_vitb16", "somewhere")), [random_picture(i) for i in range(2)]
+    a, b = encoder.encode_images(pictures)
+    x, y = (model.embed(transforms.ToTensor()(picture.resize((4, 4)))[None]) for picture in pictures)
+    assert float(1 - a @ b) == pytest.approx(float(1 - torch.cosine_similarity(x, y)), abs=1e-5)
+    assert asked == {"pretrained": True, "device": "cpu", "cache_dir": "somewhere", "dreamsim_type": "dino_vitb16"}
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dreamsim", None)
+    with pytest.raises(ImportError, match=r"pip install -e \.\[dreamsim\]"):
+        DreamsimEncoder(DreamsimConfig())
 
 
 def test_revisions_reach_the_hub_and_mean_nothing_to_folders(clip_folder):

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation import published
+from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_tables
 from evaluation.generation import generate
 from evaluation.methods import RealImages
@@ -253,3 +255,17 @@ def test_a_table_of_extras_has_them_after_the_papers_four(tmp_path):
     page = (config.eval_folder / "table.md").read_text()
     assert "| Method | DINO | CLIP-T(c) | CLIP-I | CLIP-T(t) | DINO, subject |\n" in page
     assert "dino_masked" in json.loads((config.eval_folder / "summary.json").read_text())["far"]
+
+
+REAL = os.environ.get("MOMA_DREAMBOOTH")
+
+
+@pytest.mark.skipif(REAL is None, reason="set MOMA_DREAMBOOTH to a copy of google/dreambooth (or a part of it) to score its real pictures")
+def test_real_dreambooth_pictures_are_read_and_scored(tmp_path):
+    config = EvalConfig(run=str(tmp_path), data=str(REAL), protocol="dreambooth", methods={"real_images": RealImages()})
+    evaluation = Evaluation.open(config)
+    table = score(evaluation, config.methods, fake_encoders())
+    assert table.groupby("subject").size().to_dict() == {subject.name: len(subject.images) for subject in evaluation.subjects}
+    assert table[["dino", "clip_i"]].notna().all(axis=None)
+    planned = evaluation.planned("anything", Painter())
+    assert sum(plan.task.kind == "context" for plan in planned) == len(evaluation.subjects) * 25 * 4
