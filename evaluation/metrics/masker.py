@@ -15,9 +15,10 @@ from moma_lightning.segmentation import SamMasker
 
 
 class Masker:
-    """Masks by pixels, of a SamMasker (or another module that takes a picture and raises ValueError where there is none), in memory and, given a folder, as PNG files between runs.
+    """Masks by pixels, in memory and, given a folder, as PNG files between runs.
 
-    Where SAM finds nothing the mask is empty: that is an answer too, and is kept like the others.
+    sam: a SamMasker, or another module that takes a picture and raises ValueError where it finds nothing. Then the mask is empty:
+    that is an answer too, and is kept like the others.
     """
 
     def __init__(self, sam: nn.Module, folder: Path | None = None):
