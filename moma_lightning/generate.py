@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from moma_lightning.files import write_beside
-from moma_lightning.foundation import FoundationConfig
+from moma_lightning.foundation import MINI, FoundationConfig
 from moma_lightning.pipeline import load_pipeline
 
 
@@ -18,8 +18,8 @@ def generate(
     mask: str | None = None,
     label: str | None = None,
     out: str = "runs/generated",
-    adapter: str = "runs/mini/stage2/adapter",
-    decoder: str | None = "runs/mini/stage1/image_feature_decoder",
+    adapter: str = f"{MINI}/moma/adapter",
+    decoder: str | None = f"{MINI}/moma/image_feature_decoder",
     beta: float = 1.0,
     mask_strength: float = 1.0,
     guidance_scale: float = 3.0,
@@ -37,8 +37,8 @@ def generate(
         mask: The subject's mask (white on black); without it SAM finds the main object.
         label: The word for the subject, e.g. "cat".
         out: Folder for the pictures.
-        adapter: Folder of stage 2, or an IP-Adapter file.
-        decoder: Folder of stage 1; null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
+        adapter: Folder of stage 2 (runs/mini/stage2/adapter; here the shipped one), or an IP-Adapter file.
+        decoder: Folder of stage 1 (runs/mini/stage1/image_feature_decoder); null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
         beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 full masking, 0 none.
         guidance_scale: Classifier-free guidance.

@@ -31,7 +31,7 @@ TRENDS = {"subject": ("dino", "beta_1", "beta_0"), "context": ("dino", "beta_0",
 def trend(name: str, run: Path, data: Path) -> float:
     """How much the first method of a trend scores above the second."""
     metric, a, b = TRENDS[name]
-    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": 3, "texture_prompts": 0}
+    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": 3, "texture_prompts": 0, "extra_scores": []}
     methods = {method: METHODS[method] for method in (a, b)}
     config = EvalConfig(str(run), str(data), "mini", small, methods, adapter=f"{TRAINED}/adapter", decoder=f"{TRAINED}/image_feature_decoder",
                         wandb=WandbConfig(enabled=False))  # fmt: skip

@@ -13,7 +13,7 @@ from moma_lightning.files import write_beside
 
 #: The part of the recipe that makes each folder.
 RECIPES = {"base/vae": "autoencoder", "base/unet": "unet", "base/text_encoder": "clip", "base/tokenizer": "clip", "base/scheduler": "unet",
-           "clip": "clip", "image_encoder": "clip", "dino": "dino", "sam": "sam", "llava": "llava", "ip_adapter": "ip_adapter"}
+           "clip": "clip", "image_encoder": "clip", "dino": "dino", "sam": "sam", "llava": "llava", "ip_adapter": "ip_adapter", "moma": "moma"}
 
 
 def halve(path: Path) -> None:
