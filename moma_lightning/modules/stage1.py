@@ -29,7 +29,8 @@ class Stage1(TrainedPartModule):
     """Trains an ImageFeatureDecoder on I_wb and P_ref against the frozen CLIP(I_ref).
 
     clip: folder or hub id of the whole CLIP model whose vision tower is the foundation's image encoder; only for the caption
-    baseline in validation, which is left out without it. loss: Eq. 4's squared distance, or 1 - cosine (an ablation). Checkpoints hold what is trained; the rest is the foundation's.
+    baseline in validation, which is left out without it. loss: Eq. 4's squared distance, or 1 - cosine (an ablation).
+    Checkpoints hold what is trained; the rest is the foundation's.
     """
 
     target_sum: Tensor

@@ -19,6 +19,7 @@ def test_minis_config_names_the_rows_of_table_1():
         "ip_adapter": IpAdapter(),
         "moma_beta0": Moma(beta=0.0),
         "moma_beta1": Moma(beta=1.0),
+        "moma_guided": Moma(beta=0.5, guide_subject=True),
     }
     assert (config.data, config.adapter) == ("runs/mini/data/dreambooth", "runs/mini/stage2/adapter")
     assert config.resolved_protocol().name == "mini"
