@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -39,15 +40,27 @@ def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> No
         for method in methods.values():
             method.weights(evaluation.models)
     maker = PictureMaker(config, methods, evaluation.models.digests)
-    trainer = build_trainer(config, len(evaluation.subjects))
-    trainer.predict(maker, return_predictions=False)
-    trainer.strategy.barrier("every process has made its share")
+    with lightning_quiet():
+        trainer = build_trainer(config, len(evaluation.subjects))
+        trainer.predict(maker, return_predictions=False)
+        trainer.strategy.barrier("every process has made its share")
+
+
+@contextmanager
+def lightning_quiet() -> Iterator[None]:
+    """Only warnings from Lightning: what it tells of its Trainer says nothing about pictures."""
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def build_trainer(config: EvalConfig, subjects: int) -> Trainer:
     """A Trainer that does nothing but run the processes."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     nodes, devices, strategy = launch(min(config.num_processes, subjects))
     return Trainer(
         accelerator=config.resolved_device(), devices=devices, num_nodes=nodes, strategy=strategy, use_distributed_sampler=False,

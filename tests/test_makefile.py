@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking", "sweep-beta", "sweep-masking", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
+TARGETS = ["data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
+           "sweep-beta", "sweep-masking", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

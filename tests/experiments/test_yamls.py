@@ -124,7 +124,7 @@ def test_sweeps_run_offline_and_can_be_read_back(name, trained, options, monkeyp
     runs = [run for run in runs if run["group"] == name]
     assert sorted(run["config"]["moma"][{"beta": "beta", "masking": "mask_strength"}[name]] for run in runs) == sorted(values)
     for run in runs:
-        assert run["tags"] == [name] and {"dino", "clip_i", "clip_t_context", "clip_t_texture", "pictures"} <= set(run["metrics"])
+        assert run["tags"] == [name] and {"dino", "clip_i", "clip_t_context", "clip_t_texture", "pictures/sha256"} <= set(run["metrics"])
 
 
 @pytest.mark.parametrize("path", [p for p in YAMLS if p.name == "eval.yaml"], ids=lambda p: p.parent.name)
