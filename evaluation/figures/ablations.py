@@ -54,9 +54,9 @@ def options_of(folder: Path) -> dict[str, Any]:
 
 def varying(names: Sequence[str], options: Sequence[dict[str, Any]], axis: str) -> tuple[str, list[float] | None]:
     """The one number in which the rows differ, by their options; else `axis` and the numbers at the ends of their names, if all have it."""
-    shared = set.intersection(*map(set, options)) if options else set()
-    keys = [key for key in shared if any(one[key] != options[0][key] for one in options)]
-    if len(keys) == 1 and all(is_number(one[keys[0]]) for one in options):
+    known = set().union(*options)
+    keys = [key for key in known if any(one.get(key) != options[0].get(key) for one in options)]
+    if len(keys) == 1 and all(is_number(one.get(keys[0])) for one in options):
         return keys[0], [float(one[keys[0]]) for one in options]
     found = [NUMBER.search(name) for name in names]
     if names and all(match and name[: match.start()].endswith(axis) for match, name in zip(found, names, strict=True)):

@@ -82,6 +82,12 @@ def test_an_ablations_axis_is_the_one_number_in_which_its_pictures_differ():
     assert varying(["moma_beta0", "other"], [{}, {}], "beta") == ("beta", None)
 
 
+def test_an_option_that_only_some_rows_have_is_a_difference_too():
+    """One number on two base models is no axis: two rows would have the same value."""
+    options = [{"beta": 1.0}, {"beta": 0.0, "base": "pastel"}, {"beta": 1.0, "base": "pastel"}]
+    assert varying(["moma_beta1", "pastel_beta0", "pastel_beta1"], options, "community") == ("community", None)
+
+
 def test_ablations_have_titles_labels_and_differences(evaluated):
     noise, start = read_ablations(evaluated)
     assert (noise.title, list(noise.rows), noise.values) == ("More or less noise", ["noise 1", "noise 0.5"], [1.0, 0.5])
