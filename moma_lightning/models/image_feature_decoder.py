@@ -122,9 +122,9 @@ class ImageFeatureDecoder(nn.Module):
         """What the foundation's MLLM does not hold: the token, the mapping and whatever of the MLLM is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad or not name.startswith("mllm.")}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `own_parameters` (`model.safetensors`) and the options (`config.json`)."""
-        write_folder(Path(folder), self.own_parameters(), {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write `own_parameters` (`model.safetensors`) and the options (`config.json`). weights: those parameters, gathered from shards."""
+        write_folder(Path(folder), weights or self.own_parameters(), {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":

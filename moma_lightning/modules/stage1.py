@@ -14,6 +14,8 @@ from moma_lightning.metrics import EmbeddingMatch
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.sharding import whole
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
 BASELINES = {
@@ -38,9 +40,9 @@ class Stage1(TrainedPartModule):
 
     def __init__(
         self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None,
-        loss: Literal["mse", "cosine"] = "mse",
+        loss: Literal["mse", "cosine"] = "mse", training: TrainingOptions = TrainingOptions(),  # noqa: B008 - never changed
     ):  # fmt: skip
-        super().__init__(optimizer)
+        super().__init__(optimizer, training)
         self.loss = LOSSES[loss]
         self.image_encoder = load_image_encoder(foundation)
         embed_dim = self.image_encoder.embed_dim
@@ -102,9 +104,19 @@ class Stage1(TrainedPartModule):
         own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
         return own | {"target_sum": self.target_sum, "target_count": self.target_count}
 
+    def units(self) -> list[nn.Module]:
+        captions = [self.caption_encoder] if self.caption_encoder is not None else []
+        return [*blocks_of(self), self.image_encoder, *captions, self.decoder]
+
+    def compiled(self) -> list[nn.Module]:
+        return blocks_of(self.decoder.mllm.language_model)
+
     def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        weights = whole(self.decoder.own_parameters())
+        if self.trainer.is_global_zero:
+            self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder", weights)
 
 
 def table(scores: dict[str, dict[str, Tensor]]) -> str:
