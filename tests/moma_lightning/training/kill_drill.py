@@ -1,6 +1,6 @@
 """Kill a training at random moments and restart it with the same command: it must end where an undisturbed one does.
 
-    python -m tests.moma_lightning.kill_drill --folder /tmp/drill --kills 20 --processes 1
+    python -m tests.moma_lightning.training.kill_drill --folder /tmp/drill --kills 20 --processes 1
 
 A tiny stage 2 with its real datamodule (shards, two workers), validation, EMA and random noise. Every third kill waits for a
 checkpoint being written, the others for a random moment. What is compared: trained weights, average and optimizer state bit for
@@ -54,7 +54,7 @@ def config(folder: Path, run: str, steps: int, processes: int) -> Path:
                     "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": 1.0, "limit_val_batches": 1,
                     "callbacks": [{"class_path": "moma_lightning.training.ema.EMA", "init_args": {"decay": 0.9}}]} | sharded,
         "checkpoint": {"every_n_train_steps": EVERY},
-        "model": {"class_path": "tests.moma_lightning.kill_drill.Drilled", "init_args": {
+        "model": {"class_path": "tests.moma_lightning.training.kill_drill.Drilled", "init_args": {
             "foundation": {"base": str(models / "base"), "image_encoder": str(models / "image_encoder"), "mllm": str(models / "llava"), "ip_adapter": None},
             "stage2": {"context": "image_encoder", "context_dropout": 0.3},
             "grid": {"pictures": 0}, "optimizer": {"lr": 1e-3, "schedule": "cosine"}}},

@@ -1,4 +1,4 @@
-"""Trainings on two gloo processes for the tests of sharding: python -m tests.moma_lightning.sharded_run <folder>.
+"""Trainings on two gloo processes for the tests of sharding: python -m tests.moma_lightning.training.sharded_run <folder>.
 
 `<folder>/foundation.json` says where the tiny models are. Batches, noise and dropout are those of the whole global batch, of
 which each rank takes its part, so that any number of ranks must give the same losses. Results go to `<folder>/<name>.json`.

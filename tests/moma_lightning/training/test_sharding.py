@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from moma_lightning.training.strategy import ShardedStrategy
-from tests.moma_lightning.sharded_run import AFTER, STEPS, build, train
+from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
 
 HALF = STEPS // 2
 
@@ -25,7 +25,7 @@ def runs(foundation, decoder_folder, tmp_path_factory):
     for stage in ("stage1", "stage2"):
         losses[f"{stage}-alone"] = train(build(stage, foundation, decoder_folder), folder / stage, 1, "auto", [folder / stage / "full-1.ckpt"])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.moma_lightning.sharded_run", str(folder)], env=environment, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "tests.moma_lightning.training.sharded_run", str(folder)], env=environment, capture_output=True, text=True,
                           timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, losses | json.loads((folder / "results.json").read_text())
