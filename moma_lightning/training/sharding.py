@@ -23,7 +23,8 @@ def shard(stage: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, *, bf1
         stage itself and is gathered in float32 whatever `bf16` says; units are gathered in bfloat16 then, and gradients are
         reduced in float32 always. FSDP2 holds gradients by parameter, so frozen ones bring no gradient memory wherever they are.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    # Inputs are left to autocast: casting them here would also copy the Conditioning, and with it the Recorder that is written to.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
         if any(True for _ in unit.parameters()):
             fully_shard(unit, mesh=mesh, mp_policy=policy)

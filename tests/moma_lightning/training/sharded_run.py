@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from torch.utils.data import DataLoader
 
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import FoundationConfig
@@ -18,6 +19,7 @@ from moma_lightning.models.image_feature_decoder import DecoderConfig
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions
 from moma_lightning.training.strategy import ShardedStrategy
 
@@ -78,7 +80,7 @@ def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | No
     done = STEPS // 2 if resume else 0
     trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, accelerator="cpu", devices=ranks,
                       strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                      gradient_clip_val=0.05, callbacks=[recorder, *callbacks], **options)
+                      gradient_clip_val=0.05, callbacks=[recorder, *callbacks], num_sanity_val_steps=0, **{"limit_val_batches": 0} | options)
     trainer.fit(module, Rest(done), ckpt_path=resume)
     return recorder.losses
 
@@ -94,6 +96,9 @@ class Rest(LightningDataModule):
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         return Sized([global_batch(seed, rank, ranks) for seed in range(self.first, STEPS)])
 
+    def val_dataloader(self):
+        return DataLoader([global_batch(99, self.trainer.global_rank, self.trainer.world_size)], batch_size=None)
+
 
 class Sized(list):
     """A list that is as long as the epoch, as Lightning expects of a loader that goes on within one."""
@@ -102,17 +107,34 @@ class Sized(list):
         return STEPS
 
 
+def in_bf16(module, folder: Path) -> tuple[list[float], dict[str, str]]:
+    """Two steps with a picture grid, and in what type some parameters are while the forward pass runs."""
+    dtypes = {}
+
+    def note(name, parameter):
+        return lambda *_: dtypes.__setitem__(name, str(getattr(parameter(), "dtype", None)))
+
+    module.unet.mid_block.register_forward_hook(note("unet", lambda: next(module.unet.mid_block.parameters())))
+    module.unet.register_forward_hook(note("lambda", lambda: next(iter(module.adapter.subject.values())).lambda_))
+    module.grid = GridConfig(pictures=1, num_inference_steps=2)
+    losses = train(module, folder, 2, ShardedStrategy(), steps=2, precision="bf16-mixed", limit_val_batches=1, val_check_interval=2)
+    dtypes["kept"] = str(next(module.adapter.parameters()).dtype)
+    return losses, dtypes
+
+
 def main(folder: Path) -> None:
     places = json.loads((folder / "foundation.json").read_text())
     foundation, decoder = FoundationConfig(**places["foundation"]), places["decoder"]
     results = {}
+    results["bf16"], results["dtypes"] = in_bf16(build("stage2", foundation, decoder, activation_checkpointing="all"), folder / "bf16")
     for stage in ("stage1", "stage2"):
         home = folder / stage
         saves = [home / "full-2.ckpt", home / "sharded-2.ckpt"]
-        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves)
+        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9)])
         for name in ("full-1.ckpt", "full-2.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
+    results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         (folder / "results.json").write_text(json.dumps(results))
 

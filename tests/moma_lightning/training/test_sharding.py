@@ -7,8 +7,11 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from moma_lightning.checkpoints import load_adapter
+from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import ShardedStrategy
 from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
 
@@ -23,7 +26,10 @@ def runs(foundation, decoder_folder, tmp_path_factory):
     (folder / "foundation.json").write_text(json.dumps(places))
     losses = {}
     for stage in ("stage1", "stage2"):
-        losses[f"{stage}-alone"] = train(build(stage, foundation, decoder_folder), folder / stage, 1, "auto", [folder / stage / "full-1.ckpt"])
+        module, save = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"]
+        losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9)])
+    module = build("stage2", foundation, decoder_folder)
+    losses["accumulated-alone"] = train(module, folder / "alone", 1, "auto", steps=3, accumulate_grad_batches=2)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "tests.moma_lightning.training.sharded_run", str(folder)], env=environment, capture_output=True, text=True,
                           timeout=240, check=False)  # fmt: skip
@@ -40,6 +46,35 @@ def test_two_processes_lose_what_one_does(runs, stage):
 
 def test_copies_of_a_node_lose_the_same(runs):
     assert runs[1]["copies"] == pytest.approx(runs[1]["stage2-alone"][:5], abs=1e-5)
+
+
+def test_accumulated_gradients_are_the_same(runs):
+    assert len(runs[1]["accumulated"]) == 6 and runs[1]["accumulated"] == pytest.approx(runs[1]["accumulated-alone"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_one_file_holds_the_same_whichever_wrote_it(runs, stage):
+    """Trained weights, their average and the optimizer's moments, by the same names and numbers."""
+    one, two = (torch.load(runs[0] / stage / f"full-{ranks}.ckpt", weights_only=True) for ranks in (1, 2))
+    for part in ("state_dict", "ema"):
+        one[part], two[part] = ({n: t for n, t in c[part].items() if not n.startswith("target_")} for c in (one, two))
+        torch.testing.assert_close(two[part], one[part], atol=1e-5, rtol=1e-5)
+    moments = [{i: entry["exp_avg"] for i, entry in c["optimizer_states"][0]["state"].items()} for c in (one, two)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 10
+    torch.testing.assert_close(moments[1], moments[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder):
+    module = build("stage2", foundation, decoder_folder)
+    loaded = load_adapter(runs[0] / "stage2/two/adapter", module.unet)
+    average = load_adapter(runs[0] / "stage2/adapter", module.unet)
+    torch.testing.assert_close(dict(loaded.named_parameters()), dict(average.named_parameters()), atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_is_for_the_frozen_units_and_lambda_stays_in_float32(runs):
+    assert runs[1]["dtypes"] == {"unet": "torch.bfloat16", "lambda": "torch.float32", "kept": "torch.float32"}
+    assert runs[1]["bf16"] == pytest.approx(runs[1]["stage2-alone"][:2], rel=0.05)
+    assert [path.name for path in (runs[0] / "bf16/pictures").iterdir()] == ["step-000002.png"]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
