@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moma_lightning.files import write_beside
+from moma_lightning.hub import find_file
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.trained_weights import check_fit
 
@@ -55,6 +56,8 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     path = Path(path)
     if path.is_dir():
         path = path / ADAPTER_FILE
+    if not path.exists() and "@" in str(path):
+        path = find_file(str(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}")
     try:

@@ -287,7 +287,8 @@ def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | Non
     """
     foundation = foundation or FoundationConfig()
     base = load_base(foundation)
-    masker = SamMasker.from_pretrained(foundation.sam) if foundation.sam and (local_path(foundation.sam) is not None) else None
+    sam = foundation.sam
+    masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
     return MoMAPipeline.from_base(
         base,
         adapter=load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None,

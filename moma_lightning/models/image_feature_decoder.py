@@ -65,9 +65,11 @@ class ImageFeatureDecoder(nn.Module):
         self._choose_trained()
 
     @classmethod
-    def from_foundation(cls, foundation: FoundationConfig, config: DecoderConfig, embed_dim: int) -> "ImageFeatureDecoder":
-        """A decoder that has not seen stage 1: the foundation's MLLM with a new token and mapping."""
-        mllm, processor = load_mllm(foundation)
+    def from_foundation(
+        cls, foundation: FoundationConfig, config: DecoderConfig, embed_dim: int, dtype: torch.dtype = torch.float32
+    ) -> "ImageFeatureDecoder":
+        """A decoder that has not seen stage 1: the foundation's MLLM in `dtype` with a new token and mapping."""
+        mllm, processor = load_mllm(foundation, dtype)
         return cls(mllm, processor, embed_dim, config)
 
     def _choose_trained(self) -> None:
@@ -128,13 +130,14 @@ class ImageFeatureDecoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":
-        """Read a folder of `save_pretrained`, in eval mode.
+        """Read a folder of `save_pretrained`, in eval mode, the MLLM in the foundation's `mllm_dtype`.
 
         Raises FileNotFoundError for a missing file, ValueError (with file, keys and shapes) for one that does not fit the
         foundation's MLLM.
         """
         options = read_config(Path(folder))
-        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"])
+        dtype = getattr(torch, foundation.mllm_dtype)
+        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"], dtype)
         read_weights(Path(folder), decoder.own_parameters())
         return decoder.eval()
 
