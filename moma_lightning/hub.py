@@ -91,7 +91,7 @@ def loading(name: str) -> Iterator[None]:
     except (OSError, HFValidationError) as error:
         if local_path(name) is not None:
             raise
-        why = "it is not in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).strip().splitlines()[0]
+        why = "it is not in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"{name} could not be loaded ({why}).\nFetch it where the hub can be reached: python -m moma_lightning fetch --models {name}\n"
             "A repository behind a licence needs HF_TOKEN as well."
