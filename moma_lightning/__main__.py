@@ -1,4 +1,4 @@
-"""`python -m moma_lightning fit|validate|test|predict|generate|fetch ...`."""
+"""`python -m moma_lightning fit|validate|test|predict|generate|fetch|convert ...`."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +8,7 @@ USAGE = """usage: python -m moma_lightning <command> ...
   fit | validate | test | predict   train or judge a stage: --config experiments/<experiment>/stage1.yaml
   generate                          pictures of a subject from one picture of it and prompts
   fetch                             download the models that an experiment names: --experiment experiments/<experiment>
+  convert                           adapters between this project's, IP-Adapter's and the released MoMA's files: --from X --to Y
 
 python -m moma_lightning <command> --help lists a command's options."""
 
@@ -23,6 +24,10 @@ def main(arguments: list[str]) -> int:
         from moma_lightning.fetch import fetch
 
         run(fetch, command, arguments[1:])
+    elif command == "convert":
+        from moma_lightning.checkpoints.convert import main as convert
+
+        told(convert, command, arguments[1:])
     elif command in ("fit", "validate", "test", "predict"):
         from moma_lightning.cli import MoMACLI
 
@@ -34,11 +39,16 @@ def main(arguments: list[str]) -> int:
 
 
 def run(function: Callable[..., None], command: str, arguments: list[str]) -> None:
-    """Call a function with its parameters as options. What a person can mend is one line; everything else keeps its traceback."""
+    """Call a function with its parameters as options."""
     from jsonargparse import auto_cli
 
+    told(lambda args: auto_cli(function, args=args, as_positional=False, prog=f"python -m moma_lightning {command}"), command, arguments)
+
+
+def told(function: Callable[[list[str]], object], command: str, arguments: list[str]) -> None:
+    """What a person can mend is one line; everything else keeps its traceback."""
     try:
-        auto_cli(function, args=arguments, as_positional=False, prog=f"python -m moma_lightning {command}")
+        function(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"{command}: {error}")
 

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffus
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
@@ -21,7 +22,7 @@ from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
 
-__all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "local_path", "resolve"]
+__all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
 
 MINI = "experiments/mini/foundation"
 
@@ -123,3 +124,9 @@ def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> t
     with loading(config.mllm):
         where = resolve(config.mllm)
         return LlavaForConditionalGeneration.from_pretrained(**where, torch_dtype=dtype), LlavaProcessor.from_pretrained(**where)
+
+
+def mllm_width(config: FoundationConfig) -> int:
+    """Hidden size of the MLLM's language model, from its config alone."""
+    with loading(config.mllm):
+        return AutoConfig.from_pretrained(**resolve(config.mllm)).get_text_config().hidden_size

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from moma_lightning.foundation import FoundationConfig, load_mllm
+from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
 from moma_lightning.models.mapping import Mapping
 from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.trained_weights import read_config, read_weights, write_folder
@@ -126,7 +126,8 @@ class ImageFeatureDecoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `own_parameters` (`model.safetensors`) and the options (`config.json`)."""
-        write_folder(Path(folder), self.own_parameters(), {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
+        sizes = {"embed_dim": self.embed_dim, "hidden_size": self.mapping.gate_proj.in_features}
+        write_folder(Path(folder), self.own_parameters(), sizes | {"decoder": asdict(self.config)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":
@@ -136,10 +137,19 @@ class ImageFeatureDecoder(nn.Module):
         foundation's MLLM.
         """
         options = read_config(Path(folder))
+        check_width(Path(folder), options.get("hidden_size"), foundation)
         dtype = getattr(torch, foundation.mllm_dtype)
         decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"], dtype)
         read_weights(Path(folder), decoder.own_parameters())
         return decoder.eval()
+
+
+def check_width(folder: Path, hidden_size: int | None, foundation: FoundationConfig) -> None:
+    """ValueError, before gigabytes are loaded, where a decoder was trained on an MLLM of another width than the foundation's."""
+    width = mllm_width(foundation)
+    if hidden_size is not None and hidden_size != width:
+        raise ValueError(f"{folder}: its mapping reads hidden states of {hidden_size}, the MLLM {foundation.mllm} has {width}: "
+                         "set foundation.mllm to the one that stage 1 trained")  # fmt: skip
 
 
 def append_token(
