@@ -89,7 +89,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         wanted = adapter.image_proj.proj.in_features if adapter is not None else None
         for name, part in (("decoder", decoder), ("image encoder", clip)):
             if part is not None and wanted not in (None, part.embed_dim):
-                raise ValueError(f"the {name} makes image embeddings of {part.embed_dim}, the adapter's projector reads {wanted}: they were not trained together")
+                raise ValueError(f"the {name} makes embeddings of {part.embed_dim}, the adapter's projector reads {wanted}: they do not belong together")
         pipe = cls(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, safety_checker=None,
                    feature_extractor=None, requires_safety_checker=False)
         pipe.adapter, pipe.decoder, pipe.clip, pipe.masker = adapter, decoder, clip, masker

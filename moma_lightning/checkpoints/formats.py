@@ -71,7 +71,7 @@ def read_pickle(path: Path) -> Any:
             "Get it from its authors again, or as safetensors"
         ) from error
     except (EOFError, RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]}); fetch or write it again") from error
+        raise CheckpointError(f"{path} is not a whole checkpoint ({' '.join(str(error).split())[:200] or 'empty'}); fetch or write it again") from error
 
 
 def flatten(nested: Any, path: Path) -> State:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,11 @@ def test_clear_errors(base):
         run(MoMAPipeline.from_base(base), image=picture(), mask=square_mask(), label="cat")
     with pytest.raises(ValueError, match="needs a decoder or a CLIP image encoder"):
         run(pipe, image=picture(), mask=square_mask(), label="cat", image_embeds=None)
+
+
+def test_parts_that_do_not_belong_together_are_refused(base):
+    with pytest.raises(ValueError, match="the image encoder makes embeddings of 7, the adapter's projector reads 24"):
+        MoMAPipeline.from_base(base, tiny_adapter(base), clip=SimpleNamespace(embed_dim=7))
 
 
 def test_without_a_decoder_clip_of_the_whole_reference_is_the_context(base):
