@@ -1,12 +1,12 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from moma_lightning.foundation import ImageEncoder
 from moma_lightning.pipeline import MoMAPipeline
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
 
@@ -147,8 +147,10 @@ def test_clear_errors(base):
 
 
 def test_parts_that_do_not_belong_together_are_refused(base):
+    small = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8, projection_dim=7)
+    clip = ImageEncoder(CLIPVisionModelWithProjection(small), CLIPImageProcessor())
     with pytest.raises(ValueError, match="the image encoder makes embeddings of 7, the adapter's projector reads 24"):
-        MoMAPipeline.from_base(base, tiny_adapter(base), clip=SimpleNamespace(embed_dim=7))
+        MoMAPipeline.from_base(base, tiny_adapter(base), clip=clip)
 
 
 def test_without_a_decoder_clip_of_the_whole_reference_is_the_context(base):
