@@ -116,7 +116,8 @@ class Moma(DiffusionMethod):
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         texture = self.sampler.beta if self.texture_beta is None else self.texture_beta
-        return self.draw(subject, reference, tasks, beta=[texture if task.kind == "texture" else self.sampler.beta for task in tasks])
+        beta = [texture if task.kind == "texture" else self.sampler.beta for task in tasks]
+        return self.draw(subject, reference, tasks, beta=beta, mllm_prompt=[task.prompt for task in tasks])
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         embeds = {"image_embeds": clip_embeds(self.pipeline, reference)} if self.context == "image" else {}

@@ -172,3 +172,27 @@ def test_jpeg_noise_in_a_mask_is_background(base):
     noisy = Image.fromarray(np.maximum(np.asarray(clean), 10))
     pictures = [run(pipe, image=picture(), mask=m, label="cat").images for m in (clean, noisy)]
     assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_subject_smaller_than_any_attention_cell_still_acts(base, size):
+    """In the released code it can vanish from the coarsest mask, and the softmax over nothing is not a number."""
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 33 : 33 + size, 18 : 18 + size] = 1
+    with_subject, without = (run(pipe, image=picture(), mask=mask, label="cat", beta=beta).images for beta in (1.0, 0.0))
+    assert np.isfinite(with_subject).all() and not np.array_equal(with_subject, without)
+
+
+def test_the_mllm_is_asked_for_its_own_prompt_and_sees_the_whole_subject(base):
+    """A picture that is no square is padded with its own white, not cut, and the label's map is read off the UNet's prompt."""
+    seen, pipe = [], MoMAPipeline.from_base(base, tiny_adapter(base))
+    pipe.decoder = lambda white, labels, prompts: seen.append((white, labels, prompts)) or torch.zeros(2, EMBED_DIM)
+    subject = dict(image=picture(96, 48), mask=torch.ones(1, 48, 96), label="cat", image_embeds=None)
+    run(pipe, ["photo of a cat. it swims", "photo of a cat. it flies"], **subject, mllm_prompt=["it swims", "it flies"])
+    ((white, labels, prompts),) = seen
+    assert (labels, prompts) == (["cat", "cat"], ["it swims", "it flies"])
+    height, width = (white[0] < 1).any(0).any(1).sum(), (white[0] < 1).any(0).any(0).sum()
+    assert white.shape[-1] == white.shape[-2] == width == 2 * height
+    with pytest.raises(ValueError, match="2 prompts and 1 mllm_prompts"):
+        run(pipe, **subject, mllm_prompt="it swims")
