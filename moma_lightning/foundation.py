@@ -21,6 +21,7 @@ from transformers import (
 from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
+from moma_lightning.single_file import is_single_file, load_single_file
 
 __all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
 
@@ -31,13 +32,15 @@ MINI = "experiments/mini/foundation"
 class FoundationConfig:
     """Every model is a local folder, a file, or `owner/name[@revision[/path inside]]` on the hub (moma_lightning/hub.py).
 
-    base: Stable Diffusion (unet, vae, text_encoder, tokenizer, scheduler). vae: another autoencoder instead of the base's.
+    base: Stable Diffusion (unet, vae, text_encoder, tokenizer, scheduler), or a community checkpoint in one `.safetensors` file, which
+    takes configs and tokenizer from base_config. vae: another autoencoder instead of the base's.
     image_encoder: CLIP vision tower of the image embeddings. mllm: LLaVA. ip_adapter: start of the context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
     trains it in float32.
     """
 
     base: str = f"{MINI}/base"
+    base_config: str | None = None
     vae: str | None = None
     image_encoder: str = f"{MINI}/image_encoder"
     mllm: str = f"{MINI}/llava"
@@ -69,16 +72,19 @@ STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_sch
 
 def load_base(config: FoundationConfig) -> Base:
     """Load the base model in fp32, frozen. Raises FileNotFoundError that says how to fetch what is missing."""
-    with loading(config.base):
-        pipe = StableDiffusionPipeline.from_pretrained(
-            **resolve(config.base), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
-        )
-    vae = pipe.vae
+    vae = None
     if config.vae:
         with loading(config.vae):
             vae = AutoencoderKL.from_pretrained(**resolve(config.vae), torch_dtype=torch.float32)
+    if is_single_file(config.base):
+        pipe = load_single_file(config.base, config.base_config, vae)
+    else:
+        with loading(config.base):
+            pipe = StableDiffusionPipeline.from_pretrained(
+                **resolve(config.base), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+            )
     install_processors(pipe.unet)
-    return Base(frozen(pipe.unet), frozen(vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
+    return Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
 
 
 def ddim(config: Mapping[str, Any]) -> DDIMScheduler:

@@ -107,7 +107,8 @@ class Moma(DiffusionMethod):
         """With this method's base in the place of the foundation's."""
         if self.base is None:
             return models
-        return replace(models, foundation=replace(models.foundation, base=self.base), loaded=None)
+        configs = models.foundation.base_config or models.foundation.base
+        return replace(models, foundation=replace(models.foundation, base=self.base, base_config=configs), loaded=None)
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         named: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
