@@ -5,7 +5,7 @@ always mean.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,13 @@ def find_file(name: str, file: str | None = None) -> Path:
         raise FileNotFoundError(f"{name}: names no file; write {hub.repo_id}@{hub.revision or 'main'}/<file>")
     with loading(name):
         return Path(hf_hub_download(hub.repo_id, path, revision=hub.revision))
+
+
+def find_folder(name: str, files: Sequence[str]) -> Path:
+    """The folder `name`, or one with `files` of a repository; a name without revision that is not there is returned as it is."""
+    if (found := local_path(name)) is not None:
+        return found
+    return [find_file(name, file) for file in files][-1].parent if "@" in name else Path(name)
 
 
 def has_file(name: str, file: str) -> bool:

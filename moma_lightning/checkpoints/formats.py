@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moma_lightning.files import write_beside
-from moma_lightning.hub import find_file
+from moma_lightning.hub import find_file, hub_name
 
 State = dict[str, Tensor]
 ADAPTER_FILE = "moma.safetensors"
@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
 
 
 def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
-    """Entries under the native names, and the file's metadata. `path`: a file, a native folder, or a file on the hub.
+    """Entries under the native names, and the file's metadata. `path`: a file or a native folder, here or on the hub.
 
     Pickles are read with `weights_only=True`. Raises CheckpointError for a damaged file, a pickle that holds anything but
     tensors, or a layout that is none of the above.
@@ -41,7 +41,8 @@ def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
     if path.is_dir():
         path = path / ADAPTER_FILE
     if not path.exists() and "@" in str(path):
-        path = find_file(str(path))
+        inside = hub_name(str(path)).path
+        path = find_file(str(path), None if inside and Path(inside).suffix else ADAPTER_FILE)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}")
     if path.suffix == ".safetensors":

@@ -195,7 +195,7 @@ def test_save_and_load_give_the_same_output(mllm, tiny_foundation, pictures, tmp
             parameter.add_(0.1 * torch.randn_like(parameter))
     decoder.save_pretrained(tmp_path)
     loaded = ImageFeatureDecoder.from_pretrained(tmp_path, tiny_foundation)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert loaded.config == decoder.config and not loaded.training
     assert torch.equal(loaded(pictures, LABELS, PROMPTS), decoder(pictures, LABELS, PROMPTS))
 
