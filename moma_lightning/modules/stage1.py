@@ -15,7 +15,7 @@ from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.training.options import TrainingOptions, blocks_of
-from moma_lightning.training.sharding import whole
+from moma_lightning.training.sharding import whole_parameters
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
 BASELINES = {
@@ -114,9 +114,9 @@ class Stage1(TrainedPartModule):
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        weights = whole(self.decoder.own_parameters())
-        if self.trainer.is_global_zero:
-            self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder", weights)
+        with whole_parameters(self.decoder, self.decoder.own_parameters()):
+            if self.trainer.is_global_zero:
+                self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
 
 
 def table(scores: dict[str, dict[str, Tensor]]) -> str:

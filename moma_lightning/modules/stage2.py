@@ -195,7 +195,7 @@ class Stage2(TrainedPartModule):
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:
             return
-        with whole_parameters(self.adapter):
+        with whole_parameters(self.adapter, dict(self.adapter.named_parameters())):
             if self.trainer.is_global_zero:
                 card = {"steps": self.global_step, "context": self.config.context}
                 save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)

@@ -1,10 +1,11 @@
 """Fully sharded training (FSDP2): which modules are gathered together, and whole tensors out of shards and back."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -34,22 +35,28 @@ def shard(stage: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, *, bf1
 
 
 def whole(tree: Any) -> Any:
-    """The same nested dicts and lists with every sharded tensor gathered on the CPU. Every rank must call it."""
-    return pytree.tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
+    """The same nested dicts and lists with every sharded tensor gathered on rank 0's CPU, and empty elsewhere. Every rank must call it."""
+    return pytree.tree_map_only(DTensor, _gather, tree)
+
+
+def _gather(tensor: DTensor) -> Tensor:
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Inside, the module holds whole parameters on the CPU (to be written, not trained). Every rank must enter it."""
-    owners = [(part, name) for part in module.modules() for name, p in part._parameters.items() if isinstance(p, DTensor)]
-    shards = [part._parameters[name] for part, name in owners]
+def whole_parameters(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Inside, rank 0's module holds those parameters whole, on the CPU, to be written. Every rank must enter it."""
+    owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    before = [owner._parameters[name] for owner, name in owners]
     try:
-        for (part, name), sharded in zip(owners, shards, strict=True):
-            part._parameters[name] = nn.Parameter(whole(sharded.detach()), sharded.requires_grad)
+        for (owner, name), parameter in zip(owners, before, strict=True):
+            if isinstance(parameter, DTensor):
+                owner._parameters[name] = nn.Parameter(_gather(parameter.detach()), parameter.requires_grad)
         yield
     finally:
-        for (part, name), sharded in zip(owners, shards, strict=True):
-            part._parameters[name] = sharded
+        for (owner, name), parameter in zip(owners, before, strict=True):
+            owner._parameters[name] = parameter
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -78,8 +85,8 @@ def shard_state(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
 
 def over_ranks(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks. Every rank must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
