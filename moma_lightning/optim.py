@@ -34,14 +34,19 @@ def configure(
     `total_steps` is the trainer's `estimated_stepping_batches`. Raises ValueError when nothing is trained, when a
     multiplier's regex names no trained parameter, or when a falling schedule meets a training without an end.
     """
+    optimizer = build(parameters, config)
+    if config.schedule != "constant" and not math.isfinite(total_steps):
+        raise ValueError(f"schedule {config.schedule!r} needs an end of training: set trainer.max_steps or max_epochs")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimizer alone. Raises ValueError as `configure`."""
     trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter is trained: every one is frozen")
-    if config.schedule != "constant" and not math.isfinite(total_steps):
-        raise ValueError(f"schedule {config.schedule!r} needs an end of training: set trainer.max_steps or max_epochs")
-    optimizer = torch.optim.AdamW(parameter_groups(trained, config), lr=config.lr, betas=config.betas)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return torch.optim.AdamW(parameter_groups(trained, config), lr=config.lr, betas=config.betas)
 
 
 def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:

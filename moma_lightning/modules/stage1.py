@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moma_lightning import losses, optim
 from moma_lightning.batch import TripletBatch, white_background
-from moma_lightning.foundation import FoundationConfig, load_image_encoder
+from moma_lightning.foundation import FoundationConfig, ImageEncoder, load_image_encoder
 from moma_lightning.metrics import EmbeddingMatch
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
@@ -43,12 +43,15 @@ class Stage1(TrainedPartModule):
         loss: Literal["mse", "cosine"] = "mse", training: TrainingOptions = TrainingOptions(),  # noqa: B008 - never changed
     ):  # fmt: skip
         super().__init__(optimizer, training)
-        self.loss = LOSSES[loss]
-        self.image_encoder = load_image_encoder(foundation)
-        embed_dim = self.image_encoder.embed_dim
-        self.decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, embed_dim).train()
-        self.caption_encoder = CaptionEncoder.from_pretrained(clip) if clip else None
-        names = ["decoder", *(name for name in BASELINES if clip or name != "caption")]
+        image_encoder = load_image_encoder(foundation)
+        feature_decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, image_encoder.embed_dim)
+        self.assemble(image_encoder, feature_decoder, CaptionEncoder.from_pretrained(clip) if clip else None, loss)
+
+    def assemble(self, image_encoder: ImageEncoder, decoder: ImageFeatureDecoder, caption_encoder: CaptionEncoder | None, loss: str = "mse") -> None:
+        """Put the loaded parts in their places."""
+        embed_dim = image_encoder.embed_dim
+        self.loss, self.image_encoder, self.decoder, self.caption_encoder = LOSSES[loss], image_encoder, decoder.train(), caption_encoder
+        names = ["decoder", *(name for name in BASELINES if caption_encoder is not None or name != "caption")]
         self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})  # type: ignore[assignment]
         self.register_buffer("target_sum", torch.zeros(embed_dim))
         self.register_buffer("target_count", torch.zeros(()))

@@ -14,7 +14,7 @@ from moma_lightning import losses
 from moma_lightning.batch import TripletBatch, white_background
 from moma_lightning.checkpoints import load_into, read_adapter_file, save_adapter
 from moma_lightning.files import write_beside
-from moma_lightning.foundation import Base, FoundationConfig, frozen, load_base, load_image_encoder, local_path
+from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, frozen, load_base, load_image_encoder, local_path
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
@@ -68,11 +68,15 @@ class Stage2(TrainedPartModule):
                  training: TrainingOptions = TrainingOptions()):  # noqa: B008
         super().__init__(optimizer, training)
         self.config, self.grid = stage2, grid
-        self.base = load_base(foundation)
-        self.unet, self.vae, self.text_encoder = self.base.unet, self.base.vae, self.base.text_encoder
-        self.image_encoder = load_image_encoder(foundation)
-        self.decoder = frozen(load_decoder(decoder, foundation)) if stage2.context == "decoder" else None
-        self.adapter = build_adapter(self.base, foundation, stage2, self.image_encoder.embed_dim)
+        base, image_encoder = load_base(foundation), load_image_encoder(foundation)
+        feature_decoder = load_decoder(decoder, foundation) if stage2.context == "decoder" else None
+        self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, image_encoder.embed_dim))
+
+    def assemble(self, base: Base, image_encoder: ImageEncoder, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:
+        """Put the loaded parts in their places."""
+        self.base, self.unet, self.vae, self.text_encoder = base, base.unet, base.vae, base.text_encoder
+        self.image_encoder, self.adapter = image_encoder, adapter
+        self.decoder = frozen(decoder) if decoder is not None else None
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler.config)
         self.grid_samples: TripletBatch | None = None
 

@@ -9,6 +9,7 @@ bit, and the samples of every step on every rank.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import random
@@ -23,18 +24,37 @@ import yaml
 
 from datamodules.mini.export import export
 from moma_lightning.modules.stage2 import Stage2
+from moma_lightning.training import checkpoint_io
 from tests.moma_lightning.conftest import write_base, write_mllm_and_clip
 
 EVERY = 5
 
 
 class Drilled(Stage2):
-    """Writes down the samples of every step."""
+    """Writes down the samples of every step. Where the drill wants to hit a checkpoint, writing one takes half a second."""
+
+    def setup(self, stage):
+        if "DRILL_SLOW_SAVE" in os.environ:
+            checkpoint_io.torch = SlowTorch
 
     def training_step(self, batch, batch_idx):
         with (Path(self.trainer.default_root_dir) / f"seen-{self.global_rank}.txt").open("a") as file:
             file.write(f"{self.global_step} {' '.join(batch.key)}\n")
         return super().training_step(batch, batch_idx)
+
+
+class SlowTorch:
+    """In torch's place: `save` writes the first half of the file, waits, and writes the rest."""
+
+    @staticmethod
+    def save(checkpoint, path: Path) -> None:
+        whole = io.BytesIO()
+        torch.save(checkpoint, whole)
+        half = len(whole.getvalue()) // 2
+        path.write_bytes(whole.getvalue()[:half])
+        time.sleep(0.5)
+        with path.open("ab") as file:
+            file.write(whole.getvalue()[half:])
 
 
 def prepare(folder: Path) -> None:
@@ -65,21 +85,23 @@ def config(folder: Path, run: str, steps: int, processes: int) -> Path:
     return path
 
 
-def start(path: Path) -> subprocess.Popen:
+def start(path: Path, slow_save: bool = False) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    if slow_save:
+        environment["DRILL_SLOW_SAVE"] = "1"
     log = path.with_suffix(".log").open("a")
     command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(path)]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random, steps: int) -> str:
+def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random) -> str:
     """Wait for the moment, then end the process and all its children. Every seventh is asked to end (SIGTERM), not killed."""
     before = progress(run)
     wait(process, lambda: progress(run) > before)
     moment = "at a random moment"
-    if number % 3 == 2:
+    if hits_a_save(number):
         moment = "while a checkpoint was being written"
-        wait(process, lambda: bool(list((run / "checkpoints").glob(".last.*"))) or progress(run) >= steps, every=0.0005)
+        wait(process, lambda: any((run / "checkpoints").glob(".last.*")))
     else:
         time.sleep(rng.random() * 2)
     kind = signal.SIGTERM if number % 7 == 1 else signal.SIGKILL
@@ -91,6 +113,10 @@ def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Ran
             os.killpg(process.pid, kind)
         process.wait()
     return f"{kind.name} {moment}"
+
+
+def hits_a_save(number: int) -> bool:
+    return number % 3 == 2
 
 
 def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 240) -> None:
@@ -118,8 +144,8 @@ def disturbed(folder: Path, steps: int, processes: int, kills: int, seed: int) -
     rng, run = random.Random(seed), folder / "killed"
     path = config(folder, "killed", steps, processes)
     for number in range(kills):
-        process = start(path)
-        how = interrupt(process, run, number, rng, steps)
+        process = start(path, slow_save=hits_a_save(number))
+        how = interrupt(process, run, number, rng)
         print(f"{number + 1}: {how}, {last_step(run)} steps saved", flush=True)
         if (run / "finished.json").exists():
             print("finished before all kills were dealt out")

@@ -1,0 +1,113 @@
+"""An experiment's models from their configs alone: no weights, no download; on whatever device the caller has switched to."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
+from moma_lightning.hub import hub_name, local_path
+from moma_lightning.models.adapter import MoMAAdapter, install_processors
+from moma_lightning.models.caption_encoder import CaptionEncoder
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+
+#: Public architectures by their hub name, written from the models' own descriptions: `<owner>/<name>/[path/]config.json`.
+CONFIGS = Path(__file__).parent / "configs"
+#: Of an instruction beside the picture's tokens: about what a BLIP-2 caption in the paper's template has.
+INSTRUCTION_TOKENS = 32
+
+
+def read(name: str, part: str = "") -> dict[str, Any]:
+    """A model's `config.json`: from its folder here, else from the public architectures shipped with the planner.
+
+    Raises FileNotFoundError that says where to put one.
+    """
+    folder = local_path(name)
+    if folder is None:
+        hub = hub_name(name)
+        folder = CONFIGS / hub.repo_id / (hub.path or "")
+    path = folder / part / "config.json"
+    if not path.is_file():
+        known = sorted("/".join(p.relative_to(CONFIGS).parts[:2]) for p in CONFIGS.glob("*/*"))
+        raise FileNotFoundError(f"{name}: no architecture at {path}. Known without a download: {', '.join(known)}; put another one's config.json there")
+    return json.loads(path.read_text())
+
+
+class Words:
+    """A tokenizer's place: what is planned needs the number of tokens, not which."""
+
+    def __init__(self, model_max_length: int):
+        self.model_max_length = model_max_length
+
+    def __call__(self, texts: list[str], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.zeros(len(texts), self.model_max_length, dtype=torch.long))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new parameters are of that type; tensors without data cannot be converted afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_base(config: FoundationConfig) -> Base:
+    unet = UNet2DConditionModel.from_config(read(config.base, "unet"))
+    vae = AutoencoderKL.from_config(read(config.vae) if config.vae else read(config.base, "vae"))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**read(config.base, "text_encoder")))
+    install_processors(unet)
+    words = Words(text_encoder.config.max_position_embeddings)
+    return Base(frozen(unet), frozen(vae), frozen(text_encoder), words, DDIMScheduler(**STABLE_DIFFUSION_SCHEDULE))
+
+
+def image_processor(size: int) -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def build_image_encoder(config: FoundationConfig) -> ImageEncoder:
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**read(config.image_encoder)))
+    return ImageEncoder(model, image_processor(model.config.image_size))
+
+
+def build_caption_encoder(name: str) -> CaptionEncoder:
+    return CaptionEncoder(CLIPModel(CLIPConfig(**read(name))), tokenizer=None)
+
+
+def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: int, dtype: torch.dtype = torch.float32) -> ImageFeatureDecoder:
+    """A decoder that reads every instruction as `INSTRUCTION_TOKENS` words around the picture's tokens."""
+    with default_dtype(dtype):
+        mllm = LlavaForConditionalGeneration(LlavaConfig(**read(config.mllm)))
+    processor = SimpleNamespace(tokenizer=None, image_processor=image_processor(mllm.config.vision_config.image_size), image_token="<image>")
+    model = ImageFeatureDecoder(mllm, processor, embed_dim, decoder)
+
+    def tokenize(label: list[str], prompt: list[str], image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.zeros(len(label), INSTRUCTION_TOKENS + image_tokens, dtype=torch.long)
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+    model.tokenize = tokenize  # type: ignore[method-assign]
+    return model
+
+
+def build_adapter(base: Base, image_embed_dim: int, num_tokens: int, variant: str, subject: bool) -> MoMAAdapter:
+    adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=num_tokens, variant=variant)  # type: ignore[arg-type]
+    adapter.subject.requires_grad_(subject)
+    return adapter

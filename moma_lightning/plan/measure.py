@@ -1,0 +1,159 @@
+"""One training step of one rank on tensors without data: memory by kind, communication, floating-point operations.
+
+torch's own estimators do the counting (torch.distributed._tools, torch.utils.flop_counter), on a process group that only
+pretends: no GPU, no other process, no weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from moma_lightning import optim
+from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage2 import Stage2
+from moma_lightning.plan.stages import Experiment, batch_of, build, loss_of
+from moma_lightning.training.sharding import local, shard
+
+
+@dataclass
+class Measured:
+    """Of one rank. Bytes; parameters, gradients and optimizer are what is held between the steps, the rest is at the peak.
+
+    gathered: whole parameters of the units at work, and gradients before they are reduced. sent: what collectives move a step.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    gathered: int
+    peak: int
+    sent: int
+
+
+class Sent(TorchDispatchMode):
+    """Sums up the bytes of every collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in collective_ops and "wait" not in str(func) and "barrier" not in str(func):
+            self.bytes += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
+        return result
+
+
+@contextmanager
+def pretended_ranks(ranks: int, shard_size: int | None) -> Iterator[DeviceMesh]:
+    """A mesh as `ShardedStrategy` makes it, on rank 0 of a group that answers every collective at once."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        shape = (ranks,) if shard_size is None else (ranks // shard_size, shard_size)
+        yield init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(experiment: Experiment, ranks: int, shard_size: int | None = None) -> Measured:
+    """Memory and communication of one rank in a training step, sharded over `ranks`.
+
+    Runs three steps, as gradients and optimizer state exist from the second on. On the CPU's kernels; those of a GPU keep about the
+    same (both attend without a matrix of probabilities), and what a GPU's allocator and NCCL take besides is not counted.
+    """
+    with pretended_ranks(ranks, shard_size) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        module = build(experiment)
+        idle = take_out_idle(module)
+        module.configure_model()
+        module.step_loss = loss_of(module)  # type: ignore[assignment]
+        shard(module, module.units(), mesh, bf16=experiment.bf16)
+        register_fsdp_forward_method(module, "step_loss")
+        optimizer = optim.build(module.named_parameters(), module.optimizer_config)
+        tracker, sent = FSDPMemTracker(module, optimizer), Sent()
+        with tracker:
+            for number in range(3):
+                tracker.reset_mod_stats()
+                with sent if number == 2 else _nothing():
+                    _step(module, optimizer, experiment)
+        return _measured(module, optimizer, idle // (shard_size or ranks), _by_kind(tracker), sent.bytes)
+
+
+def take_out_idle(module: TrainedPartModule) -> int:
+    """Take out what no training step runs, which the tracker cannot follow; returns its bytes. Sharded, it is held all the same."""
+    idle: list[nn.Module] = []
+    if isinstance(module, Stage1) and module.caption_encoder is not None:
+        idle.append(module.caption_encoder)
+        module.caption_encoder = None
+    if isinstance(module, Stage2):
+        idle.append(module.vae.decoder)
+        module.vae.decoder = nn.Identity()
+        if module.decoder is not None:
+            idle.append(module.image_encoder)
+            module.image_encoder = nn.Identity()  # type: ignore[assignment]
+    return sum(_bytes(list(part.parameters())) for part in idle)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _step(module: TrainedPartModule, optimizer: torch.optim.Optimizer, experiment: Experiment) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=experiment.bf16):
+        loss = module.step_loss(batch_of(experiment))  # type: ignore[operator]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _by_kind(tracker: FSDPMemTracker) -> dict[str, int]:
+    snapshot = tracker.get_tracker_snapshot("peak")
+    (kinds,) = (kinds for device, kinds in snapshot.items() if device.type == "cpu")
+    return {getattr(kind, "value", str(kind)): size for kind, size in kinds.items()}
+
+
+def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, idle: int, peak: dict[str, int], sent: int) -> Measured:
+    parameters = list(module.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return Measured(
+        parameters=_bytes(parameters) + _bytes(list(module.buffers())) + idle, gradients=_bytes([p for p in parameters if p.requires_grad]),
+        optimizer=_bytes(states), activations=peak.get("Activation", 0) + peak.get("Temp", 0) + peak.get("Inputs", 0),
+        gathered=sum(peak.get(kind, 0) for kind in ("Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter")),
+        peak=peak["Total"] + idle, sent=sent,
+    )  # fmt: skip
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+def count_flops(experiment: Experiment) -> int:
+    """Floating-point operations of one rank's forward and backward pass over one micro-batch, recomputation not counted."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = build(experiment.with_checkpointing("none"))
+        with FlopCounterMode(display=False) as counter:
+            loss_of(module)(batch_of(experiment)).backward()
+    return counter.get_total_flops()
+
+
+def count_parameters(experiment: Experiment) -> tuple[int, int]:
+    """Trained and frozen parameters of the whole model."""
+    with torch.device("meta"):
+        parameters = list(build(experiment).parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return trained, sum(p.numel() for p in parameters) - trained

@@ -1,0 +1,93 @@
+"""A stage as its YAML describes it, without weights, and one training step of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moma_lightning import optim
+from moma_lightning.batch import TripletBatch
+from moma_lightning.foundation import FoundationConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage2 import Stage2, Stage2Config
+from moma_lightning.plan import architectures
+from moma_lightning.training.options import Checkpointing, TrainingOptions
+
+
+@dataclass
+class Experiment:
+    """What of a training YAML decides memory and time; `model` are the stage's own arguments.
+
+    batch_size: samples a rank and micro-batch. max_steps: optimizer steps, or -1.
+    """
+
+    stage: type[TrainedPartModule]
+    model: dict[str, Any]
+    batch_size: int
+    image_size: int
+    max_steps: int
+    accumulate: int
+    bf16: bool
+
+    @property
+    def training(self) -> TrainingOptions:
+        return TrainingOptions(**self.model["training"])
+
+    def with_checkpointing(self, policy: Checkpointing) -> "Experiment":
+        return replace(self, model=self.model | {"training": self.model["training"] | {"activation_checkpointing": policy}})
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read a YAML as `fit` does, unknown keys being errors, but build nothing."""
+    from moma_lightning.cli import MoMACLI
+
+    class Reader(MoMACLI):
+        def before_instantiate_classes(self) -> None: ...
+        def instantiate_classes(self) -> None: ...
+
+    config = Reader(run=False, args=["--config", str(path)]).config.as_dict()
+    stages = {f"{stage.__module__}.{stage.__name__}": stage for stage in (Stage1, Stage2)}
+    name = config["model"]["class_path"]
+    if name not in stages:
+        raise ValueError(f"{path}: {name} cannot be planned, only {' and '.join(stages)}")
+    data, trainer = config["data"]["init_args"]["config"], config["trainer"]
+    return Experiment(stages[name], config["model"]["init_args"], data["batch_size"], data["image_size"], trainer["max_steps"],
+                      trainer["accumulate_grad_batches"], str(trainer["precision"]).startswith("bf16"))  # fmt: skip
+
+
+def build(experiment: Experiment) -> TrainedPartModule:
+    """The stage with parts of the right shapes; activation checkpointing and the choice of what is trained are as in training."""
+    options = experiment.model
+    foundation, optimizer = FoundationConfig(**options["foundation"]), optim.OptimizerConfig(**options["optimizer"])
+    module = experiment.stage.__new__(experiment.stage)
+    TrainedPartModule.__init__(module, optimizer, experiment.training)
+    encoder = architectures.build_image_encoder(foundation)
+    if isinstance(module, Stage1):
+        decoder = architectures.build_decoder(foundation, DecoderConfig(**options["decoder"]), encoder.embed_dim)
+        module.assemble(encoder, decoder, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None)
+    elif isinstance(module, Stage2):
+        config, base = Stage2Config(**options["stage2"]), architectures.build_base(foundation)
+        module.config, module.grid = config, None  # type: ignore[assignment]
+        dtype, decoder = getattr(torch, foundation.mllm_dtype), None
+        if config.context == "decoder":
+            decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, dtype)
+        adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
+        module.assemble(base, encoder, decoder, adapter)
+    return module
+
+
+def batch_of(experiment: Experiment) -> TripletBatch:
+    count, size = experiment.batch_size, experiment.image_size
+    return TripletBatch(torch.zeros(count, 3, size, size), torch.ones(count, 1, size, size), ["a cat"] * count, ["cat"] * count, ["0"] * count)
+
+
+def loss_of(module: TrainedPartModule) -> Callable[[TripletBatch], Tensor]:
+    """The stage's training loss, without its logging and without dropout (which looks at values)."""
+    if isinstance(module, Stage1):
+        return lambda batch: module.loss(module(batch), module.target(batch))
+    return lambda batch: module.sample_losses(batch, drop=False)[0].mean()
