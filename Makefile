@@ -3,6 +3,8 @@ EXP ?= mini
 ARGS ?=
 AXIS ?= experiments/ablations/guided_subject.yaml
 JOBS ?= 2
+GPUS ?= 8
+GPU_MEM ?= 80
 PYTHON ?= python3.11
 
 SHELL := bash
@@ -16,7 +18,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) fetch help reproduce ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
+.PHONY: $(STEPS) fetch plan help reproduce ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -44,6 +46,11 @@ stage2: $(INSTALLED) ## train the subject and context attention; goes on from it
 
 eval-dreambooth: $(INSTALLED) ## make the pictures that are missing, and score them
 	$(RUN) evaluation dreambooth --config experiments/$(EXP)/eval.yaml $(ARGS)
+
+plan: $(INSTALLED) ## memory and time of both stages on GPUS=8 GPUs of GPU_MEM=80 GB, without one
+	@for stage in stage1 stage2; do \
+		$(RUN) moma_lightning plan --config experiments/$(EXP)/$$stage.yaml --gpus $(GPUS) --gpu_mem $(GPU_MEM) $(ARGS); echo; \
+	done
 
 report: $(INSTALLED) ## the paper's figures, and one HTML page of them and all tables
 	$(RUN) evaluation report --config experiments/$(EXP)/eval.yaml $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m moma_lightning fit|validate|test|predict|generate|fetch|convert ...`."""
+"""`python -m moma_lightning fit|validate|test|predict|generate|fetch|plan|convert ...`."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +8,7 @@ USAGE = """usage: python -m moma_lightning <command> ...
   fit | validate | test | predict   train or judge a stage: --config experiments/<experiment>/stage1.yaml
   generate                          pictures of a subject from one picture of it and prompts
   fetch                             download the models that an experiment names: --experiment experiments/<experiment>
+  plan                              memory and time of a training on so many GPUs, without one: --config ... --gpus 64 --gpu_mem 80
   convert                           adapters between this project's, IP-Adapter's and the released MoMA's files: --from X --to Y
 
 python -m moma_lightning <command> --help lists a command's options."""
@@ -24,6 +25,10 @@ def main(arguments: list[str]) -> int:
         from moma_lightning.fetch import fetch
 
         run(fetch, command, arguments[1:])
+    elif command == "plan":
+        from moma_lightning.plan.report import plan
+
+        run(plan, command, arguments[1:])
     elif command == "convert":
         from moma_lightning.checkpoints.convert import main as convert
 

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from moma_lightning.files import write_beside
@@ -82,6 +83,8 @@ class MoMACLI(LightningCLI):
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
         plugins = [*_as_list(config["plugins"]), WholeCheckpointIO()]
+        if SLURMEnvironment.detect():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # StopOnSignal saves; experiments/cluster/slurm.sh requeues
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
 
     def fit(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:

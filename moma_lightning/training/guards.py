@@ -13,16 +13,14 @@ from moma_lightning.training.sharding import local
 
 #: A scheduler's notice that the processes will be killed: SLURM sends SIGTERM, or what `sbatch --signal` names.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-#: The exit code of a training that was told to end and saved: 128 + SIGTERM, what shells report for it.
-PREEMPTED = 128 + signal.SIGTERM
 
 
 class Preempted(SystemExit):
-    """Raised after the checkpoint is written; the process then exits with `PREEMPTED`."""
+    """Raised after the checkpoint is written. The exit code is 128 + the signal, as shells report it: 143 or 138."""
 
 
 class StopOnSignal(Callback):
-    """On SIGTERM or SIGUSR1 to any rank: finish the step, save `last`, exit with code 143. The same command goes on from there.
+    """On SIGTERM or SIGUSR1 to any rank: finish the step, save `last`, exit. The same command goes on from there.
 
     Lightning's own handlers do not save on SIGTERM, broadcast inside a signal handler, and on SLURM save under a name of
     their own that would later win over a newer checkpoint; these take their place while training runs. The step of
@@ -31,7 +29,7 @@ class StopOnSignal(Callback):
 
     def __init__(self, last: Path):
         self.last = last
-        self.requested, self._step = False, 0
+        self.requested, self._step = 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -39,16 +37,16 @@ class StopOnSignal(Callback):
             signal.signal(number, self._request)  # Lightning puts back what was there before `fit`
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self.requested = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated: a checkpoint would lose them
             return
         self._step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.requested > 0, all=False):
             trainer.save_checkpoint(self.last)
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
-            raise Preempted(PREEMPTED)
+            raise Preempted(128 + (self.requested or signal.SIGTERM))
 
 
 class StopOnNonFinite(Callback):

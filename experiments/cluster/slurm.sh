@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# A training stage as a SLURM job that survives its time limit and preemption.
+#
+#   one GPU    sbatch --gpus-per-node=1 --ntasks-per-node=1 experiments/cluster/slurm.sh sd15_llava7b stage2
+#   8 GPUs     sbatch experiments/cluster/slurm.sh sd15_llava7b stage2
+#   64 GPUs    sbatch --nodes=8 experiments/cluster/slurm.sh sd15_llava7b stage2
+#
+# What follows the stage are options of `python -m moma_lightning fit`. Add --partition and --account as your cluster asks.
+# One task a GPU, so --ntasks-per-node and --gpus-per-node are the same number. DRY_RUN=1 prints the command.
+#
+#SBATCH --job-name=moma
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=runs/slurm-%j.log
+#SBATCH --open-mode=append
+# Preempted jobs go back into the queue by themselves; three minutes before the time limit every task gets SIGUSR1.
+#SBATCH --requeue
+#SBATCH --signal=USR1@180
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+if [ $# -lt 2 ] || [ ! -f "experiments/$1/$2.yaml" ]; then
+    echo "slurm.sh <experiment> <stage1|stage2> [options]: no experiments/${1:-}/${2:-}.yaml in $PWD (submit from the repository)" >&2
+    exit 2
+fi
+# shellcheck source=experiments/cluster/nccl.sh
+source experiments/cluster/nccl.sh
+
+experiment=$1 stage=$2
+shift 2
+command=(srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m moma_lightning fit
+    --config "experiments/$experiment/$stage.yaml"
+    --trainer.devices "${SLURM_NTASKS_PER_NODE:-8}" --trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}"
+    --trainer.enable_progress_bar false "$@")
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+code=0
+"${command[@]}" || code=$?
+# 138 = 128 + SIGUSR1: told that time is up, saved, exited. Back into the queue; the same command goes on from the checkpoint.
+if [ "$code" -eq 138 ]; then
+    echo "time is up: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit "$code"

@@ -1,0 +1,90 @@
+"""`python -m moma_lightning plan`: does a training fit, and how long does it take, before a GPU is booked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from moma_lightning.plan.measure import Measured, count_flops, count_parameters, measure
+from moma_lightning.plan.stages import Experiment, read_experiment
+from moma_lightning.training.options import Checkpointing
+
+GB = 1e9
+POLICIES: tuple[Checkpointing, ...] = get_args(Checkpointing)
+#: Of a GPU's memory, what CUDA, NCCL and holes between allocations are left: a rule of thumb, not a measurement.
+RESERVED_GB, FRAGMENTATION = 2.0, 0.08
+
+
+@dataclass
+class Gpu:
+    """memory in GB (1e9 bytes); tflops: its peak in bf16 (989 is an H100's, 312 an A100's); mfu: the part of it that is reached."""
+
+    memory: float
+    tflops: float
+    mfu: float
+
+    def fits(self, measured: Measured) -> bool:
+        return measured.peak / GB * (1 + FRAGMENTATION) + RESERVED_GB <= self.memory
+
+    def seconds(self, flops: float) -> float:
+        return flops / (self.tflops * 1e12 * self.mfu)
+
+
+def plan(config: Path, gpus: int = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000, shard_size: int | None = None) -> None:
+    """Print what a training YAML needs on `gpus` GPUs, sharded over all of them: no GPU and no weights are used.
+
+    gpu_mem: GB of one GPU. tflops, mfu: its peak in bf16 and the part of it that is reached; times follow from these two and are
+    estimates. samples: of one pass over the data. shard_size: as `ShardedStrategy`'s.
+    """
+    if gpus < 1 or (shard_size is not None and gpus % shard_size):
+        raise ValueError(f"{gpus} GPUs in copies of {shard_size}: the number must be positive, and a multiple of shard_size")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu {mfu} is not in (0, 1]")
+    experiment, gpu = read_experiment(config), Gpu(gpu_mem, tflops, mfu)
+    print(heading(config, experiment, gpus, gpu))
+    print(parameters(experiment))
+    policies = {policy: measure(experiment.with_checkpointing(policy), gpus, shard_size) for policy in POLICIES}
+    print(memory(policies, gpu, experiment))
+    print(time(experiment, gpus, gpu, samples, policies[experiment.training.activation_checkpointing]))
+
+
+def heading(config: Path, experiment: Experiment, gpus: int, gpu: Gpu) -> str:
+    batch = experiment.batch_size * experiment.accumulate
+    precision = "bf16" if experiment.bf16 else "float32"
+    return f"{config}: {gpus} GPUs of {gpu.memory:g} GB, sharded; {gpus} x {batch} = {gpus * batch} samples a step, {experiment.image_size} px, {precision}"
+
+
+def parameters(experiment: Experiment) -> str:
+    trained, fixed = count_parameters(experiment)
+    return f"parameters       {trained / 1e6:,.1f} M trained, {fixed / 1e6:,.1f} M frozen"
+
+
+def memory(policies: dict[Checkpointing, Measured], gpu: Gpu, experiment: Experiment) -> str:
+    held = policies["none"]
+    lines = [f"a rank holds     parameters {held.parameters / GB:.2f} GB, gradients {held.gradients / GB:.2f} GB, optimizer {held.optimizer / GB:.2f} GB",
+             "peak of a step   checkpointing      peak   activations   gathered"]  # fmt: skip
+    for policy, m in policies.items():
+        verdict = "fits" if gpu.fits(m) else "does not fit"
+        lines.append(f"                 {policy:<13} {m.peak / GB:6.1f} GB {m.activations / GB:10.1f} GB {m.gathered / GB:7.1f} GB   {verdict}")
+    fitting = [policy for policy in policies if gpu.fits(policies[policy])]
+    chosen = experiment.training.activation_checkpointing
+    if not fitting:
+        advice = "nothing here fits: take more GPUs, a smaller data.init_args.config.batch_size, or train less (decoder.trainable)"
+    elif fitting[0] == chosen:
+        advice = f"keep activation_checkpointing: {chosen}, as the YAML has it"
+    else:
+        advice = f"set model.init_args.training.activation_checkpointing: {fitting[0]} (the YAML has {chosen})"
+    return "\n".join([*lines, f"advice           {advice}",
+                      f"                 fits: peak + {FRAGMENTATION:.0%} for holes + {RESERVED_GB:g} GB for CUDA and NCCL"])  # fmt: skip
+
+
+def time(experiment: Experiment, gpus: int, gpu: Gpu, samples: int, measured: Measured) -> str:
+    flops = count_flops(experiment) * experiment.accumulate
+    seconds = gpu.seconds(flops)
+    rate = gpus * experiment.batch_size * experiment.accumulate / seconds
+    sent = measured.sent * experiment.accumulate
+    lines = [f"a step           {flops / 1e12:,.1f} TFLOP a GPU without recomputation; {sent / GB:.2f} GB through each GPU's collectives",
+             f"at {gpu.mfu:.0%} of {gpu.tflops:g} TFLOP/s (assumed, not measured): {seconds:.2f} s a step, {rate:,.0f} samples/s",
+             f"hours            {samples / rate / 3600:,.1f} for {samples:,} triplets"]  # fmt: skip
+    if experiment.max_steps > 0:
+        lines[-1] += f", {experiment.max_steps * seconds / 3600:,.1f} for the YAML's {experiment.max_steps:,} steps"
+    return "\n".join(lines)

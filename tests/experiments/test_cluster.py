@@ -1,0 +1,68 @@
+"""The launchers: clean shell, and commands that start what they say. What runs them on a cluster is not there to be tested."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "experiments/cluster"
+STAGES = sorted(path for path in ROOT.glob("experiments/*/stage[12].yaml"))
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(CLUSTER / script), *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def command_of(script: str, *arguments: str, **environment: str) -> list[str]:
+    done = run(script, *arguments, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def test_shellcheck_is_content():
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert checker, "shellcheck is missing: install the dev extras"
+    scripts = [*CLUSTER.glob("*.sh"), ROOT / ".ci/run"]
+    done = subprocess.run([checker, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8)])
+def test_torchrun_starts_as_many_processes_as_lightning_is_told(nodes, gpus):
+    command = command_of("torchrun.sh", "mini", "stage2", "--trainer.max_steps", "3", NODES=str(nodes), GPUS=str(gpus), MASTER="first")
+    options = dict(zip(command, command[1:], strict=False))
+    assert (options["--nnodes"], options["--nproc-per-node"]) == (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
+    assert options["--rdzv-endpoint"] == "first:29500" and options["--config"] == "experiments/mini/stage2.yaml"
+    assert command[-2:] == ["--trainer.max_steps", "3"]
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8)])
+def test_slurm_starts_a_task_for_each_gpu(nodes, gpus):
+    command = command_of("slurm.sh", "mini", "stage1", SLURM_NTASKS_PER_NODE=str(gpus), SLURM_JOB_NUM_NODES=str(nodes))
+    options = dict(zip(command, command[1:], strict=False))
+    assert command[0] == "srun" and (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
+
+
+@pytest.mark.parametrize(("code", "requeued", "left"), [(138, True, 0), (0, False, 0), (1, False, 1), (143, False, 143)])
+def test_only_a_job_whose_time_is_up_is_requeued(tmp_path, code, requeued, left):
+    for name, body in {"srun": f"exit {code}", "scontrol": f'echo "$@" > {tmp_path}/asked'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = run("slurm.sh", "mini", "stage1", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77")
+    assert done.returncode == left
+    assert (tmp_path / "asked").exists() == requeued and (not requeued or (tmp_path / "asked").read_text() == "requeue 77\n")
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
+def test_an_unknown_experiment_is_told(script):
+    done = run(script, "nope", "stage1")
+    assert done.returncode == 2 and "experiment" in done.stderr
+
+
+def test_every_experiment_has_stages_that_can_be_launched():
+    assert {path.parent.name for path in STAGES} >= {"mini", "sd15_llava7b"}
