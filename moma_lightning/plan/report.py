@@ -29,7 +29,9 @@ class Gpu:
         return flops / (self.tflops * 1e12 * self.mfu)
 
 
-def plan(config: Path, gpus: int = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000, shard_size: int | None = None) -> None:
+def plan(
+    config: Path, gpus: int = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000, shard_size: int | None = None
+) -> None:
     """Print what a training YAML needs on `gpus` GPUs, sharded over all of them: no GPU and no weights are used.
 
     gpu_mem: GB of one GPU. tflops, mfu: its peak in bf16 and the part of it that is reached; times follow from these two and are

@@ -1,5 +1,6 @@
 """The launchers: clean shell, and commands that start what they say. What runs them on a cluster is not there to be tested."""
 
+import itertools
 import os
 import shlex
 import shutil
@@ -35,7 +36,7 @@ def test_shellcheck_is_content():
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8)])
 def test_torchrun_starts_as_many_processes_as_lightning_is_told(nodes, gpus):
     command = command_of("torchrun.sh", "mini", "stage2", "--trainer.max_steps", "3", NODES=str(nodes), GPUS=str(gpus), MASTER="first")
-    options = dict(zip(command, command[1:], strict=False))
+    options = dict(itertools.pairwise(command))
     assert (options["--nnodes"], options["--nproc-per-node"]) == (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
     assert options["--rdzv-endpoint"] == "first:29500" and options["--config"] == "experiments/mini/stage2.yaml"
     assert command[-2:] == ["--trainer.max_steps", "3"]
@@ -44,7 +45,7 @@ def test_torchrun_starts_as_many_processes_as_lightning_is_told(nodes, gpus):
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8)])
 def test_slurm_starts_a_task_for_each_gpu(nodes, gpus):
     command = command_of("slurm.sh", "mini", "stage1", SLURM_NTASKS_PER_NODE=str(gpus), SLURM_JOB_NUM_NODES=str(nodes))
-    options = dict(zip(command, command[1:], strict=False))
+    options = dict(itertools.pairwise(command))
     assert command[0] == "srun" and (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
 
 

@@ -21,6 +21,7 @@ from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions
+from moma_lightning.training.sharding import local
 from moma_lightning.training.strategy import ShardedStrategy
 
 STEPS, AFTER, GLOBAL_BATCH = 20, 3, 4
@@ -48,6 +49,26 @@ def global_batch(seed: int, rank: int, ranks: int) -> TripletBatch:
     part = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)
     count = GLOBAL_BATCH // ranks
     return TripletBatch(pixels[part], mask[part], ["a cat on a lake"] * count, ["cat"] * count, [f"{seed}-{i}" for i in range(GLOBAL_BATCH)][part])
+
+
+class Held(Callback):
+    """Bytes that this rank holds: parameters with buffers, gradients before the optimizer's step, optimizer state after it."""
+
+    def __init__(self):
+        self.bytes = {}
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        parameters = list(module.parameters())
+        self.bytes["parameters"] = _bytes([*parameters, *module.buffers()])
+        self.bytes["gradients"] = _bytes([p.grad for p in parameters if p.grad is not None])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+        self.bytes["optimizer"] = _bytes(states)
+
+
+def _bytes(tensors) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 class Losses(Callback):
@@ -130,8 +151,10 @@ def main(folder: Path) -> None:
     for stage in ("stage1", "stage2"):
         home = folder / stage
         saves = [home / "full-2.ckpt", home / "sharded-2.ckpt"]
-        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9)])
-        for name in ("full-1.ckpt", "full-2.ckpt", "sharded-2.ckpt"):
+        held = Held()
+        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9), held])
+        results[f"{stage}/held"] = held.bytes
+        for name in ("full-1.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
     results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
