@@ -107,7 +107,7 @@ def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Ran
     kind = signal.SIGTERM if number % 7 == 1 else signal.SIGKILL
     if kind == signal.SIGTERM:
         os.kill(process.pid, kind)
-        assert process.wait(60) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
+        assert process.wait(300) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
     else:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
@@ -119,7 +119,7 @@ def hits_a_save(number: int) -> bool:
     return number % 3 == 2
 
 
-def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 240) -> None:
+def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while process.poll() is None and not ready():
         if time.monotonic() > end:
@@ -136,7 +136,7 @@ def progress(run: Path) -> int:
 
 def undisturbed(folder: Path, steps: int, processes: int) -> Path:
     process = start(config(folder, "whole", steps, processes))
-    assert process.wait(600) == 0, (folder / "whole.log").read_text()[-3000:]
+    assert process.wait(3000) == 0, (folder / "whole.log").read_text()[-3000:]
     return folder / "whole"
 
 
@@ -151,7 +151,7 @@ def disturbed(folder: Path, steps: int, processes: int, kills: int, seed: int) -
             print("finished before all kills were dealt out")
             break
     process = start(path)
-    assert process.wait(600) == 0, path.with_suffix(".log").read_text()[-3000:]
+    assert process.wait(3000) == 0, path.with_suffix(".log").read_text()[-3000:]
     return run
 
 
