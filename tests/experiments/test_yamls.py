@@ -26,7 +26,8 @@ YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name
 TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "foundation.yaml")]
 #: What full-size YAMLs are run with here: the mini world's base models and pictures, one CPU process.
 STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(FoundationConfig())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
-             "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64", "--data.init_args.config.num_workers", "0"]  # fmt: skip
+             "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64",
+             "--data.init_args.config.num_workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,12 @@ import torch
 import torch.distributed as dist
 
 from moma_lightning.checkpoints import load_adapter
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage2 import Stage2
+from moma_lightning.plan.measure import measure
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import ShardedStrategy
+from tests.moma_lightning.plan.test_plan import experiment
 from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
 
 HALF = STEPS // 2
@@ -105,3 +109,10 @@ def test_one_sharded_process_reads_the_shards_of_two(runs, foundation, decoder_f
     folder, losses = runs
     again = train(build(stage, foundation, decoder_folder), folder / "one", 1, ShardedStrategy(), resume=folder / stage / "sharded-2.ckpt")
     assert again == pytest.approx(losses[f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_planner_foretells_what_two_processes_hold(runs, foundation, stage):
+    planned = measure(experiment({"stage1": Stage1, "stage2": Stage2}[stage], foundation), 2)
+    for kind, held in runs[1][f"{stage}/held"].items():
+        assert getattr(planned, kind) == pytest.approx(held, rel=0.05), kind

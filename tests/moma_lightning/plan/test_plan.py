@@ -1,0 +1,85 @@
+"""The planner's figures against arithmetic; against two real processes in training/test_sharding.py."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from moma_lightning.foundation import FoundationConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage2 import Stage2, Stage2Config
+from moma_lightning.optim import OptimizerConfig
+from moma_lightning.plan import architectures
+from moma_lightning.plan.measure import Measured, count_flops, count_parameters, measure
+from moma_lightning.plan.report import Gpu, memory, plan
+from moma_lightning.plan.stages import Experiment, read_experiment
+from moma_lightning.training.options import TrainingOptions
+
+FULL = Path(__file__).parents[3] / "experiments/sd15_llava7b"
+
+
+def experiment(stage: type, foundation: FoundationConfig, batch_size: int = 2, image_size: int = 32, **training) -> Experiment:
+    options = {"foundation": asdict(foundation), "optimizer": asdict(OptimizerConfig()), "training": asdict(TrainingOptions(**training)),
+               "decoder": asdict(DecoderConfig()), "clip": None, "stage2": asdict(Stage2Config())}  # fmt: skip
+    return Experiment(stage, options, batch_size, image_size, 100, 1, False)
+
+
+def test_parameters_at_the_papers_size():
+    """Stage 2: subject side 2 h^2 + 1 a self-attention, context side 2 x 768 h a cross-attention, projector 1024 -> 4 x 768 with its norm."""
+    widths = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
+    by_hand = sum(2 * h * h + 1 for h in widths) + sum(2 * 768 * h for h in widths) + 1024 * 3072 + 3072 + 2 * 768
+    trained, frozen = count_parameters(read_experiment(FULL / "stage2.yaml"))
+    assert trained == by_hand
+    # UNet 859.52 M, VAE 83.65 M, text encoder 123.06 M, ViT-H/14 632.08 M, LLaVA without its head 6,931 M with mapping and token
+    assert frozen == pytest.approx(859.52e6 + 83.65e6 + 123.06e6 + 632.08e6 + 6_941e6, rel=0.002)
+
+
+def test_parameters_of_stage_1_at_the_papers_size():
+    """A Llama layer has 4 x 4096^2 + 3 x 4096 x 11008 and two norms; then the table of words, the last norm, projector, mapping, token."""
+    llama = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 32064 * 4096 + 4096
+    rest = (1024 * 4096 + 4096) + (4096 * 4096 + 4096) + 2 * 4096 * 1024 + 1024 * 1024 + 4096
+    assert count_parameters(read_experiment(FULL / "stage1.yaml"))[0] == llama + rest
+
+
+@pytest.mark.parametrize("stage", [Stage1, Stage2])
+def test_what_a_rank_holds_is_its_share(foundation, stage):
+    """In float32: 4 bytes a parameter, 4 a gradient, 8 of AdamW's moments and a 4-byte step a tensor."""
+    planned = experiment(stage, foundation)
+    trained, frozen = count_parameters(planned)
+    one, four = measure(planned, 1), measure(planned, 4)
+    assert one.gradients == 4 * trained and one.parameters == pytest.approx(4 * (trained + frozen), rel=0.02)
+    assert one.optimizer == pytest.approx(8 * trained, rel=0.01)
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert getattr(four, kind) == pytest.approx(getattr(one, kind) / 4, rel=0.1), kind
+    assert four.activations > 0 and four.peak > four.parameters + four.optimizer
+    assert four.sent > 2 * 4 * trained
+
+
+def test_recomputation_saves_activations(foundation):
+    none, everything = (measure(experiment(Stage2, foundation, 8, 64, activation_checkpointing=p), 2) for p in ("none", "all"))
+    assert everything.activations < 0.8 * none.activations
+
+
+def test_floating_point_operations_grow_with_the_batch(foundation):
+    assert count_flops(experiment(Stage2, foundation, 4)) == pytest.approx(2 * count_flops(experiment(Stage2, foundation, 2)), rel=0.01)
+
+
+def measured(gigabytes: float) -> Measured:
+    return Measured(parameters=0, gradients=0, optimizer=0, activations=0, gathered=0, peak=int(gigabytes * 1e9), sent=0)
+
+
+@pytest.mark.parametrize(("peaks", "advice"), [((10, 9, 8), "keep activation_checkpointing: none"), ((90, 60, 40), "training.activation_checkpointing: blocks"),
+                                               ((90, 80, 79), "nothing here fits")])  # fmt: skip
+def test_the_first_policy_that_fits_is_advised(foundation, peaks, advice):
+    policies = dict(zip(("none", "blocks", "all"), map(measured, peaks), strict=True))
+    assert advice in memory(policies, Gpu(80, 989, 0.35), experiment(Stage2, foundation))
+
+
+def test_what_cannot_be_planned_is_told():
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: no architecture at .*Known without a download: .*llava-hf/llava-1.5-7b-hf"):
+        architectures.read("nobody/nothing@main", "unet")
+    with pytest.raises(ValueError, match="12 GPUs in copies of 8"):
+        plan(FULL / "stage2.yaml", gpus=12, shard_size=8)
+    with pytest.raises(ValueError, match="mfu 35"):
+        plan(FULL / "stage2.yaml", mfu=35)
