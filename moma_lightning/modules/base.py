@@ -32,14 +32,12 @@ class TrainedPartModule(LightningModule):
         self._is_configured = True
         checkpoint_activations(self, self.training_options.activation_checkpointing)
         if self.training_options.compile:
-            for part in self.compiled():
-                part.compile()
+            self.compile_parts()
         if self.device_mesh is not None:
             shard(self, self.units(), shard_mesh(self.device_mesh), bf16=self.trainer.precision == "bf16-mixed")
 
-    def compiled(self) -> list[nn.Module]:
-        """The modules that torch.compile is worth it for."""
-        raise NotImplementedError
+    def compile_parts(self) -> None:
+        raise ValueError(f"training.compile: {type(self).__name__} has no part that was seen to compile; set it to false")
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module, by name."""

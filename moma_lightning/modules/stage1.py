@@ -111,9 +111,6 @@ class Stage1(TrainedPartModule):
         captions = [self.caption_encoder] if self.caption_encoder is not None else []
         return [*blocks_of(self), self.image_encoder, *captions, self.decoder]
 
-    def compiled(self) -> list[nn.Module]:
-        return blocks_of(self.decoder.mllm.language_model)
-
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -193,8 +193,8 @@ class Stage2(TrainedPartModule):
         parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet, self.vae.encoder, self.vae.decoder, self.text_encoder]
         return [*blocks_of(self), *parts, self.image_encoder, *decoder]
 
-    def compiled(self) -> list[nn.Module]:
-        return [self.unet]
+    def compile_parts(self) -> None:
+        self.unet.compile()
 
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:

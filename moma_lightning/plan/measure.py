@@ -73,7 +73,7 @@ def pretended_ranks(ranks: int, shard_size: int | None) -> Iterator[DeviceMesh]:
 def measure(experiment: Experiment, ranks: int, shard_size: int | None = None) -> Measured:
     """Memory and communication of one rank in a training step, sharded over `ranks`.
 
-    Runs three steps, as gradients and optimizer state exist from the second on. On the CPU's kernels; those of a GPU keep about the
+    Runs two steps, as optimizer state exists from the second on. On the CPU's kernels; those of a GPU keep about the
     same (both attend without a matrix of probabilities), and what a GPU's allocator and NCCL take besides is not counted.
     """
     with pretended_ranks(ranks, shard_size) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
@@ -86,9 +86,9 @@ def measure(experiment: Experiment, ranks: int, shard_size: int | None = None) -
         optimizer = optim.build(module.named_parameters(), module.optimizer_config)
         tracker, sent = FSDPMemTracker(module, optimizer), Sent()
         with tracker:
-            for number in range(3):
+            for number in range(2):
                 tracker.reset_mod_stats()
-                with sent if number == 2 else _nothing():
+                with sent if number == 1 else _nothing():
                     _step(module, optimizer, experiment)
         return _measured(module, optimizer, idle // (shard_size or ranks), _by_kind(tracker), sent.bytes)
 

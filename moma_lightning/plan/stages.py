@@ -1,5 +1,6 @@
 """A stage as its YAML describes it, without weights, and one training step of it."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,9 @@ def read_experiment(path: Path) -> Experiment:
         def before_instantiate_classes(self) -> None: ...
         def instantiate_classes(self) -> None: ...
 
-    config = Reader(run=False, args=["--config", str(path)]).config.as_dict()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")
+        config = _plain(Reader(run=False, args=["--config", str(path), "--seed_everything", "false"]).config.as_dict())
     stages = {f"{stage.__module__}.{stage.__name__}": stage for stage in (Stage1, Stage2)}
     name = config["model"]["class_path"]
     if name not in stages:
@@ -58,6 +61,11 @@ def read_experiment(path: Path) -> Experiment:
     data, trainer = config["data"]["init_args"]["config"], config["trainer"]
     return Experiment(stages[name], config["model"]["init_args"], data["batch_size"], data["image_size"], trainer["max_steps"],
                       trainer["accumulate_grad_batches"], str(trainer["precision"]).startswith("bf16"))  # fmt: skip
+
+
+def _plain(tree: Any) -> Any:
+    """Without the notes on which file a part was read from."""
+    return {key: _plain(value) for key, value in tree.items() if key != "__path__"} if isinstance(tree, dict) else tree
 
 
 def build(experiment: Experiment) -> TrainedPartModule:

@@ -15,7 +15,7 @@ class TrainingOptions:
 
     activation_checkpointing: what is computed again in the backward pass instead of being kept. "blocks": every transformer
         block of the UNet and of the language model; "all": the UNet's residual blocks too. Gradients are the same.
-    compile: torch.compile the UNet (stage 2) or the language model's layers (stage 1). The first steps then take minutes.
+    compile: torch.compile stage 2's UNet (its two passes are one graph each). The first steps then take minutes.
     """
 
     activation_checkpointing: Checkpointing = "none"

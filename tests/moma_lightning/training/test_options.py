@@ -39,3 +39,19 @@ def test_blocks_are_the_layers_of_transformers_models(foundation, decoder_folder
     names = sorted({type(block).__name__ for block in blocks_of(module)})
     assert names == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
     assert len(blocks_of(module)) == 2 + 2 + 2 + 2, "text encoder, image encoder, vision tower and language model"
+
+
+def test_the_unet_compiles_and_computes_the_same(foundation, decoder_folder, monkeypatch):
+    """In two graphs (the reference pass and the denoising one) without a break; backend "eager" leaves the kernels as they are."""
+    plain, _ = gradients(build("stage2", foundation, decoder_folder))
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager", fullgraph=True))
+    torch._dynamo.utils.counters.clear()
+    compiled, _ = gradients(build("stage2", foundation, decoder_folder, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+def test_stage_1_does_not_claim_to_compile(foundation, decoder_folder):
+    with pytest.raises(ValueError, match="Stage1 has no part that was seen to compile"):
+        build("stage1", foundation, decoder_folder, compile=True).configure_model()
