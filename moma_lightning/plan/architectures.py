@@ -15,10 +15,12 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
 )
 
 from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
@@ -49,13 +51,13 @@ def read(name: str, part: str = "") -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-class Words:
-    """A tokenizer's place: what is planned needs the number of tokens, not which."""
+class Words(CLIPTokenizer):
+    """In a tokenizer's place: what is planned needs the number of tokens, not which."""
 
     def __init__(self, model_max_length: int):
-        self.model_max_length = model_max_length
+        object.__setattr__(self, "model_max_length", model_max_length)
 
-    def __call__(self, texts: list[str], **_: Any) -> SimpleNamespace:
+    def __call__(self, texts: list[str], **_: Any) -> SimpleNamespace:  # type: ignore[override]
         return SimpleNamespace(input_ids=torch.zeros(len(texts), self.model_max_length, dtype=torch.long))
 
 
@@ -96,7 +98,9 @@ def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: i
     """A decoder that reads every instruction as `INSTRUCTION_TOKENS` words around the picture's tokens."""
     with default_dtype(dtype):
         mllm = LlavaForConditionalGeneration(LlavaConfig(**read(config.mllm)))
-    processor = SimpleNamespace(tokenizer=None, image_processor=image_processor(mllm.config.vision_config.image_size), image_token="<image>")
+    processor = LlavaProcessor.__new__(LlavaProcessor)
+    processor.tokenizer, processor.image_token = None, "<image>"
+    processor.image_processor = image_processor(mllm.config.vision_config.image_size)
     model = ImageFeatureDecoder(mllm, processor, embed_dim, decoder)
 
     def tokenize(label: list[str], prompt: list[str], image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
