@@ -75,6 +75,7 @@ mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about
 		unet) OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node $(JOBS) -m experiments.mini.recipe.unet $(ARGS) ;; \
 		*) $(RUN) experiments.mini.recipe.$$part $(ARGS) ;; esac; done
 	$(RUN) experiments.mini.recipe.ship
+	$(RUN) experiments.mini.recipe.check_encoders
 	$(RUN) experiments.mini.recipe.check_base
 
 style: $(INSTALLED) ## a mini base in another drawing style, for Figure 10's community checkpoints
