@@ -30,8 +30,9 @@ SHARDS = {"train": ("train", 0), "val": ("train", 1_000_000_000), "heldout": ("h
 #: DreamBooth folder -> the same. The dev subjects are in no shard.
 FOLDERS = {"dreambooth": ("heldout", 0), "dreambooth-dev": ("train", 1_500_000_000)}
 
-#: Triplets: no other materials, few accessories. Captions name the accessory, and lose colour and pattern.
+#: Triplets: few accessories and other materials. Captions name the accessory, and lose colour, pattern and material; `caption_full` keeps them.
 ACCESSORY_RATE = 0.1
+MATERIAL_RATE = 0.12
 SUBJECTS_PER_LABEL = 3
 
 
@@ -53,7 +54,7 @@ def export(
         size: side of the pictures in pixels.
         seed: of scenes and poses; identities do not depend on it.
     """
-    config = {"size": size, "accessory_rate": ACCESSORY_RATE, "renderer": _renderer_digest()}
+    config = {"size": size, "accessory_rate": ACCESSORY_RATE, "material_rate": MATERIAL_RATE, "renderer": _renderer_digest()}
     for split in SHARDS:
         count, a_shard = (train_count, samples_per_shard) if split == "train" else (val_count, max(1, samples_per_shard // 4))
         part = write_shards(out / "shards", split, count, partial(triplets, split, size=size, seed=seed),
@@ -68,7 +69,7 @@ def triplet_picture(split: str, index: int, seed: int = 0) -> world.Picture:
     """Picture number `index` of a split's shards."""
     of, first = SHARDS[split]
     rng = np.random.default_rng([11, seed, first + index])
-    return world.sample_picture(rng, world.identity(of, first + index), accessory_rate=ACCESSORY_RATE)
+    return world.sample_picture(rng, world.identity(of, first + index), accessory_rate=ACCESSORY_RATE, material_rate=MATERIAL_RATE)
 
 
 def triplets(split: str, rows: range, size: int = 64, seed: int = 0) -> Iterator[ShardSample]:
