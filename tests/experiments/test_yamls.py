@@ -22,7 +22,7 @@ from tests.offline_wandb import offline_run
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = EXPERIMENTS / "mini"
 YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
-TRAINING = [path for path in YAMLS if path.name != "eval.yaml"]
+TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "seeds.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,12 @@ def test_the_line_from_shards_to_report(trained, options):
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
     made = {path.relative_to(trained).as_posix() for path in trained.rglob("*")}
     assert {"eval/scores.parquet", "eval/table.md", "report/index.html", "report/grid.png"} <= made
+
+
+def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
+    evaluation(["dreambooth", "--config", str(MINI / "seeds.yaml"), *options, f"--run={tmp_path}"])
+    summary = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert {"text_only", "ip_adapter", "moma", "beta_0.5", "mask_0", "clip_embedding"} <= set(summary)
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")) + [MINI / "ablations/mask_layers.yaml"], ids=lambda p: p.stem)
