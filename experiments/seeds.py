@@ -61,10 +61,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, each on its share of the cores")
     parser.add_argument("--train", nargs="*", default=[], help="extra arguments of both stages' `fit`")
+    parser.add_argument("--only-train", action="store_true")
     args = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.at_once) if args.at_once > 1 else None
     with ThreadPoolExecutor(args.at_once) as workers:
         list(workers.map(lambda seed: train(args.exp, seed, threads, args.train), args.seeds))
+    if args.only_train:
+        return
     for seed in args.seeds:
         evaluate(args.exp, seed)
     write_pooled(Path(f"runs/{args.exp}/seeds"), {seed: Path(f"runs/{args.exp}-seed{seed}") for seed in args.seeds})
