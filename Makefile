@@ -16,7 +16,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) help reproduce ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style clean
+.PHONY: $(STEPS) fetch help reproduce ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -27,6 +27,10 @@ reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each 
 	@begun=$$SECONDS; for step in $(STEPS); do \
 		from=$$SECONDS; $(MAKE) $$step EXP=$(EXP); echo "== $$step: $$((SECONDS - from)) s"; \
 	done; echo "== reproduce: $$((SECONDS - begun)) s in all, see runs/$(EXP)/report/index.html"
+
+fetch: $(INSTALLED) ## download the models that an experiment names, with digests in runs/EXP/fetched.json (mini needs none)
+	$(RUN) moma_lightning fetch --experiment experiments/$(EXP) --out runs/$(EXP)/fetched.json \
+		--models "$$($(RUN) evaluation models --config experiments/$(EXP)/eval.yaml)" $(ARGS)
 
 data: $(INSTALLED) ## triplet shards and the DreamBooth folder (mini: rendered)
 	@if [ "$(EXP)" != mini ]; then echo "make data renders the mini world only: point experiments/$(EXP)/*.yaml at shards of your own" >&2; exit 2; fi

@@ -1,5 +1,6 @@
-"""`python -m evaluation {generate,score,dreambooth,ablate,point,figures,report} --config experiments/<family>/eval.yaml`."""
+"""`python -m evaluation {generate,score,dreambooth,ablate,point,figures,models,report} --config experiments/<family>/eval.yaml`."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from evaluation.config import EvalConfig
 from evaluation.dreambooth import run_dreambooth, run_scoring
 from evaluation.figures import write_figures
 from evaluation.generation import generate
+from evaluation.metrics.encoders import hub_names
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
@@ -27,6 +29,11 @@ def report(config: EvalConfig) -> None:
     log_evaluation(config)
 
 
+def models(config: EvalConfig) -> None:
+    """The protocol's encoders as `moma_lightning fetch --models` takes them."""
+    print(json.dumps(hub_names(config.resolved_protocol().encoders.values())))
+
+
 COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
     "generate": (generate, "make the missing pictures"),
     "score": (run_scoring, "score the pictures; write scores.parquet, summary.json and table.md"),
@@ -34,6 +41,7 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
     "ablate": (run_ablation, "one table of settings: add --config experiments/ablations/<axis>.yaml"),
     "point": (run_point, "one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs"),
     "figures": (figures, "the paper's figures as PNG and SVG"),
+    "models": (models, "names of the protocol's encoders, for `python -m moma_lightning fetch --models`"),
     "report": (report, "figures, report/index.html and report/grid.png; log to wandb"),
 }
 

@@ -31,7 +31,7 @@ class Sampler:
 
     scheduler: a diffusers scheduler class, configured by the base model's own, or None for the base model's own class.
     beta, mask_strength: what methods use that do not say their own. height, width: pixels, None for the base's own size.
-    prompt_template: what the base reads; holds `{prompt}` and may hold `{label}`.
+    prompt_template: what the base reads, the MLLM reads the prompt itself; holds `{prompt}` and may hold `{label}`.
     masks: reference masks from the data set where it has them, or always estimated by SAM.
     """
 

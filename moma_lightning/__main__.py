@@ -1,11 +1,14 @@
-"""`python -m moma_lightning fit|validate|test|predict|generate ...`."""
+"""`python -m moma_lightning fit|validate|test|predict|generate|fetch|convert ...`."""
 
 import sys
+from collections.abc import Callable
 
 USAGE = """usage: python -m moma_lightning <command> ...
 
   fit | validate | test | predict   train or judge a stage: --config experiments/<experiment>/stage1.yaml
   generate                          pictures of a subject from one picture of it and prompts
+  fetch                             download the models that an experiment names: --experiment experiments/<experiment>
+  convert                           adapters between this project's, IP-Adapter's and the released MoMA's files: --from X --to Y
 
 python -m moma_lightning <command> --help lists a command's options."""
 
@@ -14,14 +17,17 @@ def main(arguments: list[str]) -> int:
     """Dispatch on the first argument; what a command needs is imported only then, so that usage comes at once."""
     command = arguments[0] if arguments else None
     if command == "generate":
-        from jsonargparse import auto_cli
-
         from moma_lightning.generate import generate
 
-        try:
-            auto_cli(generate, args=arguments[1:], as_positional=False, prog="python -m moma_lightning generate")
-        except (ValueError, OSError) as error:  # what a person can mend is one line; everything else keeps its traceback
-            sys.exit(f"generate: {error}")
+        run(generate, command, arguments[1:])
+    elif command == "fetch":
+        from moma_lightning.fetch import fetch
+
+        run(fetch, command, arguments[1:])
+    elif command == "convert":
+        from moma_lightning.checkpoints.convert import main as convert
+
+        told(convert, command, arguments[1:])
     elif command in ("fit", "validate", "test", "predict"):
         from moma_lightning.cli import MoMACLI
 
@@ -30,6 +36,21 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if command in ("-h", "--help") else 2
     return 0
+
+
+def run(function: Callable[..., None], command: str, arguments: list[str]) -> None:
+    """Call a function with its parameters as options."""
+    from jsonargparse import auto_cli
+
+    told(lambda args: auto_cli(function, args=args, as_positional=False, prog=f"python -m moma_lightning {command}"), command, arguments)
+
+
+def told(function: Callable[[list[str]], object], command: str, arguments: list[str]) -> None:
+    """What a person can mend is one line; everything else keeps its traceback."""
+    try:
+        function(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{command}: {error}")
 
 
 if __name__ == "__main__":

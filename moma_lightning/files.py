@@ -1,8 +1,11 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,6 +18,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(beside)
         beside.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk in their own ways
         beside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} was not written ({error.strerror}); a file of that name from before is unchanged") from error
+        number, why = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, str(error).splitlines()[0])
+        raise OSError(number, f"{path} was not written ({why}); a file of that name from before is unchanged") from error

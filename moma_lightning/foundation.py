@@ -1,14 +1,15 @@
 """Where frozen base models come from: a local folder (the mini world's are shipped) or a hub id with a pinned revision."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
@@ -17,28 +18,35 @@ from transformers import (
     LlavaProcessor,
 )
 
+from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
+from moma_lightning.single_file import is_single_file, load_single_file
 
-REPOSITORY = Path(__file__).parents[1]
+__all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
+
 MINI = "experiments/mini/foundation"
 
 
 @dataclass
 class FoundationConfig:
-    """Every field is a local folder or a hub id; `<id>@<revision>` pins a revision.
+    """Every model is a local folder, a file, or `owner/name[@revision[/path inside]]` on the hub (moma_lightning/hub.py).
 
-    base: Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler). vae: another autoencoder instead of the base's.
+    base: Stable Diffusion (unet, vae, text_encoder, tokenizer, scheduler), or a community checkpoint in one `.safetensors` file, which
+    takes configs and tokenizer from base_config. vae: another autoencoder instead of the base's.
     image_encoder: CLIP vision tower of the image embeddings. mllm: LLaVA. ip_adapter: start of the context attention.
-    sam: segmenter for pictures that come without a mask.
+    sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
+    trains it in float32.
     """
 
     base: str = f"{MINI}/base"
+    base_config: str | None = None
     vae: str | None = None
     image_encoder: str = f"{MINI}/image_encoder"
     mllm: str = f"{MINI}/llava"
     ip_adapter: str | None = f"{MINI}/ip_adapter/ip-adapter.safetensors"
     sam: str | None = f"{MINI}/sam"
+    mllm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 @dataclass
@@ -52,39 +60,37 @@ class Base:
     scheduler: SchedulerMixin
 
 
-def local_path(path: str) -> Path | None:
-    """The existing file or folder `path` means, tried from the working directory and then from the repository."""
-    for candidate in (Path(path), REPOSITORY / path):
-        if candidate.exists():
-            return candidate
-    return None
-
-
-def resolve(path_or_id: str) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for a folder or `<hub id>@<revision>`.
-
-    Raises FileNotFoundError for what looks like a path (more than one slash, or a leading dot) and is not there.
-    """
-    found = local_path(path_or_id)
-    if found is not None:
-        return {"pretrained_model_name_or_path": str(found)}
-    name, _, revision = path_or_id.partition("@")
-    if name.count("/") != 1 or name.startswith("."):
-        raise FileNotFoundError(f"{path_or_id}: no such folder here or in {REPOSITORY}, and not a hub id of the form owner/name[@revision]")
-    return {"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {})
-
-
 def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+#: What Stable Diffusion was trained with. Some fine-tunes ship another sampler's config that leaves these out, and DDIMScheduler's own
+#: defaults (clipped samples, no offset) would then draw other pictures without a word.
+STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+                             "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+
+
 def load_base(config: FoundationConfig) -> Base:
-    """Load the base model in fp32, frozen."""
-    pipe = StableDiffusionPipeline.from_pretrained(**resolve(config.base), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(**resolve(config.vae), torch_dtype=torch.float32) if config.vae else pipe.vae
+    """Load the base model in fp32, frozen. Raises FileNotFoundError that says how to fetch what is missing."""
+    vae = None
+    if config.vae:
+        with loading(config.vae):
+            vae = AutoencoderKL.from_pretrained(**resolve(config.vae), torch_dtype=torch.float32)
+    if is_single_file(config.base):
+        pipe = load_single_file(config.base, config.base_config, vae)
+    else:
+        with loading(config.base):
+            pipe = StableDiffusionPipeline.from_pretrained(
+                **resolve(config.base), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+            )
     install_processors(pipe.unet)
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    return Base(frozen(pipe.unet), frozen(vae), frozen(pipe.text_encoder), pipe.tokenizer, scheduler)
+    return Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
+
+
+def ddim(config: Mapping[str, Any]) -> DDIMScheduler:
+    """The paper's sampler with a base model's own noise schedule; what its config does not say is Stable Diffusion's."""
+    said = set(config) - set(config.get("_use_default_values", ()))
+    return DDIMScheduler.from_config(config, **{key: value for key, value in STABLE_DIFFUSION_SCHEDULE.items() if key not in said})
 
 
 class ImageEncoder(nn.Module):
@@ -104,11 +110,29 @@ class ImageEncoder(nn.Module):
 
 
 def load_image_encoder(config: FoundationConfig) -> ImageEncoder:
-    """The CLIP vision tower whose embeddings stage 1 predicts (Eq. 4) and IP-Adapter reads."""
-    where = resolve(config.image_encoder)
-    return ImageEncoder(CLIPVisionModelWithProjection.from_pretrained(**where, torch_dtype=torch.float32), CLIPImageProcessor.from_pretrained(**where))
+    """The CLIP vision tower whose embeddings stage 1 predicts (Eq. 4) and IP-Adapter reads.
+
+    A folder without `preprocessor_config.json` (IP-Adapter's own) gets CLIP's, which is what IP-Adapter's code uses. Raises
+    ValueError where that is not the model's picture size.
+    """
+    name = config.image_encoder
+    with loading(name):
+        model = CLIPVisionModelWithProjection.from_pretrained(**resolve(name), torch_dtype=torch.float32)
+        own = has_file(name, "preprocessor_config.json")
+        processor = CLIPImageProcessor.from_pretrained(**resolve(name)) if own else CLIPImageProcessor()
+    if not own and processor.crop_size["height"] != model.config.image_size:
+        raise ValueError(f"{name} has no preprocessor_config.json, and CLIP's own is for 224 pixels, not the model's {model.config.image_size}")
+    return ImageEncoder(model, processor)
 
 
-def load_mllm(config: FoundationConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    where = resolve(config.mllm)
-    return LlavaForConditionalGeneration.from_pretrained(**where, torch_dtype=torch.float32), LlavaProcessor.from_pretrained(**where)
+def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The MLLM in `dtype` and its processor."""
+    with loading(config.mllm):
+        where = resolve(config.mllm)
+        return LlavaForConditionalGeneration.from_pretrained(**where, torch_dtype=dtype), LlavaProcessor.from_pretrained(**where)
+
+
+def mllm_width(config: FoundationConfig) -> int:
+    """Hidden size of the MLLM's language model, from its config alone."""
+    with loading(config.mllm):
+        return AutoConfig.from_pretrained(**resolve(config.mllm)).get_text_config().hidden_size

@@ -22,6 +22,7 @@ def generate(
     decoder: str | None = f"{MINI}/moma/image_feature_decoder",
     beta: float = 1.0,
     mask_strength: float = 1.0,
+    prompt_template: str = "{prompt}",
     guidance_scale: float = 3.0,
     num_inference_steps: int = 25,
     num_images_per_prompt: int = 1,
@@ -41,6 +42,7 @@ def generate(
         decoder: Folder of stage 1 (runs/mini/stage1/image_feature_decoder); null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
         beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 full masking, 0 none.
+        prompt_template: What the base model reads; the released code's is "photo of a {label}. {prompt}".
         guidance_scale: Classifier-free guidance.
         num_inference_steps: Denoising steps.
         num_images_per_prompt: Pictures a prompt.
@@ -52,13 +54,15 @@ def generate(
     pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
-    output = pipe(prompts, read_picture(image), read_picture(mask), label, num_images_per_prompt=num_images_per_prompt,
-                  generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], **settings)
+    worded = [prompt_template.format(prompt=text, label=label) for text in prompts]
+    output = pipe(worded, read_picture(image), read_picture(mask), label, num_images_per_prompt=num_images_per_prompt,
+                  generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], mllm_prompt=prompts, **settings)
     for i, picture in enumerate(output.images):
         text = prompts[i // num_images_per_prompt]
         path = Path(out) / f"{i:03d}-{re.sub('[^a-z0-9]+', '-', text.lower())[:60]}.png"
         write_beside(path, picture.save)
-        record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, **settings), indent=2)
+        record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder,
+                                 prompt_template=prompt_template, **settings), indent=2)  # fmt: skip
         write_beside(path.with_suffix(".json"), lambda beside: beside.write_text(record + "\n"))
         print(path)
 

@@ -86,6 +86,10 @@ class MoMAPipeline(StableDiffusionPipeline):
     def from_base(cls, base: Base, adapter: MoMAAdapter | None = None, decoder: ImageFeatureDecoder | None = None,
                   clip: ImageEncoder | None = None, masker: SamMasker | None = None) -> "MoMAPipeline":
         """Put loaded parts together; the base's attention processors must be MoMA's (`load_base` installs them)."""
+        wanted = adapter.image_proj.proj.in_features if adapter is not None else None
+        for name, part in (("decoder", decoder), ("image encoder", clip)):
+            if part is not None and wanted not in (None, part.embed_dim):
+                raise ValueError(f"the {name} makes embeddings of {part.embed_dim}, the adapter's projector reads {wanted}: they do not belong together")
         pipe = cls(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, safety_checker=None,
                    feature_extractor=None, requires_safety_checker=False)
         pipe.adapter, pipe.decoder, pipe.clip, pipe.masker = adapter, decoder, clip, masker
@@ -122,6 +126,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         mask_threshold: float = 0.2,
         mask_layers: Sequence[int] | None = None,
         guide_subject: bool = False,
+        mllm_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> MoMAPipelineOutput:
@@ -136,17 +141,22 @@ class MoMAPipeline(StableDiffusionPipeline):
             the released code it acts in both halves.
         context_scale: weight of the context cross-attention; 0 turns it off.
         image_embeds: used instead of the decoder's prediction: one row, or one a prompt.
+        mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
+            "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
         Raises ValueError for a label that no prompt names, an empty mask, a reference without adapter or label, or a context
         that nothing can embed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
+        if len(asked) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
         height, width = height or self._default_size(), width or self._default_size()
         device, guided = self._execution_device, guidance_scale > 1
         positive, negative = self.encode_prompt(prompts, device, num_images_per_prompt, guided, negative_prompt)
         text = torch.cat([negative, positive]) if guided else positive
         batch = len(prompts) * num_images_per_prompt
         subject = self.prepare_subject(image, mask, label, height * width) if image is not None else None
-        context = self._context(subject, prompts, image_embeds, context_scale, num_images_per_prompt, guided)
+        context = self._context(subject, asked, image_embeds, context_scale, num_images_per_prompt, guided)
         latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
         guide = None
         if subject is not None:
@@ -223,7 +233,8 @@ class MoMAPipeline(StableDiffusionPipeline):
     def _embed(self, subject: Subject, prompts: Sequence[str]) -> Float[Tensor, "rows dim"]:
         """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
         if self.decoder is not None:
-            return self.decoder(subject.white_background.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), prompts)
+            white = on_white_square(subject.white_background)
+            return self.decoder(white.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), list(prompts))
         if self.clip is None:
             raise ValueError("the context attention needs a decoder or a CLIP image encoder: load one, pass image_embeds, or set context_scale=0")
         return self.clip(subject.pixels)
@@ -231,6 +242,13 @@ class MoMAPipeline(StableDiffusionPipeline):
     def _decode(self, latents, output_type):
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type=output_type)
+
+
+def on_white_square(white_background: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
+    """More white on both sides of the shorter axis: the MLLM's image processor cuts a square out of the middle."""
+    height, width = white_background.shape[-2:]
+    rows, columns = max(0, width - height), max(0, height - width)
+    return nn.functional.pad(white_background, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=1.0)
 
 
 class SubjectGuide:
@@ -287,7 +305,8 @@ def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | Non
     """
     foundation = foundation or FoundationConfig()
     base = load_base(foundation)
-    masker = SamMasker.from_pretrained(foundation.sam) if foundation.sam and (local_path(foundation.sam) is not None) else None
+    sam = foundation.sam
+    masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
     return MoMAPipeline.from_base(
         base,
         adapter=load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None,

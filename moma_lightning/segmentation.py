@@ -1,6 +1,7 @@
 """The subject's mask by Segment Anything: what the paper's evaluation does ("SAM to extract main objects", section 5)."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
-from moma_lightning.foundation import local_path
+from moma_lightning.hub import find_file, local_path
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class SamMasker(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "SamMasker":
-        """Load a folder with `config.json` and `model.safetensors`, or an official `sam_vit_{h,l,b}*.pth` checkpoint.
+        """Load a folder with `config.json` and `model.safetensors`, or an official `sam_vit_{h,l,b}*.pth` checkpoint, here or on the hub.
 
         Raises FileNotFoundError when there is neither, and ValueError when a checkpoint's name does not tell its size or its
         weights do not fit.
         """
         found = local_path(str(path))
+        if found is None and re.search(r"@[^/]+/.*\.pth$", str(path)):
+            found = find_file(str(path))
         if found is not None and found.is_dir():
             return cls(_load_folder(found))
         if found is not None and found.suffix == ".pth":

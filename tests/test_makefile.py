@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
+TARGETS = ["fetch", "data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
            "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
 
 
@@ -36,6 +36,7 @@ def test_every_rule_in_the_file_is_in_help():
 
 
 @pytest.mark.parametrize(("target", "command"), [
+    ("fetch", "moma_lightning fetch --experiment experiments/other --out runs/other/fetched.json"),
     ("stage1", "moma_lightning fit --config experiments/other/stage1.yaml --trainer.max_steps 3"),
     ("stage2", "moma_lightning fit --config experiments/other/stage2.yaml --trainer.max_steps 3"),
     ("eval-dreambooth", "evaluation dreambooth --config experiments/other/eval.yaml --trainer.max_steps 3"),

@@ -155,7 +155,7 @@ def on_base(studio: Studio, base: str | None, number: int, subjects: Sequence[Su
     """A picture of each subject with `base` in the place of the foundation's (None: that one itself)."""
     evaluation, models = studio.evaluation, studio.evaluation.models
     if base is not None:
-        foundation = replace(models.foundation, base=base)
+        foundation = replace(models.foundation, base=base, base_config=models.foundation.base_config or models.foundation.base)
         models = Models(foundation, models.adapter, models.decoder, models.device, digests=models.digests)
     here = Studio(replace(evaluation, models=models), studio.folder)
     for subject in subjects:

@@ -13,7 +13,8 @@ from datamodules.dreambooth import Subject
 from evaluation.protocols import Sampler
 from evaluation.stamps import content_digest, load_picture
 from evaluation.tasks import PictureTask
-from moma_lightning.foundation import FoundationConfig, local_path, resolve
+from moma_lightning.foundation import FoundationConfig, local_path
+from moma_lightning.hub import hub_name
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 
 
@@ -60,7 +61,7 @@ class Models:
             return None
         if path_or_id not in self.digests:
             found = local_path(path_or_id)
-            self.digests[path_or_id] = content_digest(found) if found else "@".join(resolve(path_or_id).values())
+            self.digests[path_or_id] = content_digest(found) if found else str(hub_name(path_or_id))
         return self.digests[path_or_id]
 
 

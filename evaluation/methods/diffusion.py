@@ -107,7 +107,8 @@ class Moma(DiffusionMethod):
         """With this method's base in the place of the foundation's."""
         if self.base is None:
             return models
-        return replace(models, foundation=replace(models.foundation, base=self.base), loaded=None)
+        configs = models.foundation.base_config or models.foundation.base
+        return replace(models, foundation=replace(models.foundation, base=self.base, base_config=configs), loaded=None)
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         named: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
@@ -116,7 +117,8 @@ class Moma(DiffusionMethod):
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         texture = self.sampler.beta if self.texture_beta is None else self.texture_beta
-        return self.draw(subject, reference, tasks, beta=[texture if task.kind == "texture" else self.sampler.beta for task in tasks])
+        beta = [texture if task.kind == "texture" else self.sampler.beta for task in tasks]
+        return self.draw(subject, reference, tasks, beta=beta, mllm_prompt=[task.prompt for task in tasks])
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         embeds = {"image_embeds": clip_embeds(self.pipeline, reference)} if self.context == "image" else {}

@@ -12,6 +12,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Models, Reference
 from evaluation.methods.diffusion import IpAdapter
 from evaluation.tasks import PictureTask
+from moma_lightning.pipeline import on_white_square
 
 
 @dataclass
@@ -41,11 +42,11 @@ class StockIpAdapter(IpAdapter):
 
     @torch.no_grad()
     def predicted(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> Float[Tensor, "tasks dim"]:
-        """Stage 1's embedding for each prompt, worded as the UNet gets it."""
+        """Stage 1's embedding for each prompt."""
         pipeline, sampler = self.pipeline, self.sampler
         size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         area = (sampler.height or size) * (sampler.width or size)
         # prepare_subject is where the pipeline makes I_wb; its pass over the reference goes unused
         white = pipeline.prepare_subject(reference.image, reference.mask, subject.label, area).white_background
-        prompts = [sampler.prompt_template.format(prompt=task.prompt, label=task.label) for task in tasks]
-        return pipeline.decoder(white.expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)
+        prompts = [task.prompt for task in tasks]
+        return pipeline.decoder(on_white_square(white).expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)

@@ -4,7 +4,7 @@ Every setting that moves a score (weights, sizes, interpolation, precision) is a
 protocol can name it. Preprocessing starts from PIL pictures: resizing decoded arrays gives other numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -209,6 +209,16 @@ def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:
     source = resolve(config.model)
     is_folder = local_path(config.model) is not None
     return source if is_folder or config.revision is None else {**source, "revision": config.revision}
+
+
+def hub_names(configs: Iterable[EncoderConfig]) -> list[str]:
+    """`owner/name@revision` of the encoders that come from the hub; DreamSim's package fetches its own."""
+    names = []
+    for config in configs:
+        if not isinstance(config, DreamsimConfig) and local_path(config.model) is None:
+            owner = "timm/" if isinstance(config, DinoConfig) and "/" not in config.model else ""
+            names.append(f"{owner}{config.model}@{config.revision or 'main'}")
+    return names
 
 
 def load_timm(name: str, revision: str | None = None) -> nn.Module:

@@ -1,5 +1,6 @@
 """MoMA's trained part of the diffusion side: subject attention, context attention and the image projector."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from moma_lightning.models.attention import (
 )
 from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.models.projector import ImageProjection
+from moma_lightning.models.published import PublishedModel
 
 Variant = Literal["paper", "released"]
 Reference = dict[int, tuple[Tensor, Tensor]]
@@ -42,7 +44,7 @@ class ContextAttention(nn.Module):
         self.to_v_ip = nn.Linear(cross_attention_dim, channels, bias=False)
 
 
-class MoMAAdapter(nn.Module):
+class MoMAAdapter(nn.Module, PublishedModel):
     """All trained parameters of stage 2, for one UNet architecture.
 
     Layers are numbered by their position in `unet.attn_processors` (down, up, mid; even = self, odd = cross), as in
@@ -75,6 +77,28 @@ class MoMAAdapter(nn.Module):
                     subject.to_k.weight.copy_(attentions[int(i)].to_k.weight)
                     subject.to_v.weight.copy_(attentions[int(i)].to_v.weight)
         return adapter
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, unet: UNet2DConditionModel, variant: Variant | None = None) -> "MoMAAdapter":  # type: ignore[override]
+        """As `checkpoints.load_adapter`: a folder, a file of any layout, or `owner/name@revision` on the hub; frozen, in eval mode."""
+        from moma_lightning.checkpoints import load_adapter  # which builds adapters itself
+
+        return load_adapter(name, unet, variant).eval().requires_grad_(False)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from moma_lightning.checkpoints import save_adapter
+
+        save_adapter(self, save_directory)
+
+    def describe(self) -> dict[str, str]:
+        millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in self.named_children()}
+        sides = f"Subject attention ({millions['subject']:.2f} M parameters), context attention ({millions['context']:.2f} M) and projector to "
+        return {
+            "title": "MoMA adapter",
+            "details": f"{sides}{self.image_proj.num_tokens} tokens ({millions['image_proj']:.2f} M); variant `{self.variant}`. `moma.safetensors` is a "
+                       "valid IP-Adapter file too: diffusers' `load_ip_adapter` reads its `image_proj.` and `ip_adapter.` entries.",
+            "usage": 'MoMAAdapter.from_pretrained("owner/name@revision", unet)  # or adapter: owner/name@revision in a YAML',
+        }  # fmt: skip
 
     def context_conditioning(self, image_embeds: Float[Tensor, "batch dim"], scale: float = 1.0) -> ContextConditioning:
         """Keys and values of the image tokens for every cross-attention layer. Zeros are the unconditional embedding."""

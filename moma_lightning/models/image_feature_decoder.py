@@ -10,10 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from moma_lightning.foundation import FoundationConfig, load_mllm
+from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
+from moma_lightning.hub import find_folder
 from moma_lightning.models.mapping import Mapping
 from moma_lightning.models.preprocess import preprocess
-from moma_lightning.models.trained_weights import read_config, read_weights, write_folder
+from moma_lightning.models.published import PublishedModel
+from moma_lightning.models.trained_weights import CONFIG, WEIGHTS, read_config, read_weights, write_folder
 
 #: The instruction's wording. The released code reads the output at its last word, `*`, and has no token of its own.
 TEMPLATES = {
@@ -45,7 +47,7 @@ def instruction(template: str, label: str, prompt: str) -> str:
     return TEMPLATES[template].format(label=label, prompt=prompt.strip().removesuffix(".").rstrip())
 
 
-class ImageFeatureDecoder(nn.Module):
+class ImageFeatureDecoder(nn.Module, PublishedModel):
     """Predicts the CLIP image embedding of the picture a prompt describes, with the subject of a white-background picture.
 
     Only the inner model of `mllm` is kept: there is no language-model head, so no vocabulary logits. Parameter names begin
@@ -65,9 +67,11 @@ class ImageFeatureDecoder(nn.Module):
         self._choose_trained()
 
     @classmethod
-    def from_foundation(cls, foundation: FoundationConfig, config: DecoderConfig, embed_dim: int) -> "ImageFeatureDecoder":
-        """A decoder that has not seen stage 1: the foundation's MLLM with a new token and mapping."""
-        mllm, processor = load_mllm(foundation)
+    def from_foundation(
+        cls, foundation: FoundationConfig, config: DecoderConfig, embed_dim: int, dtype: torch.dtype = torch.float32
+    ) -> "ImageFeatureDecoder":
+        """A decoder that has not seen stage 1: the foundation's MLLM in `dtype` with a new token and mapping."""
+        mllm, processor = load_mllm(foundation, dtype)
         return cls(mllm, processor, embed_dim, config)
 
     def _choose_trained(self) -> None:
@@ -122,21 +126,43 @@ class ImageFeatureDecoder(nn.Module):
         """What the foundation's MLLM does not hold: the token, the mapping and whatever of the MLLM is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad or not name.startswith("mllm.")}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `own_parameters` (`model.safetensors`) and the options (`config.json`)."""
-        write_folder(Path(folder), self.own_parameters(), {"embed_dim": self.embed_dim, "decoder": asdict(self.config)})
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """`own_parameters` (`model.safetensors`) and the options (`config.json`)."""
+        sizes = {"embed_dim": self.embed_dim, "hidden_size": self.mapping.gate_proj.in_features}
+        write_folder(save_directory, self.own_parameters(), sizes | {"decoder": asdict(self.config)})
+
+    def describe(self) -> dict[str, str]:
+        own = sum(p.numel() for p in self.own_parameters().values()) / 1e6
+        token = "no" if self.token is None else "one"
+        return {
+            "title": "MoMA image-feature decoder",
+            "details": f"Predicts a CLIP image embedding of {self.embed_dim} numbers from a picture and a prompt: {own:.2f} M parameters on top of "
+                       f"an MLLM of width {self.mapping.gate_proj.in_features}; template `{self.config.template}`, {token} learnable token.",
+            "usage": 'ImageFeatureDecoder.from_pretrained("owner/name@revision", foundation)  # or decoder: owner/name@revision in a YAML',
+        }  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":
-        """Read a folder of `save_pretrained`, in eval mode.
+    def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":  # type: ignore[override]
+        """Read a folder of `save_pretrained`, here or as `owner/name@revision` on the hub, in eval mode, the MLLM in the foundation's `mllm_dtype`.
 
         Raises FileNotFoundError for a missing file, ValueError (with file, keys and shapes) for one that does not fit the
         foundation's MLLM.
         """
-        options = read_config(Path(folder))
-        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"])
-        read_weights(Path(folder), decoder.own_parameters())
+        folder = find_folder(str(folder), [WEIGHTS, CONFIG])
+        options = read_config(folder)
+        check_width(folder, options.get("hidden_size"), foundation)
+        dtype = getattr(torch, foundation.mllm_dtype)
+        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"], dtype)
+        read_weights(folder, decoder.own_parameters())
         return decoder.eval()
+
+
+def check_width(folder: Path, hidden_size: int | None, foundation: FoundationConfig) -> None:
+    """ValueError, before gigabytes are loaded, where a decoder was trained on an MLLM of another width than the foundation's."""
+    width = mllm_width(foundation)
+    if hidden_size is not None and hidden_size != width:
+        raise ValueError(f"{folder}: its mapping reads hidden states of {hidden_size}, the MLLM {foundation.mllm} has {width}: "
+                         "set foundation.mllm to the one that stage 1 trained")  # fmt: skip
 
 
 def append_token(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +31,65 @@ def read_config(folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
     """Copy `model.safetensors` into `parameters`, by name; ValueError that names every key that does not fit."""
-    path = _existing(folder / WEIGHTS)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+    path = folder / WEIGHTS
+    tensors = read_tensors(path)
     check_fit(str(path), tensors, parameters)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
 
-def check_fit(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; FileNotFoundError or ValueError that name it."""
+    try:
+        return load_file(_existing(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the entries of `source` compare with a model's parameters. Another dtype is told, and no error: values are converted."""
+
+    source: str
+    read: int
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+    retyped: list[str]
+
+    @property
+    def wrong(self) -> list[str]:
+        return self.missing + self.unexpected + self.reshaped
+
+    def __str__(self) -> str:
+        counts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.reshaped, "of another dtype": self.retyped}
+        told = [f"{self.source}: {self.read} entries, " + ", ".join(f"{len(names)} {kind}" for kind, names in counts.items())]
+        return "\n  ".join(told + [line for names in counts.values() for line in (*names[:10], *_more(names))])
+
+
+def compare(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Fit:
+    """Entries against parameters, by name."""
+    both = [(name, tensors[name], parameter) for name, parameter in parameters.items() if name in tensors]
+    return Fit(
+        source,
+        len(tensors),
+        [f"{name}: missing" for name in parameters if name not in tensors],
+        [f"{name}: not expected" for name in tensors if name not in parameters],
+        [f"{name}: shape {list(a.shape)}, expected {list(b.shape)}" for name, a, b in both if a.shape != b.shape],
+        [f"{name}: {a.dtype}, read as {b.dtype}".replace("torch.", "") for name, a, b in both if a.dtype != b.dtype],
+    )
+
+
+def check_fit(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Fit:
     """ValueError unless `tensors` have exactly the names and shapes of `parameters`; `source` is named in it."""
-    wrong = [f"{name}: missing" for name in parameters if name not in tensors]
-    wrong += [f"{name}: not expected" for name in tensors if name not in parameters]
-    wrong += [
-        f"{name}: shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in tensors and tensors[name].shape != parameter.shape
-    ]
-    if wrong:
-        shown = "\n  ".join(wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []))
-        raise ValueError(f"{source} does not fit the model:\n  {shown}")
+    fit = compare(source, tensors, parameters)
+    if fit.wrong:
+        raise ValueError("\n  ".join([f"{source} does not fit the model:", *fit.wrong[:10], *_more(fit.wrong)]))
+    return fit
+
+
+def _more(lines: list[str]) -> list[str]:
+    return [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
 
 
 def _existing(path: Path) -> Path:

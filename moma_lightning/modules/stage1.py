@@ -16,6 +16,8 @@ from moma_lightning.metrics import EmbeddingMatch
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.sharding import whole_parameters
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
 BASELINES = {
@@ -57,8 +59,9 @@ class Stage1(TrainedPartModule):
     def __init__(
         self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None,
         loss: Literal["mse", "cosine"] = "mse", edits: EditConfig = EditConfig(),  # noqa: B008 - never changed
+        training: TrainingOptions = TrainingOptions(),  # noqa: B008
     ):  # fmt: skip
-        super().__init__(optimizer)
+        super().__init__(optimizer, training)
         self.loss, self.edits = LOSSES[loss], edits
         self.image_encoder = load_image_encoder(foundation)
         embed_dim = self.image_encoder.embed_dim
@@ -121,9 +124,19 @@ class Stage1(TrainedPartModule):
         own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
         return own | {"target_sum": self.target_sum, "target_count": self.target_count}
 
+    def units(self) -> list[nn.Module]:
+        captions = [self.caption_encoder] if self.caption_encoder is not None else []
+        return [*blocks_of(self), self.image_encoder, *captions, self.decoder]
+
+    def compiled(self) -> list[nn.Module]:
+        return blocks_of(self.decoder.mllm.language_model)
+
     def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with whole_parameters(self.decoder, self.decoder.own_parameters()):
+            if self.trainer.is_global_zero:
+                self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
 
 
 def edited(batch: TripletBatch, rate: float) -> tuple[Float[Tensor, "batch 3 height width"], list[str]]:

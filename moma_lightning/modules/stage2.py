@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch, white_background
@@ -23,6 +23,8 @@ from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
 from moma_lightning.pipeline import VARIANTS, MoMAPipeline
+from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.sharding import whole_parameters
 
 BANDS = 4
 
@@ -66,8 +68,9 @@ class Stage2(TrainedPartModule):
     """
 
     def __init__(self, foundation: FoundationConfig, stage2: Stage2Config, optimizer: OptimizerConfig,
-                 decoder: str | None = None, grid: GridConfig = GridConfig()):  # noqa: B008 - never changed
-        super().__init__(optimizer)
+                 decoder: str | None = None, grid: GridConfig = GridConfig(),  # noqa: B008 - never changed
+                 training: TrainingOptions = TrainingOptions()):  # noqa: B008
+        super().__init__(optimizer, training)
         self.config, self.grid = stage2, grid
         self.base = load_base(foundation)
         self.unet, self.vae, self.text_encoder = self.base.unet, self.base.vae, self.base.text_encoder
@@ -117,14 +120,18 @@ class Stage2(TrainedPartModule):
             return self.image_encoder(batch.pixel_values)
         return self.decoder(white_background(batch.pixel_values, batch.subject_mask), batch.label, batch.caption)
 
+    def random_draws(self, latents: Float[Tensor, "batch c h w"], generator: torch.Generator | None, drop: bool):
+        """Noise, timesteps and, for the two dropouts, numbers in [0, 1) [2, batch]; the latter None without `drop`."""
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
+        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=self.device)
+        return noise, timesteps, torch.rand(2, len(latents), device=self.device) if drop else None
+
     def sample_losses(self, batch: TripletBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
         """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
         latents, reference_latents = self.latents(batch)
-        noise = torch.randn(latents.shape, generator=generator, device=self.device)
-        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(batch),), generator=generator, device=self.device)
+        noise, timesteps, chance = self.random_draws(latents, generator, drop)
         embeds, captions = self.context_embeds(batch), batch.caption
-        if drop:
-            chance = torch.rand(2, len(batch), device=self.device)
+        if chance is not None:
             embeds = torch.where((chance[0] < self.config.context_dropout)[:, None], torch.zeros_like(embeds), embeds)
             captions = ["" if lost else text for lost, text in zip((chance[1] < self.config.text_dropout).tolist(), captions, strict=True)]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
@@ -167,7 +174,12 @@ class Stage2(TrainedPartModule):
             self.log(f"{split}/loss_t{band}", values[bands == band].mean(), batch_size=int((bands == band).sum()))
 
     def on_validation_epoch_end(self) -> None:
-        if self.grid.pictures and self.trainer.is_global_zero and self.grid_samples is not None and not self.trainer.sanity_checking:
+        if not self.grid.pictures or self.grid_samples is None or self.trainer.sanity_checking:
+            return
+        if self.device_mesh is not None:  # every rank holds a part of the models, so all draw, and the same pictures
+            with self.trainer.precision_plugin.forward_context():  # the parts come together in the training's type
+                self._log_grid(self.trainer.strategy.broadcast(self.grid_samples))
+        elif self.trainer.is_global_zero:
             self._log_grid(self.grid_samples)
 
     @torch.no_grad()
@@ -181,8 +193,8 @@ class Stage2(TrainedPartModule):
                           guidance_scale=self.grid.guidance_scale, num_inference_steps=self.grid.num_inference_steps,
                           generator=torch.Generator("cpu").manual_seed(i))
             rows.append([reference, output.images[0]])
-        grid = picture_grid(rows)
-        self._save_grid(grid)
+        if self.trainer.is_global_zero:
+            self._save_grid(picture_grid(rows))
 
     def _save_grid(self, grid: Image.Image) -> None:
         write_beside(Path(self.trainer.default_root_dir) / "pictures" / f"step-{self.global_step:06d}.png", grid.save)
@@ -190,10 +202,21 @@ class Stage2(TrainedPartModule):
             if hasattr(logger, "log_image"):
                 logger.log_image("val/pictures", [grid], step=self.global_step)
 
+    def units(self) -> list[nn.Module]:
+        unet, decoder = self.unet, [self.decoder] if self.decoder is not None else []
+        parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet, self.vae.encoder, self.vae.decoder, self.text_encoder]
+        return [*blocks_of(self), *parts, self.image_encoder, *decoder]
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.unet]
+
     def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            card = {"steps": self.global_step, "context": self.config.context}
-            save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
+        if self.trainer.fast_dev_run:
+            return
+        with whole_parameters(self.adapter, dict(self.adapter.named_parameters())):
+            if self.trainer.is_global_zero:
+                card = {"steps": self.global_step, "context": self.config.context}
+                save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
 
 
 def load_decoder(folder: str | None, foundation: FoundationConfig) -> ImageFeatureDecoder:

@@ -109,6 +109,12 @@ def test_scheduler_and_template_come_from_the_protocol(evaluation):
         call(TextOnly(), evaluation, pipeline, Sampler(scheduler="NoSuchScheduler"))
 
 
+def test_the_mllm_reads_the_prompt_without_the_bases_template(evaluation):
+    given = call(Moma(), evaluation, Recorder(), Sampler(prompt_template="photo of a {label}. {prompt}"))
+    assert given["mllm_prompt"] == [task.prompt for task in given["tasks"]]
+    assert given["prompts"] == [f"photo of a mug. {text}" for text in given["mllm_prompt"]]
+
+
 def test_masks_from_the_data_only_where_the_protocol_says(tmp_path, evaluation):
     assert evaluation.reference(evaluation.subjects[0], 1).mask_path.name == "01.png"
     sam = Evaluation(evaluation.config, named("dreambooth"), evaluation.data, evaluation.models)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from tests.offline_wandb import offline_run
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = EXPERIMENTS / "mini"
 YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
-TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "seeds.yaml")]
+TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "foundation.yaml", "seeds.yaml")]
+#: What full-size YAMLs are run with here: the mini world's base models and pictures, one CPU process.
+STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(FoundationConfig())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
+             "--trainer.precision", "32-true", "--data.init_args.config.image_size", "64", "--data.init_args.config.num_workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,12 @@ def test_there_are_yamls_of_each_kind():
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_training_takes_a_step(path, fit, decoder, tmp_path):
-    fit(path, tmp_path, "--trainer.fast_dev_run", "1", *(("--model.init_args.decoder", str(decoder)) if path.name == "stage2.yaml" else ()))
+    options = ["--trainer.fast_dev_run", "1", *([] if path.parent == MINI else STAND_INS)]
+    if path.name == "stage2.yaml":
+        options += ["--model.init_args.decoder", str(decoder)]
+    if path.name == "stage1.yaml":
+        options += ["--model.init_args.clip", str(MINI / "foundation/clip")]
+    fit(path, tmp_path, *options)
 
 
 def test_the_line_from_shards_to_report(trained, options):
@@ -138,4 +147,4 @@ def test_evaluation_is_parsed(path):
     command, config = parse(["dreambooth", "--config", str(path)])
     assert command == "dreambooth"
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(config.methods)
-    assert config.resolved_protocol().name == "mini"
+    assert config.resolved_protocol().name == ("mini" if path.parent == MINI else "moma-paper, modified")

@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_old_file(base, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moma_lightning.checkpoints.save_file", full)
+    monkeypatch.setattr("moma_lightning.checkpoints.formats.save_file", full)
     with pytest.raises(OSError, match=r"moma.safetensors was not written \(No space left on device\)"):
         save_adapter(tiny_adapter(base), tmp_path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2

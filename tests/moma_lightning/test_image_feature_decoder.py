@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from moma_lightning.foundation import load_mllm
+from moma_lightning.foundation import FoundationConfig, load_mllm
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder, append_token, instruction
 
 EMBED = 12
@@ -195,7 +195,7 @@ def test_save_and_load_give_the_same_output(mllm, tiny_foundation, pictures, tmp
             parameter.add_(0.1 * torch.randn_like(parameter))
     decoder.save_pretrained(tmp_path)
     loaded = ImageFeatureDecoder.from_pretrained(tmp_path, tiny_foundation)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert loaded.config == decoder.config and not loaded.training
     assert torch.equal(loaded(pictures, LABELS, PROMPTS), decoder(pictures, LABELS, PROMPTS))
 
@@ -235,6 +235,21 @@ def test_refuses_a_cut_file(decoder, tiny_foundation, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole"):
         ImageFeatureDecoder.from_pretrained(tmp_path, tiny_foundation)
+
+
+def test_refuses_an_mllm_of_another_width_before_loading_it(decoder, tiny_foundation, tmp_path, monkeypatch):
+    decoder.save_pretrained(tmp_path)
+    monkeypatch.setattr(f"{ImageFeatureDecoder.__module__}.load_mllm", lambda *_: pytest.fail("gigabytes were loaded first"))
+    with pytest.raises(ValueError, match=r"its mapping reads hidden states of 24, the MLLM .* has 128: set foundation.mllm"):
+        ImageFeatureDecoder.from_pretrained(tmp_path, replace(tiny_foundation, mllm=FoundationConfig().mllm))
+
+
+def test_a_frozen_mllm_may_be_in_half_precision(decoder, tiny_foundation, pictures, tmp_path):
+    decoder.save_pretrained(tmp_path)
+    loaded = ImageFeatureDecoder.from_pretrained(tmp_path, replace(tiny_foundation, mllm_dtype="bfloat16"))
+    assert next(loaded.mllm.parameters()).dtype == torch.bfloat16 and loaded.mapping.up_proj.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert F.cosine_similarity(loaded(pictures, LABELS, PROMPTS), decoder(pictures, LABELS, PROMPTS)).min() > 0.99
 
 
 def test_names_a_missing_file(tiny_foundation, tmp_path):

@@ -4,7 +4,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from moma_lightning.foundation import ImageEncoder
 from moma_lightning.pipeline import MoMAPipeline
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
 
@@ -144,6 +146,13 @@ def test_clear_errors(base):
         run(pipe, image=picture(), mask=square_mask(), label="cat", image_embeds=None)
 
 
+def test_parts_that_do_not_belong_together_are_refused(base):
+    small = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8, projection_dim=7)
+    clip = ImageEncoder(CLIPVisionModelWithProjection(small), CLIPImageProcessor())
+    with pytest.raises(ValueError, match="the image encoder makes embeddings of 7, the adapter's projector reads 24"):
+        MoMAPipeline.from_base(base, tiny_adapter(base), clip=clip)
+
+
 def test_without_a_decoder_clip_of_the_whole_reference_is_the_context(base):
     def clip(pixels):
         return pixels.mean((1, 2, 3))[:, None].expand(-1, EMBED_DIM)
@@ -163,3 +172,27 @@ def test_jpeg_noise_in_a_mask_is_background(base):
     noisy = Image.fromarray(np.maximum(np.asarray(clean), 10))
     pictures = [run(pipe, image=picture(), mask=m, label="cat").images for m in (clean, noisy)]
     assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_subject_smaller_than_any_attention_cell_still_acts(base, size):
+    """In the released code it can vanish from the coarsest mask, and the softmax over nothing is not a number."""
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 33 : 33 + size, 18 : 18 + size] = 1
+    with_subject, without = (run(pipe, image=picture(), mask=mask, label="cat", beta=beta).images for beta in (1.0, 0.0))
+    assert np.isfinite(with_subject).all() and not np.array_equal(with_subject, without)
+
+
+def test_the_mllm_is_asked_for_its_own_prompt_and_sees_the_whole_subject(base):
+    """A picture that is no square is padded with its own white, not cut, and the label's map is read off the UNet's prompt."""
+    seen, pipe = [], MoMAPipeline.from_base(base, tiny_adapter(base))
+    pipe.decoder = lambda white, labels, prompts: seen.append((white, labels, prompts)) or torch.zeros(2, EMBED_DIM)
+    subject = dict(image=picture(96, 48), mask=torch.ones(1, 48, 96), label="cat", image_embeds=None)
+    run(pipe, ["photo of a cat. it swims", "photo of a cat. it flies"], **subject, mllm_prompt=["it swims", "it flies"])
+    ((white, labels, prompts),) = seen
+    assert (labels, prompts) == (["cat", "cat"], ["it swims", "it flies"])
+    height, width = (white[0] < 1).any(0).any(1).sum(), (white[0] < 1).any(0).any(0).sum()
+    assert white.shape[-1] == white.shape[-2] == width == 2 * height
+    with pytest.raises(ValueError, match="2 prompts and 1 mllm_prompts"):
+        run(pipe, **subject, mllm_prompt="it swims")

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -8,11 +7,8 @@ from torch.utils.data import DataLoader
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch
 from moma_lightning.checkpoints import load_adapter
-from moma_lightning.foundation import FoundationConfig
-from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
-from tests.tiny import tiny_base
 
 EMBED = 12
 
@@ -29,21 +25,6 @@ def batch(seed: int, size: int = 3, height: int = 32, width: int = 32, empty: bo
 
 def loader(*seeds: int) -> DataLoader:
     return DataLoader([batch(seed) for seed in seeds], batch_size=None)
-
-
-@pytest.fixture(scope="session")
-def foundation(tiny_foundation, tmp_path_factory) -> FoundationConfig:
-    folder, base = tmp_path_factory.mktemp("base"), tiny_base()
-    pipe = StableDiffusionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
-    return FoundationConfig(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
-
-
-@pytest.fixture(scope="session")
-def decoder_folder(foundation, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("decoder")
-    ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), EMBED).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

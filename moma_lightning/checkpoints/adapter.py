@@ -1,0 +1,82 @@
+"""A MoMAAdapter to and from files: the project's own folder (safetensors + JSON card), or any layout of `formats`.
+
+The native file's `image_proj.` and `ip_adapter.` entries are IP-Adapter's layout, so the context side is a valid IP-Adapter file.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from moma_lightning.checkpoints.formats import ADAPTER_FILE, CheckpointError, State, read_adapter_file, write_safetensors
+from moma_lightning.files import write_beside
+from moma_lightning.models.adapter import MoMAAdapter, Variant
+from moma_lightning.models.trained_weights import check_fit
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "card.json"
+_PARTS = {"image_proj": "image_proj", "context": "ip_adapter", "subject": "subject_adapter"}
+
+
+def adapter_state(adapter: MoMAAdapter, *, subject: bool = True) -> State:
+    """The adapter's parameters under the file's names; without the subject side it is an IP-Adapter file's content."""
+    state = {}
+    for name, value in adapter.state_dict().items():
+        part, _, rest = name.partition(".")
+        if subject or part != "subject":
+            state[f"{_PARTS[part]}.{rest}"] = value.detach()
+    return state
+
+
+def save_adapter(adapter: MoMAAdapter, folder: str | Path, card: dict[str, Any] | None = None, *, subject: bool = True) -> Path:
+    """Write `moma.safetensors` and `card.json` into `folder`, each beside and renamed. Returns the weights' path."""
+    return write_native(Path(folder), adapter_state(adapter, subject=subject), adapter.variant, card)
+
+
+def write_native(folder: Path, state: Mapping[str, Tensor], variant: str, card: dict[str, Any] | None = None) -> Path:
+    """The native folder of entries under native names."""
+    subject = any(name.startswith("subject_adapter.") for name in state)
+    num_tokens = len(state["image_proj.proj.weight"]) // len(state["image_proj.norm.weight"])
+    written = {"variant": variant, "num_tokens": num_tokens, "subject": subject} | (card or {})
+    write_safetensors(folder / ADAPTER_FILE, state, {"moma_variant": variant})
+    write_beside(folder / CARD_FILE, lambda p: p.write_text(json.dumps(written, indent=2) + "\n"))
+    return folder / ADAPTER_FILE
+
+
+def load_adapter(path: str | Path, unet: UNet2DConditionModel, variant: Variant | None = None) -> MoMAAdapter:
+    """The adapter in `path` for this UNet. A file without a subject side (an IP-Adapter) leaves lambda at 0.
+
+    variant: overrides what the file says; files that say nothing are "released". A released file's `llm_mapping` is the
+    image-feature decoder's and is passed over. Raises CheckpointError as `load_into`.
+    """
+    state, metadata = read_adapter_file(path)
+    state = {name: value for name, value in state.items() if not name.startswith("mapping.")}
+    weight = state.get("image_proj.proj.weight")
+    if weight is None:
+        raise CheckpointError(f"{path} holds no image_proj.proj.weight: not an IP-Adapter (the plain one) or MoMA adapter file")
+    num_tokens = max(1, weight.shape[0] // unet.config.cross_attention_dim)
+    variant = variant or cast(Variant, metadata.get("moma_variant", "released"))
+    adapter = MoMAAdapter.for_unet(unet, weight.shape[1], num_tokens=num_tokens, variant=variant)
+    load_into(adapter, state, path)
+    return adapter
+
+
+def load_into(adapter: MoMAAdapter, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Strictly copy file entries into an adapter, in its own dtype; only the whole subject side may be absent.
+
+    Logs what was read. Raises CheckpointError that lists missing, unexpected and wrongly shaped entries by name.
+    """
+    has_subject = any(name.startswith("subject_adapter.") for name in state)
+    expected = adapter_state(adapter, subject=has_subject)
+    try:
+        logger.info("%s", check_fit(str(path), state, expected))
+    except ValueError as error:
+        raise CheckpointError(f"{error}\nUse the base model that the adapter was trained on.") from error
+    own = {value: key for key, value in _PARTS.items()}
+    named = {f"{own[n.partition('.')[0]]}.{n.partition('.')[2]}": v for n, v in state.items()}
+    adapter.load_state_dict({n: v.float() for n, v in named.items()}, strict=has_subject)

@@ -1,0 +1,135 @@
+"""`python -m moma_lightning convert --from X --to Y`: adapters and decoders between the formats that can hold them."""
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from moma_lightning.checkpoints.adapter import write_native
+from moma_lightning.checkpoints.formats import (
+    CheckpointError,
+    State,
+    ip_adapter_layout,
+    read_adapter_file,
+    released_layout,
+    write_pickle,
+    write_safetensors,
+)
+from moma_lightning.checkpoints.released_mllm import MLLM_TRAINED, read_mllm
+from moma_lightning.hub import local_path
+from moma_lightning.models.trained_weights import WEIGHTS, read_config, read_tensors, write_folder
+
+ADAPTER, DECODER = "adapter", "image_feature_decoder"
+SIDES = {"image_proj": "projector", "ip_adapter": "context side", "subject_adapter": "subject side", "mapping": "mapping", "mllm": "MLLM", "token": "token"}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m moma_lightning convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="""formats, by name:
+  <folder>        native: <folder>/adapter and, from a released file, <folder>/image_feature_decoder; read also as stage 2's folder alone
+  *.th            the released MoMA file: projector, both sides and the decoder's mapping
+  *.bin           IP-Adapter: projector and context side, as a pickle
+  *.safetensors   IP-Adapter in safetensors (a source may be the native file)""")  # fmt: skip
+    parser.add_argument("--from", dest="source", required=True, help="file, folder, or owner/name@revision/<file> on the hub")
+    parser.add_argument("--to", dest="target", required=True, help="what to write; its name says the format")
+    parser.add_argument("--decoder", help="image_feature_decoder folder whose mapping a .th target takes, where it is not in the source")
+    parser.add_argument("--mllm", help="the released MLLM, a folder in LLaVA's original layout or its hub name: goes into the decoder's folder")
+    given = parser.parse_args(arguments)
+    print(convert(given.source, given.target, given.decoder, given.mllm))
+
+
+def convert(source: str, target: str, decoder: str | None = None, mllm: str | None = None) -> str:
+    """Convert, and return the report: what was read, what was written, and what the target's format cannot hold.
+
+    Values and dtypes stay what they are. Raises CheckpointError for a source that cannot be read or that lacks what the target
+    must hold, and for a target that would have to be computed (a paper-variant adapter as a released file).
+    """
+    path = Path(target)
+    if path.suffix == ".th" and decoder is None and (beside := local_path(f"{source}/{DECODER}")) is not None:
+        decoder = str(beside)
+    state, variant = read_source(source)
+    if decoder is not None:
+        state |= read_decoder_mapping(Path(decoder))
+    if mllm is not None:
+        state |= read_mllm(mllm)
+    write = {".th": write_released, ".bin": write_ip_adapter, ".safetensors": write_ip_adapter}.get(path.suffix, write_folders)
+    written = write(path, state, variant)
+    lost = {name: value for name, value in state.items() if name not in written}
+    lines = [f"read     {source}: {summary(state)}", f"written  {target}: {summary(written)}"]
+    return "\n".join(lines + ([f"left out {summary(lost)}: the format of {path.name} does not hold them"] if lost else []))
+
+
+def read_source(source: str) -> tuple[State, str]:
+    """An adapter's entries under native names, and its variant."""
+    state, metadata = read_adapter_file(local_path(f"{source}/{ADAPTER}") or local_path(source) or source)
+    unknown = [name for name in state if name.partition(".")[0] not in SIDES]
+    if unknown:
+        raise CheckpointError(f"{source}: unexpected entries {', '.join(unknown[:5])}")
+    return state, metadata.get("moma_variant", "released")
+
+
+def read_decoder_mapping(folder: Path) -> State:
+    """The mapping of an image-feature decoder, for the released file. Raises CheckpointError for a decoder that the file cannot describe."""
+    options = read_config(folder)["decoder"]
+    if options["template"] != "released" or options["learnable_token"]:
+        raise CheckpointError(f"{folder}: its decoder uses the paper's template or a learnable token; the released file holds neither")
+    return {name: value for name, value in read_tensors(folder / WEIGHTS).items() if name.startswith("mapping.")}
+
+
+def write_released(path: Path, state: State, variant: str) -> State:
+    if variant != "released":
+        raise CheckpointError(f"{path}: an adapter of the {variant} variant cannot be written as a released file: its W' stand in the frozen layer's place")
+    require(path, state, "image_proj", "ip_adapter", "subject_adapter", "mapping")
+    kept = {name: value for name, value in state.items() if not name.startswith("mllm.")}
+    write_pickle(path, released_layout(kept))
+    return kept
+
+
+def write_ip_adapter(path: Path, state: State, variant: str) -> State:
+    require(path, state, "image_proj", "ip_adapter")
+    nested = ip_adapter_layout(state)
+    kept = {f"{part}.{name}": value for part, entries in nested.items() for name, value in entries.items()}
+    if path.suffix == ".bin":
+        write_pickle(path, nested)
+    else:
+        write_safetensors(path, kept, {})
+    return kept
+
+
+def write_folders(path: Path, state: State, variant: str) -> State:
+    """Native: the adapter's folder, and the released decoder's where there is a mapping."""
+    require(path, state, "image_proj", "ip_adapter")
+    decoder = {name: value for name, value in state.items() if name.partition(".")[0] in ("mapping", "mllm")}
+    write_native(path / ADAPTER, {name: value for name, value in state.items() if name not in decoder}, variant)
+    if decoder:
+        require(path, state, "mapping")
+        write_folder(path / DECODER, decoder, decoder_config(decoder))
+    return state
+
+
+def decoder_config(state: Mapping[str, Tensor]) -> dict:
+    """config.json of the released image-feature decoder: its template, and no token of its own."""
+    trained = MLLM_TRAINED if any(name.startswith("mllm.") for name in state) else []
+    embed_dim, hidden_size = state["mapping.gate_proj.weight"].shape
+    options = {"template": "released", "learnable_token": False, "trainable": [*trained, r"^mapping\."]}
+    return {"embed_dim": embed_dim, "hidden_size": hidden_size, "decoder": options}
+
+
+def require(path: Path, state: Mapping[str, Tensor], *parts: str) -> None:
+    have = {name.partition(".")[0] for name in state}
+    if lacking := [SIDES[part] for part in parts if part not in have]:
+        hint = " (the mapping: --decoder)" if "mapping" in lacking else ""
+        raise CheckpointError(f"{path} must hold the {' and the '.join(lacking)}, which the source does not{hint}")
+
+
+def summary(state: Mapping[str, Tensor]) -> str:
+    """Entries, parameters and dtypes by side."""
+    lines = []
+    for side, title in SIDES.items():
+        values = [value for name, value in state.items() if name.partition(".")[0] == side]
+        if values:
+            dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in values)
+            lines.append(f"{title} {sum(v.numel() for v in values) / 1e6:.2f} M ({len(values)} entries, {', '.join(dtypes)})")
+    return "; ".join(lines)

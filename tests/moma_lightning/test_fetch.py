@@ -1,0 +1,109 @@
+"""Fetching from a hub on the loopback interface, and reading offline what was fetched."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from evaluation.cli import main as evaluation
+from moma_lightning.__main__ import main
+from moma_lightning.checkpoints import read_adapter_file
+from moma_lightning.fetch import fetch, fetch_model, named_models, wanted
+from moma_lightning.foundation import MINI, FoundationConfig, load_base, load_image_encoder, load_mllm
+from tests.fake_hub import fake_hub
+
+FOUNDATION = Path(__file__).parents[2] / MINI
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with fake_hub(tmp_path / "cache") as hub:
+        yield hub
+
+
+def offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_what_was_fetched_is_read_offline_as_if_it_lay_here(hub, tmp_path, monkeypatch):
+    """In the repositories' own layouts: a pipeline, a model with its processor, and a folder and a file inside one repository."""
+    hub.add_folder("o/base", FOUNDATION / "base")
+    hub.repositories["o/base"] |= {"base.safetensors": b"a single-file copy", "safety_checker/model.safetensors": b"not read"}
+    hub.add_folder("o/llava", FOUNDATION / "llava")
+    hub.add_folder("o/ip", FOUNDATION / "image_encoder", "models/image_encoder/")
+    hub.add_folder("o/ip", FOUNDATION / "ip_adapter", "models/")
+    config = FoundationConfig(base=f"o/base@{hub.commit('o/base')}", mllm="o/llava@main", image_encoder="o/ip@main/models/image_encoder",
+                              ip_adapter="o/ip@main/models/ip-adapter.safetensors")  # fmt: skip
+    fetch(models=[config.base, config.mllm, config.image_encoder, str(config.ip_adapter)], out=str(tmp_path / "fetched.json"))
+    asked = len(hub.requests)
+    offline(monkeypatch)
+    for load in (load_base, load_image_encoder, lambda c: load_mllm(c)[0]):
+        ours, shipped = load(config), load(FoundationConfig())
+        ours, shipped = (getattr(model, "unet", model).state_dict() for model in (ours, shipped))
+        assert all(torch.equal(ours[name], shipped[name]) for name in shipped)
+    assert "image_proj.proj.weight" in read_adapter_file(str(config.ip_adapter))[0]
+    assert len(hub.requests) == asked
+    manifest = json.loads((tmp_path / "fetched.json").read_text())
+    known = json.loads((FOUNDATION / "manifest.json").read_text())["files"]
+    digests = {entry["file"]: entry["sha256"] for entry in manifest if entry["name"] == "o/base"}
+    assert digests == {name.removeprefix("base/"): about["sha256"] for name, about in known.items() if name.startswith("base/")}
+
+
+def test_a_folder_without_a_processor_gets_clips_own_if_it_fits(hub):
+    """As in IP-Adapter's repository, whose encoder reads 224 pixels. The mini encoder reads 64: that must not pass."""
+    hub.add_folder("o/ip", FOUNDATION / "image_encoder", "models/image_encoder/")
+    del hub.repositories["o/ip"]["models/image_encoder/preprocessor_config.json"]
+    with pytest.raises(ValueError, match="CLIP's own is for 224 pixels, not the model's 64"):
+        load_image_encoder(FoundationConfig(image_encoder="o/ip@main/models/image_encoder"))
+
+
+def test_names_in_yamls_and_in_the_yamls_they_name():
+    names = named_models(EXPERIMENTS / "sd15_llava7b/stage1.yaml")
+    assert len(names) == 7 and len({name.partition("@")[0] for name in names}) == 6  # IP-Adapter's repository twice
+    assert all(len(name.partition("@")[2].partition("/")[0]) == 40 for name in names), "pinned to a commit"
+    assert named_models(EXPERIMENTS / "mini/stage1.yaml") == []
+
+
+def test_encoders_of_a_protocol_are_named_for_fetching(capsys):
+    evaluation(["models", "--config", str(EXPERIMENTS / "sd15_llava7b/eval.yaml")])
+    clip = "openai/clip-vit-base-patch32@3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+    assert json.loads(capsys.readouterr().out) == ["timm/vit_small_patch16_224.dino@main", clip]
+
+
+def test_of_each_folders_weights_one_format_is_fetched():
+    transformers = ["config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "tokenizer.model", "README.md", "a.png"]
+    assert wanted(transformers) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert wanted(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
+    pipeline = ["model_index.json", "v1-5.safetensors", "v1-5.ckpt", "unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors",
+                "vae/config.json", "vae/model.bin", "safety_checker/model.safetensors", "tokenizer/merges.txt"]  # fmt: skip
+    assert wanted(pipeline) == ["model_index.json", "tokenizer/merges.txt", "unet/config.json", "unet/model.safetensors", "vae/config.json", "vae/model.bin"]
+    ip_adapter = ["models/ip.bin", "models/ip.safetensors", "models/image_encoder/config.json", "models/image_encoder/model.safetensors", "sdxl/ip.bin"]
+    assert wanted(ip_adapter, "models/ip.bin") == ["models/ip.bin"]
+    assert wanted(ip_adapter, "models/image_encoder") == ["models/image_encoder/config.json", "models/image_encoder/model.safetensors"]
+
+
+def test_a_file_that_is_not_what_the_hub_says_is_refused(hub, tmp_path):
+    hub.repositories["o/m"] = {"config.json": b"{}", "model.safetensors": b"whole"}
+    blob = Path(fetch_model("o/m@main")[1].path).resolve()
+    blob.write_bytes(b"wrong")
+    with pytest.raises(OSError, match=r"model.safetensors: its sha256 is .*delete the file and fetch again"):
+        fetch_model("o/m@main")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--models", "o/none@main"], "o/none@main could not be loaded .*not found"),
+    (["--models", "o/m@gone"], "o/m@gone could not be loaded"),
+    (["--models", "o/m@main/no/folder"], "holds no no/folder"),
+    (["--models", "nonsense"], "not a hub name"),
+    (["--experiment", "experiments/nowhere"], "no such experiment"),
+    ([], "nothing to fetch"),
+])  # fmt: skip
+def test_what_cannot_be_fetched_is_said_in_a_line(hub, options, message, monkeypatch):
+    hub.repositories["o/m"] = {"config.json": b"{}"}
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit, match=f"(?is)fetch: .*{message}"):
+        main(["fetch", *options])
