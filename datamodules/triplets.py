@@ -275,6 +275,7 @@ def collate(triplets: list[Triplet]) -> TripletBatch:
         caption=[t.caption for t in triplets],
         label=[t.label for t in triplets],
         key=[t.key for t in triplets],
+        full_caption=[t.full_caption for t in triplets],
     )
 
 

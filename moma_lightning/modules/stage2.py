@@ -18,7 +18,7 @@ from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, froz
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
-from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
@@ -38,6 +38,8 @@ class Stage2Config:
     subject: train the subject attention; False is an IP-Adapter.
     context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
     num_tokens: N of section 3.2.
+    subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
+    min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
     """
 
     variant: Variant = "released"
@@ -46,6 +48,8 @@ class Stage2Config:
     context_dropout: float = 0.1
     text_dropout: float = 0.0
     num_tokens: int = 4
+    subject_weight: float = 0.0
+    min_snr_gamma: float | None = None
 
 
 @dataclass
@@ -81,28 +85,31 @@ class Stage2(TrainedPartModule):
         self.grid_samples: TripletBatch | None = None
 
     def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch,
-                image_embeds: Float[Tensor, "batch dim"], captions: list[str]) -> Float[Tensor, "batch c h w"]:
+                image_embeds: Float[Tensor, "batch dim"], captions: list[str],
+                reference_latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """Noise prediction with both conditions; M_gen = M_ref, as always in training."""
         latent_size = tuple(noisy_latents.shape[-2:])
         context, subject = self.adapter.context_conditioning(image_embeds), None
         if self.config.subject:
             mask = MaskPyramid(batch.subject_mask, latent_size)
-            subject = self.adapter.subject_conditioning(self.reference_features(batch), mask, mask)
+            subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch.label), mask, mask)
             if VARIANTS[self.config.variant].mask_context:
                 context.generated_mask = mask
         conditioning = Conditioning(subject, context)
         return self.unet(noisy_latents, timesteps, self.encode_text(captions), cross_attention_kwargs={"conditioning": conditioning}).sample
 
-    def reference_features(self, batch: TripletBatch):
+    def reference_features(self, latents: Float[Tensor, "batch c h w"], label: list[str]):
         """The frozen UNet's own features of the clean reference, with the label as text."""
-        seen = batch.pixel_values
-        if VARIANTS[self.config.variant].white_reference:
-            seen = white_background(seen, batch.subject_mask)
-        return self.adapter.reference_features(self.unet, self.encode_images(seen), self.encode_text(batch.label))
+        return self.adapter.reference_features(self.unet, latents, self.encode_text(label))
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
-        return self.vae.encode(pixel_values).latent_dist.sample() * self.vae.config.scaling_factor
+    def latents(self, batch: TripletBatch) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
+        """Two samples of the autoencoder's posterior: of the target, and of what the reference pass sees of it."""
+        target = self.vae.encode(batch.pixel_values).latent_dist
+        seen = target
+        if self.config.subject and VARIANTS[self.config.variant].white_reference:
+            seen = self.vae.encode(white_background(batch.pixel_values, batch.subject_mask)).latent_dist
+        return target.sample() * self.vae.config.scaling_factor, seen.sample() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "batch text dim"]:
@@ -125,7 +132,7 @@ class Stage2(TrainedPartModule):
 
     def sample_losses(self, batch: TripletBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
         """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
-        latents = self.encode_images(batch.pixel_values)
+        latents, reference_latents = self.latents(batch)
         noise, timesteps, chance = self.random_draws(latents, generator, drop)
         embeds, captions = self.context_embeds(batch), batch.caption
         if chance is not None:
@@ -135,7 +142,18 @@ class Stage2(TrainedPartModule):
         target = noise
         if self.noise_scheduler.config.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
-        return losses.noise_prediction_losses(self(noisy_latents, timesteps, batch, embeds, captions), target), timesteps
+        noise_pred = self(noisy_latents, timesteps, batch, embeds, captions, reference_latents)
+        return self.weighted(losses.noise_prediction_losses(noise_pred, target, self.position_weight(batch, latents)), timesteps), timesteps
+
+    def position_weight(self, batch: TripletBatch, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 1 h w"] | None:
+        if not self.config.subject_weight:
+            return None
+        return 1 + self.config.subject_weight * resize_mask(batch.subject_mask, tuple(latents.shape[-2:]))
+
+    def weighted(self, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        if self.config.min_snr_gamma is None:
+            return values
+        return values * losses.min_snr_weight(self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps], self.config.min_snr_gamma)
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         values, timesteps = self.sample_losses(batch, drop=True)

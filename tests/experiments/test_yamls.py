@@ -23,7 +23,7 @@ from tests.offline_wandb import offline_run
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = EXPERIMENTS / "mini"
 YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
-TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "foundation.yaml")]
+TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "foundation.yaml", "seeds.yaml")]
 #: What full-size YAMLs are run with here: the mini world's base models and pictures, one CPU process.
 STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(FoundationConfig())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
              "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64",
@@ -104,6 +104,12 @@ def test_the_line_from_shards_to_report(trained, options):
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
     made = {path.relative_to(trained).as_posix() for path in trained.rglob("*")}
     assert {"eval/scores.parquet", "eval/table.md", "report/index.html", "report/grid.png"} <= made
+
+
+def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
+    evaluation(["dreambooth", "--config", str(MINI / "seeds.yaml"), *options, f"--run={tmp_path}"])
+    summary = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert {"text_only", "ip_adapter", "moma", "beta_0.5", "mask_0", "clip_embedding"} <= set(summary)
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")) + [MINI / "ablations/mask_layers.yaml"], ids=lambda p: p.stem)

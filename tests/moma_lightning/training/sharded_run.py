@@ -30,9 +30,10 @@ STEPS, AFTER, GLOBAL_BATCH = 20, 3, 4
 class SameNoise(Stage2):
     """Stage 2 whose random numbers belong to the samples: drawn for the global batch, cut to the rank's part."""
 
-    def encode_images(self, pixel_values):
-        with torch.no_grad():
-            return self.vae.encode(pixel_values).latent_dist.mode() * self.vae.config.scaling_factor
+    @torch.no_grad()
+    def latents(self, batch):
+        target = self.vae.encode(batch.pixel_values).latent_dist.mode() * self.vae.config.scaling_factor
+        return target, target
 
     def random_draws(self, latents, generator, drop):
         rng = torch.Generator().manual_seed(self.global_step)
