@@ -16,7 +16,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) fetch help reproduce ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
+.PHONY: $(STEPS) fetch help reproduce ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -63,6 +63,9 @@ sweep-beta: $(INSTALLED) ## a wandb sweep over beta; without a key its grid runs
 sweep-masking: $(INSTALLED) ## the same over the strength of the masks
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/masking.yaml $(ARGS)
 
+seeds: $(INSTALLED) ## the recipe under three training seeds, every prompt, pooled: runs/EXP/seeds/table.md
+	$(RUN) experiments.seeds --exp $(EXP) $(ARGS)
+
 test: $(INSTALLED) ## the tests, on JOBS=2 processes
 	OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/bin/pytest -q -n $(JOBS) $(ARGS)
 
@@ -79,6 +82,7 @@ mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about
 		unet) OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node $(JOBS) -m experiments.mini.recipe.unet $(ARGS) ;; \
 		*) $(RUN) experiments.mini.recipe.$$part $(ARGS) ;; esac; done
 	$(RUN) experiments.mini.recipe.ship
+	$(RUN) experiments.mini.recipe.check_encoders
 	$(RUN) experiments.mini.recipe.check_base
 
 style: $(INSTALLED) ## a mini base in another drawing style, for Figure 10's community checkpoints

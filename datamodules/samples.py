@@ -35,6 +35,7 @@ class Triplet:
     caption: str
     label: str
     key: str
+    full_caption: str
 
 
 class BadSamples:
@@ -95,7 +96,7 @@ def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | N
     rng: places the square and decides the flip; None gives the central square, unflipped.
     Raises BadSampleError with the bare reason.
     """
-    caption, label = _texts(sample)
+    caption, label, full_caption = _texts(sample)
     picture, mask = _picture_and_mask(sample)
     box = pictures.square_box(picture.size, mask.getbbox(), rng)
     picture, mask = pictures.cut(picture, box, image_size), pictures.cut(mask, box, image_size)
@@ -104,7 +105,7 @@ def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | N
     pixel_values, subject_mask = pictures.to_pixel_values(picture), pictures.to_subject_mask(mask)
     if flip and rng is not None and rng.random() < 0.5:
         pixel_values, subject_mask = pixel_values.flip(-1), subject_mask.flip(-1)
-    return Triplet(pixel_values, subject_mask, caption, label, sample["__key__"])
+    return Triplet(pixel_values, subject_mask, caption, label, sample["__key__"], full_caption)
 
 
 def contains_label(caption: str, label: str) -> bool:
@@ -112,7 +113,8 @@ def contains_label(caption: str, label: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
-def _texts(sample: dict[str, Any]) -> tuple[str, str]:
+def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:
+    """Caption, label, and the caption as it was before words were taken out (`caption_full`, optional)."""
     if "json" not in sample:
         raise BadSampleError("json is missing")
     try:
@@ -125,7 +127,7 @@ def _texts(sample: dict[str, Any]) -> tuple[str, str]:
     caption, label = fields["caption"].strip(), fields["label"].strip()
     if not contains_label(caption, label):
         raise BadSampleError(f"label is absent from the caption: {label!r} in {caption!r}")
-    return caption, label
+    return caption, label, fields.get("caption_full") or caption
 
 
 def _picture_and_mask(sample: dict[str, Any]):

@@ -7,8 +7,8 @@ stands is kept in checkpoints. Validation reads each sample once, in the same ba
 
 import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datamodules.samples import BadSampleError, BadSamples, OnError, Triplet, decode, read_shards
 from datamodules.shards import expand_shards, require_a_shard_each
 from moma_lightning.batch import TripletBatch
+from moma_lightning.training.sharding import over_ranks
 
 Position = tuple[int, int]  # number of the pass, and how many samples of it this reader has drawn
 
@@ -59,14 +60,21 @@ class TripletConfig:
     seed: int = 0
 
 
+@dataclass
+class Progress:
+    """Where this rank's workers stand, how many batches of the epoch were handed over, and where a resumed run is to go on in it."""
+
+    positions: dict[int, Position] = field(default_factory=dict)
+    given: int = 0
+    resume_at: int = 0
+
+
 class TripletDataModule(LightningDataModule):
     """Batches of `moma_lightning.batch.TripletBatch`.
 
-    The state in a checkpoint holds where each reader stood when the last batch was handed over, so a resumed run goes on with
-    the next sample. With one process and the same number of workers the continuation is exact sample by sample (with several
-    workers and a checkpoint within an epoch, their batches may interleave in another order). With several ranks the state is
-    rank 0's: the others go on from the same place in their own shards, which is off by a few samples where shards are uneven.
-    After a change of workers or ranks, reading starts with the next pass.
+    The state in a checkpoint holds where each reader of each rank stood when its last batch was handed over, so a resumed run
+    goes on with the next sample, in the same batches and the same order as an undisturbed one. After a change of workers or
+    ranks, reading starts with the next pass.
 
     Raises ValueError in `setup` for patterns without shards, fewer training shards than ranks x workers, and several ranks
     without `val_batches`.
@@ -75,7 +83,7 @@ class TripletDataModule(LightningDataModule):
     def __init__(self, config: TripletConfig):
         super().__init__()
         self.config = config
-        self.positions: dict[int, Position] = {}
+        self.progress = Progress()
 
     @property
     def rank_and_world_size(self) -> tuple[int, int]:
@@ -96,8 +104,11 @@ class TripletDataModule(LightningDataModule):
             require_a_shard_each(len(self.train_shards), world_size, self.config.num_workers)
 
     def train_dataloader(self) -> "TrainLoader":
-        stream = TrainStream(self.config, self.train_shards, self.bad_samples, *self.rank_and_world_size, self.positions)
-        return TrainLoader(_loader(stream, self.config), self.positions, self.config.steps_per_epoch)
+        def build(first: int) -> DataLoader:
+            stream = TrainStream(self.config, self.train_shards, self.bad_samples, *self.rank_and_world_size, self.progress.positions, first)
+            return _loader(stream, self.config, persistent=first == 0)
+
+        return TrainLoader(build, self.progress, self.config.steps_per_epoch)
 
     def val_dataloader(self) -> DataLoader:
         return _loader(ValStream(self.config, self.val_shards, self.bad_samples, *self.rank_and_world_size), self.config)
@@ -108,14 +119,24 @@ class TripletDataModule(LightningDataModule):
             rank_zero_info(f"{counts.total()} bad samples skipped, {dict(counts)}: see {self.bad_samples.path}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"readers": self._readers(), "positions": dict(self.positions)}
+        """Readers are numbered over all ranks; every rank must call this."""
+        first = self.rank_and_world_size[0] * max(1, self.config.num_workers)
+        ranks = over_ranks({first + worker: position for worker, position in self.progress.positions.items()})
+        return {
+            "readers": self._readers(),
+            "positions": {reader: position for positions in ranks for reader, position in positions.items()},
+            "given": self.progress.given % self.config.steps_per_epoch,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        positions = {worker: (number, drawn) for worker, (number, drawn) in state_dict["positions"].items()}
+        workers = max(1, self.config.num_workers)
+        first = self.rank_and_world_size[0] * workers
+        positions = {reader: (number, drawn) for reader, (number, drawn) in state_dict["positions"].items()}
+        self.progress = Progress({reader - first: at for reader, at in positions.items() if first <= reader < first + workers})
+        self.progress.given = self.progress.resume_at = state_dict.get("given", 0)
         if state_dict["readers"] != self._readers() and positions:
             next_pass = max(number for number, _ in positions.values()) + 1
-            positions = dict.fromkeys(range(max(1, self.config.num_workers)), (next_pass, 0))
-        self.positions = positions
+            self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0))
 
     def _readers(self) -> list[int]:
         return [self.rank_and_world_size[1], max(1, self.config.num_workers)]
@@ -125,20 +146,23 @@ class TrainStream(IterableDataset):
     """One reader's endless stream of (batch, worker, position after it); each iteration gives this worker's share of an epoch.
 
     The stream goes on from one epoch to the next: a new epoch never starts again at the beginning of the shards.
+
+    first: the epoch's first batch, for the rest of an epoch. Batch k of an epoch is always worker k mod workers'; a loader asks its
+    own workers in their order, so that they take other places then.
     """
 
     def __init__(
-        self, config: TripletConfig, shards: list[str], bad: BadSamples, rank: int, world_size: int, start: dict[int, Position]
+        self, config: TripletConfig, shards: list[str], bad: BadSamples, rank: int, world_size: int, start: dict[int, Position], first: int = 0
     ):
         self.config, self.shards, self.bad = config, shards, bad
-        self.rank, self.world_size, self.start = rank, world_size, dict(start)
+        self.rank, self.world_size, self.start, self.first = rank, world_size, dict(start), first
         self._stream: Iterator[tuple[TripletBatch, int, Position]] | None = None
 
     def __iter__(self) -> Iterator[tuple[TripletBatch, int, Position]]:
         worker, workers = _worker()
         if self._stream is None:
-            self._stream = self._batches(worker, workers)
-        share = len(range(worker, self.config.steps_per_epoch, workers))
+            self._stream = self._batches((self.first + worker) % workers, workers)
+        share = len(range(self.first + worker, self.config.steps_per_epoch, workers))
         return itertools.islice(self._stream, share)
 
     def _batches(self, worker: int, workers: int) -> Iterator[tuple[TripletBatch, int, Position]]:
@@ -173,17 +197,35 @@ class TrainStream(IterableDataset):
 
 
 class TrainLoader:
-    """Gives an epoch's batches and notes in `positions` where each worker stood after its last batch handed over."""
+    """Gives an epoch's batches and notes in `progress` what was handed over; the first epoch of a resumed run is what was left of it.
 
-    def __init__(self, loader: DataLoader, positions: dict[int, Position], steps: int):
-        self.loader, self.positions, self.steps = loader, positions, steps
+    build: makes a loader that begins with the given batch of an epoch, its readers where `progress` says.
+    """
+
+    def __init__(self, build: Callable[[int], DataLoader], progress: Progress, steps: int):
+        self.build, self.progress, self.steps = build, progress, steps
+        self.whole_epochs: DataLoader | None = None
 
     def __len__(self) -> int:
         return self.steps
 
+    # By these two Lightning sees that a run can be resumed within an epoch. The datamodule keeps the state: it knows the ranks.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
     def __iter__(self) -> Iterator[TripletBatch]:
-        for batch, worker, position in self.loader:
-            self.positions[worker] = position
+        first, self.progress.resume_at = self.progress.resume_at, 0
+        if first == 0 and self.whole_epochs is None:
+            self.whole_epochs = self.build(0)
+        loader = self.build(first) if first else self.whole_epochs
+        assert loader is not None
+        self.progress.given = first
+        for batch, worker, position in loader:
+            self.progress.positions[worker] = position
+            self.progress.given += 1
             yield batch
 
 
@@ -233,13 +275,14 @@ def collate(triplets: list[Triplet]) -> TripletBatch:
         caption=[t.caption for t in triplets],
         label=[t.label for t in triplets],
         key=[t.key for t in triplets],
+        full_caption=[t.full_caption for t in triplets],
     )
 
 
-def _loader(stream: IterableDataset, config: TripletConfig) -> DataLoader:
+def _loader(stream: IterableDataset, config: TripletConfig, persistent: bool = True) -> DataLoader:
     # Workers live on between epochs: a training worker keeps its place in the shards.
     workers = config.num_workers
-    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_it_is)
+    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent and workers > 0, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

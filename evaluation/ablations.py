@@ -10,6 +10,7 @@ from evaluation.dreambooth import write_json
 from evaluation.generation import generate
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
+from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import write_beside
 from evaluation.statistics import summarise
 from evaluation.tables import difference_table, method_table, protocol_line, published_table
@@ -28,6 +29,7 @@ def run_ablation(config: EvalConfig) -> dict:
         if config.methods.get(name, method) != method:
             raise ValueError(f"{name!r} is set otherwise in the main evaluation, whose pictures it would replace: give it a name of its own")
     generate(config, ablation.methods)
+    fill_caches(config, ablation.methods)
     if rank_zero_only.rank:
         return {}
     evaluation = Evaluation.open(config)

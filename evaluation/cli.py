@@ -12,6 +12,7 @@ from evaluation.config import EvalConfig
 from evaluation.dreambooth import run_dreambooth, run_scoring
 from evaluation.figures import write_figures
 from evaluation.generation import generate
+from evaluation.mask_iou import run_mask_iou
 from evaluation.metrics.encoders import hub_names
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
     "dreambooth": (run_dreambooth, "generate, then score"),
     "ablate": (run_ablation, "one table of settings: add --config experiments/ablations/<axis>.yaml"),
     "point": (run_point, "one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs"),
+    "masks": (run_mask_iou, "is M_gen where the subject is: IoU with SAM at three mask strengths"),
     "figures": (figures, "the paper's figures as PNG and SVG"),
     "models": (models, "names of the protocol's encoders, for `python -m moma_lightning fetch --models`"),
     "report": (report, "figures, report/index.html and report/grid.png; log to wandb"),

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Literal
 
 import pandas as pd
+from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import NEEDS_MASKS
@@ -16,6 +17,7 @@ from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
 from evaluation.protocols import Protocol
 from evaluation.scoring import score
+from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import content_digest, git_revision, write_beside
 from evaluation.statistics import METRICS, above_oracle, breakdown, summarise
 from evaluation.tables import method_table, score_page
@@ -24,8 +26,11 @@ from moma_lightning.foundation import local_path
 logger = logging.getLogger(__name__)
 
 
-def run_scoring(config: EvalConfig) -> pd.DataFrame:
-    """Score what was generated and write the tables below `<run>/eval`."""
+def run_scoring(config: EvalConfig) -> pd.DataFrame | None:
+    """Score what was generated and write the tables below `<run>/eval`; under torchrun rank 0 does, the others return None."""
+    fill_caches(config, config.methods)
+    if rank_zero_only.rank:
+        return None
     evaluation = Evaluation.open(config)
     scores = score(evaluation, config.methods)
     write_tables(evaluation, scores)

@@ -1,19 +1,11 @@
 """Making the pictures: resumable, split by subject among processes that Lightning's Trainer runs."""
 
 import logging
-import math
-import os
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from itertools import groupby
-from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
@@ -21,9 +13,8 @@ from torch.utils.data import DataLoader
 from evaluation.config import EvalConfig
 from evaluation.methods import Method
 from evaluation.plan import Evaluation, Planned
+from evaluation.processes import Progress, run_processes
 from evaluation.stamps import git_revision, write_picture
-
-logger = logging.getLogger(__name__)
 
 
 def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> None:
@@ -40,48 +31,7 @@ def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> No
         for method in methods.values():
             method.weights(evaluation.models)
     maker = PictureMaker(config, methods, evaluation.models.digests)
-    with lightning_quiet():
-        trainer = build_trainer(config, len(evaluation.subjects))
-        trainer.predict(maker, return_predictions=False)
-        trainer.strategy.barrier("every process has made its share")
-
-
-@contextmanager
-def lightning_quiet() -> Iterator[None]:
-    """Only warnings from Lightning: what it tells of its Trainer says nothing about pictures."""
-    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def build_trainer(config: EvalConfig, subjects: int) -> Trainer:
-    """A Trainer that does nothing but run the processes."""
-    nodes, devices, strategy = launch(min(config.num_processes, subjects))
-    return Trainer(
-        accelerator=config.resolved_device(), devices=devices, num_nodes=nodes, strategy=strategy, use_distributed_sampler=False,
-        inference_mode=False,  # methods that are trained on a subject need gradients
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-
-
-def launch(num_processes: int) -> tuple[int, int, Any]:
-    """Nodes, processes a node and the strategy: as torchrun or srun started this process, else `num_processes` spawned here.
-
-    A process that has made its share waits for the others however long they take, so collectives do not time out.
-    """
-    patient: dict[str, Any] = {"timeout": timedelta(days=30)}
-    if TorchElasticEnvironment.detect():
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return int(os.environ["WORLD_SIZE"]) // local, local, DDPStrategy(**patient)
-    if SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        return nodes, int(os.environ["SLURM_NTASKS"]) // nodes, DDPStrategy(**patient)
-    return 1, max(1, num_processes), DDPStrategy(start_method="spawn", **patient) if num_processes > 1 else "auto"
+    run_processes(maker, config.resolved_device(), min(config.num_processes, len(evaluation.subjects)))
 
 
 class PictureMaker(LightningModule):
@@ -152,24 +102,3 @@ def batches(plans: list[Planned], size: int) -> Iterator[list[Planned]]:
         same = list(group)
         for start in range(0, len(same), size):
             yield same[start : start + size]
-
-
-class Progress:
-    """One line every ten seconds and at the end: long runs are watched in logs, not in terminals."""
-
-    def __init__(self, total: int, rank: int = 0, count: int = 1):
-        self.total, self.made = total, 0
-        self.process = f"process {rank + 1} of {count}, " if count > 1 else ""
-        self.started = self.told = time.monotonic()
-
-    def add(self, name: str, count: int) -> None:
-        self.made += count
-        now = time.monotonic()
-        if now - self.told > 10 or self.made == self.total:
-            self.told = now
-            logger.info("%s", self.line(name, now - self.started))
-
-    def line(self, name: str, seconds: float) -> str:
-        rate = self.made / max(seconds, 1e-6)
-        left = math.ceil((self.total - self.made) / rate / 60) if self.made else 0
-        return f"{self.process}{name}: {self.made}/{self.total} pictures, {rate:.1f} a second, {left} min left"

@@ -29,7 +29,9 @@ def score(
     frames: dict[str, pd.DataFrame] = {}
     for name in sorted(methods, key=lambda name: not methods[name].is_oracle):
         is_oracle = methods[name].is_oracle
-        rows = oracle_rows(evaluation, judges) if is_oracle else generated_rows(evaluation, name, methods[name], judges)
+        if not is_oracle:
+            refuse_missing(name, evaluation.planned(name, methods[name]))
+        rows = [row for subject in evaluation.subjects for row in subject_rows(evaluation, name, methods[name], subject, judges)]
         if not rows:
             raise ValueError(f"{name}: no subject has two pictures, so there are no real pictures to compare to each other")
         frames[name] = pd.DataFrame(rows).assign(method=name)
@@ -43,37 +45,41 @@ def score(
     return table[[*first, *(column for column in table.columns if column not in first)]]
 
 
-def open_judges(evaluation: Evaluation) -> Judges:
-    """The protocol's encoders and, where a score needs it, its segmenter, with what they found in earlier runs."""
+def open_judges(evaluation: Evaluation, part: int | None = None) -> Judges:
+    """The protocol's encoders and, where a score needs it, its segmenter, with what they found in earlier runs. part: as in CachedEncoder."""
     protocol, cache, device = evaluation.protocol, evaluation.config.eval_folder / "cache", evaluation.config.resolved_device()
     needs_masks = not NEEDS_MASKS.isdisjoint(protocol.extra_scores)
     masker = Masker.from_pretrained(protocol.segmenter, cache, device) if needs_masks else None
-    return Judges(protocol, build_encoders(protocol.encoders, cache, device), masker)
+    return Judges(protocol, build_encoders(protocol.encoders, cache, device, part), masker)
 
 
-def oracle_rows(evaluation: Evaluation, judges: Judges) -> list[dict[str, Any]]:
+def subject_rows(evaluation: Evaluation, name: str, method: Method, subject: Subject, judges: Judges) -> list[dict[str, Any]]:
+    """A row for each picture that a method has of a subject."""
+    return oracle_rows(evaluation, subject, judges) if method.is_oracle else generated_rows(evaluation, name, method, subject, judges)
+
+
+def oracle_rows(evaluation: Evaluation, subject: Subject, judges: Judges) -> list[dict[str, Any]]:
     """Each real picture against the others of its subject: what a perfect method could reach (DreamBooth, Table 1)."""
+    if len(subject.images) < 2:
+        logger.warning("%s has one picture: it is left out of the real pictures' score", subject.name)
+        return []
     rows = []
-    for subject in evaluation.subjects:
-        if len(subject.images) < 2:
-            logger.warning("%s has one picture: it is left out of the real pictures' score", subject.name)
-            continue
-        pictures = real_pictures(evaluation, subject)
-        for i, picture in enumerate(pictures):
-            group = Group("real", [picture.image], [""], pictures[:i] + pictures[i + 1 :], own=(picture,))
-            about = {
-                "subject": subject.name,
-                "label": subject.label,
-                "prompt_kind": "real",
-                "prompt": "",
-                "path": str(picture.path),
-                "reference": "",
-                "reference_index": i,
-                "prompt_index": 0,
-                "picture": 0,
-                "seed": -1,
-            }
-            rows.append(about | {name: values[0] for name, values in scores_of(group, judges).items()})
+    pictures = real_pictures(evaluation, subject)
+    for i, picture in enumerate(pictures):
+        group = Group("real", [picture.image], [""], pictures[:i] + pictures[i + 1 :], own=(picture,))
+        about = {
+            "subject": subject.name,
+            "label": subject.label,
+            "prompt_kind": "real",
+            "prompt": "",
+            "path": str(picture.path),
+            "reference": "",
+            "reference_index": i,
+            "prompt_index": 0,
+            "picture": 0,
+            "seed": -1,
+        }
+        rows.append(about | {score: values[0] for score, values in scores_of(group, judges).items()})
     return rows
 
 
@@ -81,17 +87,15 @@ def real_pictures(evaluation: Evaluation, subject: Subject) -> list[Reference]:
     return [evaluation.reference(subject, i) for i in range(len(subject.images))]
 
 
-def generated_rows(evaluation: Evaluation, name: str, method: Method, judges: Judges) -> list[dict[str, Any]]:
-    plans = evaluation.planned(name, method)
-    refuse_missing(name, plans)
-    real = {subject.name: real_pictures(evaluation, subject) for subject in evaluation.subjects}
+def generated_rows(evaluation: Evaluation, name: str, method: Method, subject: Subject, judges: Judges) -> list[dict[str, Any]]:
+    real = real_pictures(evaluation, subject)
     per_prompt = evaluation.protocol.pictures_per_prompt
     at_once = max(1, 64 // per_prompt) * per_prompt  # whole prompts
     rows = []
-    for _, group in groupby(plans, key=lambda plan: (plan.task.subject, plan.task.reference, plan.task.kind)):
+    for _, group in groupby(evaluation.planned(name, method, [subject]), key=lambda plan: (plan.task.reference, plan.task.kind)):
         same = list(group)
         for start in range(0, len(same), at_once):
-            rows += scored_rows(same[start : start + at_once], real[same[0].task.subject], judges)
+            rows += scored_rows(same[start : start + at_once], real, judges)
     return rows
 
 

@@ -14,6 +14,7 @@ from evaluation.generation import generate
 from evaluation.methods import Method, Moma
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
+from evaluation.shared_scoring import fill_caches
 from evaluation.statistics import METRICS, summarise
 from evaluation.tracking import mode
 
@@ -30,6 +31,7 @@ def run_point(config: EvalConfig) -> dict:
     name = point_name(config.moma)
     methods: dict[str, Method] = {name: config.moma}
     generate(config, methods)
+    fill_caches(config, methods)
     if rank_zero_only.rank:
         return {}
     scores = score(Evaluation.open(config), methods)

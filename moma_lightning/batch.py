@@ -1,6 +1,6 @@
 """The typed batch: what shards become and what both training stages eat."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ class TripletBatch:
     caption: P_ref, without colour, shape and texture words; contains the label.
     label: the subject word(s), e.g. "cat" or "toy robot".
     key: the sample's key in its shard.
+    full_caption: the caption before those words were taken out, where the shards keep it; else the caption.
     """
 
     pixel_values: Float[Tensor, "batch 3 height width"]
@@ -23,6 +24,10 @@ class TripletBatch:
     caption: list[str]
     label: list[str]
     key: list[str]
+    full_caption: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.full_caption = self.full_caption or self.caption
 
     def __len__(self) -> int:
         return len(self.key)

@@ -14,6 +14,12 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from moma_lightning.files import write_beside
+from moma_lightning.training.checkpoint_io import WholeCheckpointIO
+from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal
+from moma_lightning.training.random_states import RandomStates
+from moma_lightning.training.strategy import ShardedStrategy
+
+__all__ = ["MoMACLI", "Run", "ShardedStrategy"]  # the strategy: importing it makes `--trainer.strategy sharded` known
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CHECKPOINTS = "checkpoints"
@@ -68,12 +74,15 @@ class MoMACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         loggers = run_loggers(self.run.folder) if config["logger"] in (None, True) and not config["fast_dev_run"] else config["logger"]
-        callbacks: list[Callback] = list(config["callbacks"] or [])
+        callbacks: list[Callback] = [*(config["callbacks"] or []), RandomStates(), StopOnNonFinite()]
+        if not config["fast_dev_run"]:
+            callbacks.append(StopOnSignal(self.run.last_checkpoint))
         if config["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        plugins = [*_as_list(config["plugins"]), WholeCheckpointIO()]
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
 
     def fit(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.fit` from `ckpt_path`, else from the run's own last checkpoint, else from the start."""
@@ -145,6 +154,10 @@ class ContinuedCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = ContinuedWriter(log_dir=self.log_dir)
         return self._experiment
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def checkpoint_folder(root: str | None) -> str | None:

@@ -31,7 +31,21 @@ def image_embedding_cosine_loss(
 
 
 def noise_prediction_losses(
-    noise_pred: Float[Tensor, "batch channels height width"], target: Float[Tensor, "batch channels height width"]
+    noise_pred: Float[Tensor, "batch channels height width"],
+    target: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "batch 1 height width"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Eq. 1 of each sample: the mean squared error of the predicted noise (or velocity), in float32."""
-    return F.mse_loss(noise_pred.float(), target.float(), reduction="none").mean((1, 2, 3))
+    """Eq. 1 of each sample: the mean squared error of the predicted noise (or velocity), in float32.
+
+    weight: of each position, normalised to a mean of 1 in each sample; None is Eq. 1 as printed.
+    """
+    errors = F.mse_loss(noise_pred.float(), target.float(), reduction="none")
+    if weight is not None:
+        errors = errors * weight / weight.mean((1, 2, 3), keepdim=True)
+    return errors.mean((1, 2, 3))
+
+
+def min_snr_weight(alphas_cumprod: Float[Tensor, " batch"], gamma: float) -> Float[Tensor, " batch"]:
+    """min(SNR, gamma) / SNR, the weight of a noise-prediction loss (Hang et al., ICCV 2023, Eq. 4 for epsilon)."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / snr

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["fetch", "data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
-           "sweep-beta", "sweep-masking", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
+           "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

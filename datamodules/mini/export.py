@@ -1,6 +1,6 @@
 """Exports the mini world as the data sets everything else reads: triplet shards and two DreamBooth-like folders.
 
-    <out>/shards/{train,val}-{00000..}.tar, manifest.json
+    <out>/shards/{train,val,heldout}-{00000..}.tar, manifest.json
     <out>/dreambooth/dataset/<subject>/00.png ..., prompts_and_classes.txt, texture_prompts.txt
     <out>/dreambooth/masks/<subject>/00.png ...
     <out>/dreambooth-dev/...                    the same with training-split subjects: settings are chosen on these
@@ -23,15 +23,16 @@ from datamodules.mini.prompts import prompts_and_classes, texture_prompts
 from datamodules.mini.render import render
 from datamodules.shards import ShardSample, write_json, write_shards
 
-#: Where each split's identities begin in `world.identity("train", ...)`; far apart, so that validation identities are new to
-#: the adapters and to the base models alike.
-FIRST_IDENTITY = {"train": 0, "val": 1_000_000_000}
+#: Shards -> split of the world and first number of their identities; far apart, so that validation identities are new to the
+#: adapters and to the base models alike. Nothing is trained or chosen on "heldout": stage 1 is judged on it in the end.
+SHARDS = {"train": ("train", 0), "val": ("train", 1_000_000_000), "heldout": ("heldout", 1_000_000_000)}
 
-#: DreamBooth folder -> split and first number of its identities. The dev subjects are in no shard either.
+#: DreamBooth folder -> the same. The dev subjects are in no shard.
 FOLDERS = {"dreambooth": ("heldout", 0), "dreambooth-dev": ("train", 1_500_000_000)}
 
-#: Triplets: no other materials, few accessories. Captions name the accessory, and lose colour and pattern.
+#: Triplets: few accessories and other materials. Captions name the accessory, and lose colour, pattern and material; `caption_full` keeps them.
 ACCESSORY_RATE = 0.1
+MATERIAL_RATE = 0.12
 SUBJECTS_PER_LABEL = 3
 
 
@@ -48,13 +49,14 @@ def export(
     Args:
         out: folder for both.
         train_count: training pictures, one identity each.
-        val_count: validation pictures, of other identities.
-        samples_per_shard: training pictures a shard (validation: a quarter of it).
+        val_count: validation pictures, of other identities, and as many held-out ones.
+        samples_per_shard: training pictures a shard (the others: a quarter of it).
         size: side of the pictures in pixels.
         seed: of scenes and poses; identities do not depend on it.
     """
-    config = {"size": size, "accessory_rate": ACCESSORY_RATE, "renderer": _renderer_digest()}
-    for split, count, a_shard in (("train", train_count, samples_per_shard), ("val", val_count, max(1, samples_per_shard // 4))):
+    config = {"size": size, "accessory_rate": ACCESSORY_RATE, "material_rate": MATERIAL_RATE, "renderer": _renderer_digest()}
+    for split in SHARDS:
+        count, a_shard = (train_count, samples_per_shard) if split == "train" else (val_count, max(1, samples_per_shard // 4))
         part = write_shards(out / "shards", split, count, partial(triplets, split, size=size, seed=seed),
                             samples_per_shard=a_shard, seed=seed, config=config, overwrite=True)
         print(f"{split}: {part['count']} triplets in {len(part['shards'])} shards under {out / 'shards'}")
@@ -64,10 +66,10 @@ def export(
 
 
 def triplet_picture(split: str, index: int, seed: int = 0) -> world.Picture:
-    """Picture number `index` of the "train" or "val" shards."""
-    identity = FIRST_IDENTITY[split] + index
-    rng = np.random.default_rng([11, seed, identity])
-    return world.sample_picture(rng, world.identity("train", identity), accessory_rate=ACCESSORY_RATE)
+    """Picture number `index` of a split's shards."""
+    of, first = SHARDS[split]
+    rng = np.random.default_rng([11, seed, first + index])
+    return world.sample_picture(rng, world.identity(of, first + index), accessory_rate=ACCESSORY_RATE, material_rate=MATERIAL_RATE)
 
 
 def triplets(split: str, rows: range, size: int = 64, seed: int = 0) -> Iterator[ShardSample]:

@@ -5,7 +5,6 @@ value can be read.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,21 +16,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evaluation.metrics.encoders import EncoderConfig, ImageTextEncoder, build_encoder
+from moma_lightning.files import write_beside
 
 
 class CachedEncoder(ImageTextEncoder):
     """Remembers image embeddings, in memory and, given a path, in an .npz file between runs.
 
-    Cosines of unit vectors do not need the pictures again.
+    Cosines of unit vectors do not need the pictures again. part: number of the process, where several work at once: each reads what
+    all have found and writes what itself found into a file of its own; a later encoder without a part puts these into the one file.
     """
 
-    def __init__(self, encoder: ImageTextEncoder, path: Path | None = None, batch_size: int = 64):
+    def __init__(self, encoder: ImageTextEncoder, path: Path | None = None, batch_size: int = 64, part: int | None = None):
         super().__init__()
-        self.encoder, self.path, self.batch_size = encoder, path, batch_size
+        self.encoder, self.path, self.batch_size, self.part = encoder, path, batch_size, part
         self.known: dict[str, Tensor] = {}
-        if path is not None and path.exists():
-            with np.load(path) as file:
-                self.known = dict(zip(file["digests"].tolist(), torch.from_numpy(file["embeds"]), strict=True))
+        self.parts = sorted(path.parent.glob(f"{path.stem}.part*.npz")) if path is not None else []
+        for file in (path, *self.parts):
+            if file is not None and file.exists():
+                self.known |= read_embeds(file)
+        self.read = set(self.known) if part is not None else set()
 
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
         digests = [pixel_digest(image) for image in images]
@@ -46,12 +49,27 @@ class CachedEncoder(ImageTextEncoder):
         return self.encoder.encode_texts(texts).cpu()
 
     def save(self) -> None:
-        if self.path is None or not self.known:
+        """Write what is known; a part writes what it found itself, on top of what its file held."""
+        if self.path is None or self.known.keys() == self.read:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.npz")
-        np.savez(beside, digests=np.array(list(self.known)), embeds=torch.stack(list(self.known.values())).numpy())
-        beside.replace(self.path)
+        if self.part is None:
+            write_embeds(self.path, self.known)
+            for part in self.parts:
+                part.unlink(missing_ok=True)
+        else:
+            own = self.path.with_name(f"{self.path.stem}.part{self.part}.npz")
+            before = read_embeds(own) if own.exists() else {}
+            write_embeds(own, before | {digest: embed for digest, embed in self.known.items() if digest not in self.read})
+
+
+def read_embeds(path: Path) -> dict[str, Tensor]:
+    with np.load(path) as file:
+        return dict(zip(file["digests"].tolist(), torch.from_numpy(file["embeds"]), strict=True))
+
+
+def write_embeds(path: Path, embeds: Mapping[str, Tensor]) -> None:
+    content = {"digests": np.array(list(embeds)), "embeds": torch.stack(list(embeds.values())).numpy()}
+    write_beside(path, lambda beside: np.savez(beside, **content))
 
 
 def pixel_digest(image: Image.Image) -> str:
@@ -59,12 +77,14 @@ def pixel_digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def build_encoders(configs: Mapping[str, EncoderConfig], cache: Path | None = None, device: str = "cpu") -> dict[str, CachedEncoder]:
+def build_encoders(
+    configs: Mapping[str, EncoderConfig], cache: Path | None = None, device: str = "cpu", part: int | None = None
+) -> dict[str, CachedEncoder]:
     """The encoders by name, with caches under `cache` in files named by the encoder's settings and weights."""
     encoders = {}
     for name, config in configs.items():
         encoder = build_encoder(config).to(device)
-        encoders[name] = CachedEncoder(encoder, cache and cache / f"{name}-{fingerprint(encoder, config)}.npz")
+        encoders[name] = CachedEncoder(encoder, cache and cache / f"{name}-{fingerprint(encoder, config)}.npz", part=part)
     return encoders
 
 

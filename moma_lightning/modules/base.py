@@ -3,19 +3,43 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from moma_lightning import optim
 from moma_lightning.models.trained_weights import check_fit
+from moma_lightning.training.options import TrainingOptions, checkpoint_activations
+from moma_lightning.training.sharding import shard
+from moma_lightning.training.strategy import shard_mesh
 
 
 class TrainedPartModule(LightningModule):
     """A LightningModule most of which is frozen: its checkpoints hold what is trained, and are loaded back strictly."""
 
-    def __init__(self, optimizer: optim.OptimizerConfig):
+    def __init__(self, optimizer: optim.OptimizerConfig, training: TrainingOptions):
         super().__init__()
         self.strict_loading = False  # the frozen weights are not in checkpoints; on_load_checkpoint checks the others
-        self.optimizer_config = optimizer
+        self.optimizer_config, self.training_options = optimizer, training
+        self._is_configured = False
+
+    def units(self) -> list[nn.Module]:
+        """What is gathered as one in sharded training (`sharding.shard`), and compiled as one: inner modules first."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Activation checkpointing and compilation; sharding where the strategy brings a mesh. Called by the Trainer, often."""
+        if self._is_configured:
+            return
+        self._is_configured = True
+        checkpoint_activations(self, self.training_options.activation_checkpointing)
+        if self.training_options.compile:
+            for part in self.compiled():
+                part.compile()
+        if self.device_mesh is not None:
+            shard(self, self.units(), shard_mesh(self.device_mesh), bf16=self.trainer.precision == "bf16-mixed")
+
+    def compiled(self) -> list[nn.Module]:
+        """The modules that torch.compile is worth it for."""
+        raise NotImplementedError
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module, by name."""

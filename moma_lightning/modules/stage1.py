@@ -1,11 +1,13 @@
 """Stage 1, multimodal generative learning: teach the image-feature decoder CLIP's embedding of the whole picture (Eq. 4)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from moma_lightning import losses, optim
 from moma_lightning.batch import TripletBatch, white_background
@@ -14,6 +16,8 @@ from moma_lightning.metrics import EmbeddingMatch
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.sharding import whole_parameters
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
 BASELINES = {
@@ -21,6 +25,21 @@ BASELINES = {
     "caption": "CLIP text embedding of the caption",
     "mean": "mean training target",
 }
+
+#: Hue at random, so that white stays white; blur hides a pattern and a material's grain.
+RECOLOR = v2.Compose([v2.ColorJitter(saturation=(0.2, 1.5), hue=0.5), v2.GaussianBlur(kernel_size=7, sigma=(0.1, 2.0))])
+
+
+@dataclass
+class EditConfig:
+    """Samples that teach the MLLM that the text overrides the picture (ours; the paper relies on what LLaVA-7B knows already).
+
+    rate: share of training samples whose text is the caption with its colour, shape and texture words, while the subject in the
+    picture is recoloured and blurred at random, so that only the text tells how the target looks. 0 is the paper's training.
+    """
+
+    rate: float = 0.0
+
 
 LOSSES = {"mse": losses.image_embedding_loss, "cosine": losses.image_embedding_cosine_loss}
 
@@ -30,6 +49,7 @@ class Stage1(TrainedPartModule):
 
     clip: folder or hub id of the whole CLIP model whose vision tower is the foundation's image encoder; only for the caption
     baseline in validation, which is left out without it. loss: Eq. 4's squared distance, or 1 - cosine (an ablation).
+    edits: see EditConfig.
     Checkpoints hold what is trained; the rest is the foundation's.
     """
 
@@ -38,10 +58,11 @@ class Stage1(TrainedPartModule):
 
     def __init__(
         self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None,
-        loss: Literal["mse", "cosine"] = "mse",
+        loss: Literal["mse", "cosine"] = "mse", edits: EditConfig = EditConfig(),  # noqa: B008 - never changed
+        training: TrainingOptions = TrainingOptions(),  # noqa: B008
     ):  # fmt: skip
-        super().__init__(optimizer)
-        self.loss = LOSSES[loss]
+        super().__init__(optimizer, training)
+        self.loss, self.edits = LOSSES[loss], edits
         self.image_encoder = load_image_encoder(foundation)
         embed_dim = self.image_encoder.embed_dim
         self.decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, embed_dim).train()
@@ -62,7 +83,8 @@ class Stage1(TrainedPartModule):
         return self.image_encoder(batch.pixel_values).float()
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
-        predicted, target = self(batch), self.target(batch)
+        subject, caption = edited(batch, self.edits.rate)
+        predicted, target = self.decoder(subject, batch.label, caption), self.target(batch)
         self.target_sum += target.sum(0)
         self.target_count += len(batch)
         loss = self.loss(predicted, target)
@@ -102,9 +124,29 @@ class Stage1(TrainedPartModule):
         own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
         return own | {"target_sum": self.target_sum, "target_count": self.target_count}
 
+    def units(self) -> list[nn.Module]:
+        captions = [self.caption_encoder] if self.caption_encoder is not None else []
+        return [*blocks_of(self), self.image_encoder, *captions, self.decoder]
+
+    def compiled(self) -> list[nn.Module]:
+        return blocks_of(self.decoder.mllm.language_model)
+
     def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with whole_parameters(self.decoder, self.decoder.own_parameters()):
+            if self.trainer.is_global_zero:
+                self.decoder.save_pretrained(Path(self.trainer.default_root_dir) / "image_feature_decoder")
+
+
+def edited(batch: TripletBatch, rate: float) -> tuple[Float[Tensor, "batch 3 height width"], list[str]]:
+    """I_wb in [-1, 1] and P of each sample; a share `rate` of them with the full caption and a subject in other colours."""
+    subject, caption = white_background(batch.pixel_values, batch.subject_mask), list(batch.caption)
+    if rate:
+        for i in (torch.rand(len(batch)) < rate).nonzero().flatten().tolist():
+            subject[i] = RECOLOR((subject[i] + 1) / 2) * 2 - 1
+            caption[i] = batch.full_caption[i]
+    return subject, caption
 
 
 def table(scores: dict[str, dict[str, Tensor]]) -> str:

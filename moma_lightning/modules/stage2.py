@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch, white_background
@@ -18,11 +18,13 @@ from moma_lightning.foundation import Base, FoundationConfig, frozen, load_base,
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
-from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
 from moma_lightning.pipeline import VARIANTS, MoMAPipeline
+from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.sharding import whole_parameters
 
 BANDS = 4
 
@@ -36,6 +38,8 @@ class Stage2Config:
     subject: train the subject attention; False is an IP-Adapter.
     context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
     num_tokens: N of section 3.2.
+    subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
+    min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
     """
 
     variant: Variant = "released"
@@ -44,6 +48,8 @@ class Stage2Config:
     context_dropout: float = 0.1
     text_dropout: float = 0.0
     num_tokens: int = 4
+    subject_weight: float = 0.0
+    min_snr_gamma: float | None = None
 
 
 @dataclass
@@ -62,8 +68,9 @@ class Stage2(TrainedPartModule):
     """
 
     def __init__(self, foundation: FoundationConfig, stage2: Stage2Config, optimizer: OptimizerConfig,
-                 decoder: str | None = None, grid: GridConfig = GridConfig()):  # noqa: B008 - never changed
-        super().__init__(optimizer)
+                 decoder: str | None = None, grid: GridConfig = GridConfig(),  # noqa: B008 - never changed
+                 training: TrainingOptions = TrainingOptions()):  # noqa: B008
+        super().__init__(optimizer, training)
         self.config, self.grid = stage2, grid
         self.base = load_base(foundation)
         self.unet, self.vae, self.text_encoder = self.base.unet, self.base.vae, self.base.text_encoder
@@ -74,28 +81,31 @@ class Stage2(TrainedPartModule):
         self.grid_samples: TripletBatch | None = None
 
     def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch,
-                image_embeds: Float[Tensor, "batch dim"], captions: list[str]) -> Float[Tensor, "batch c h w"]:
+                image_embeds: Float[Tensor, "batch dim"], captions: list[str],
+                reference_latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """Noise prediction with both conditions; M_gen = M_ref, as always in training."""
         latent_size = tuple(noisy_latents.shape[-2:])
         context, subject = self.adapter.context_conditioning(image_embeds), None
         if self.config.subject:
             mask = MaskPyramid(batch.subject_mask, latent_size)
-            subject = self.adapter.subject_conditioning(self.reference_features(batch), mask, mask)
+            subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch.label), mask, mask)
             if VARIANTS[self.config.variant].mask_context:
                 context.generated_mask = mask
         conditioning = Conditioning(subject, context)
         return self.unet(noisy_latents, timesteps, self.encode_text(captions), cross_attention_kwargs={"conditioning": conditioning}).sample
 
-    def reference_features(self, batch: TripletBatch):
+    def reference_features(self, latents: Float[Tensor, "batch c h w"], label: list[str]):
         """The frozen UNet's own features of the clean reference, with the label as text."""
-        seen = batch.pixel_values
-        if VARIANTS[self.config.variant].white_reference:
-            seen = white_background(seen, batch.subject_mask)
-        return self.adapter.reference_features(self.unet, self.encode_images(seen), self.encode_text(batch.label))
+        return self.adapter.reference_features(self.unet, latents, self.encode_text(label))
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
-        return self.vae.encode(pixel_values).latent_dist.sample() * self.vae.config.scaling_factor
+    def latents(self, batch: TripletBatch) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
+        """Two samples of the autoencoder's posterior: of the target, and of what the reference pass sees of it."""
+        target = self.vae.encode(batch.pixel_values).latent_dist
+        seen = target
+        if self.config.subject and VARIANTS[self.config.variant].white_reference:
+            seen = self.vae.encode(white_background(batch.pixel_values, batch.subject_mask)).latent_dist
+        return target.sample() * self.vae.config.scaling_factor, seen.sample() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "batch text dim"]:
@@ -110,21 +120,36 @@ class Stage2(TrainedPartModule):
             return self.image_encoder(batch.pixel_values)
         return self.decoder(white_background(batch.pixel_values, batch.subject_mask), batch.label, batch.caption)
 
+    def random_draws(self, latents: Float[Tensor, "batch c h w"], generator: torch.Generator | None, drop: bool):
+        """Noise, timesteps and, for the two dropouts, numbers in [0, 1) [2, batch]; the latter None without `drop`."""
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
+        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=self.device)
+        return noise, timesteps, torch.rand(2, len(latents), device=self.device) if drop else None
+
     def sample_losses(self, batch: TripletBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
         """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
-        latents = self.encode_images(batch.pixel_values)
-        noise = torch.randn(latents.shape, generator=generator, device=self.device)
-        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(batch),), generator=generator, device=self.device)
+        latents, reference_latents = self.latents(batch)
+        noise, timesteps, chance = self.random_draws(latents, generator, drop)
         embeds, captions = self.context_embeds(batch), batch.caption
-        if drop:
-            chance = torch.rand(2, len(batch), device=self.device)
+        if chance is not None:
             embeds = torch.where((chance[0] < self.config.context_dropout)[:, None], torch.zeros_like(embeds), embeds)
             captions = ["" if lost else text for lost, text in zip((chance[1] < self.config.text_dropout).tolist(), captions, strict=True)]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         target = noise
         if self.noise_scheduler.config.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
-        return losses.noise_prediction_losses(self(noisy_latents, timesteps, batch, embeds, captions), target), timesteps
+        noise_pred = self(noisy_latents, timesteps, batch, embeds, captions, reference_latents)
+        return self.weighted(losses.noise_prediction_losses(noise_pred, target, self.position_weight(batch, latents)), timesteps), timesteps
+
+    def position_weight(self, batch: TripletBatch, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 1 h w"] | None:
+        if not self.config.subject_weight:
+            return None
+        return 1 + self.config.subject_weight * resize_mask(batch.subject_mask, tuple(latents.shape[-2:]))
+
+    def weighted(self, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        if self.config.min_snr_gamma is None:
+            return values
+        return values * losses.min_snr_weight(self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps], self.config.min_snr_gamma)
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         values, timesteps = self.sample_losses(batch, drop=True)
@@ -149,7 +174,12 @@ class Stage2(TrainedPartModule):
             self.log(f"{split}/loss_t{band}", values[bands == band].mean(), batch_size=int((bands == band).sum()))
 
     def on_validation_epoch_end(self) -> None:
-        if self.grid.pictures and self.trainer.is_global_zero and self.grid_samples is not None and not self.trainer.sanity_checking:
+        if not self.grid.pictures or self.grid_samples is None or self.trainer.sanity_checking:
+            return
+        if self.device_mesh is not None:  # every rank holds a part of the models, so all draw, and the same pictures
+            with self.trainer.precision_plugin.forward_context():  # the parts come together in the training's type
+                self._log_grid(self.trainer.strategy.broadcast(self.grid_samples))
+        elif self.trainer.is_global_zero:
             self._log_grid(self.grid_samples)
 
     @torch.no_grad()
@@ -163,8 +193,8 @@ class Stage2(TrainedPartModule):
                           guidance_scale=self.grid.guidance_scale, num_inference_steps=self.grid.num_inference_steps,
                           generator=torch.Generator("cpu").manual_seed(i))
             rows.append([reference, output.images[0]])
-        grid = picture_grid(rows)
-        self._save_grid(grid)
+        if self.trainer.is_global_zero:
+            self._save_grid(picture_grid(rows))
 
     def _save_grid(self, grid: Image.Image) -> None:
         write_beside(Path(self.trainer.default_root_dir) / "pictures" / f"step-{self.global_step:06d}.png", grid.save)
@@ -172,10 +202,21 @@ class Stage2(TrainedPartModule):
             if hasattr(logger, "log_image"):
                 logger.log_image("val/pictures", [grid], step=self.global_step)
 
+    def units(self) -> list[nn.Module]:
+        unet, decoder = self.unet, [self.decoder] if self.decoder is not None else []
+        parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet, self.vae.encoder, self.vae.decoder, self.text_encoder]
+        return [*blocks_of(self), *parts, self.image_encoder, *decoder]
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.unet]
+
     def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            card = {"steps": self.global_step, "context": self.config.context}
-            save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
+        if self.trainer.fast_dev_run:
+            return
+        with whole_parameters(self.adapter, dict(self.adapter.named_parameters())):
+            if self.trainer.is_global_zero:
+                card = {"steps": self.global_step, "context": self.config.context}
+                save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
 
 
 def load_decoder(folder: str | None, foundation: FoundationConfig) -> ImageFeatureDecoder:

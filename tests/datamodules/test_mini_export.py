@@ -46,7 +46,8 @@ def test_another_seed_replaces_both(exported, tmp_path):
     export.export(tmp_path, train_count=8, val_count=2, samples_per_shard=8)
     export.export(tmp_path, train_count=8, val_count=2, samples_per_shard=4, seed=1)
     names = {path.name for path in (tmp_path / "shards").iterdir()}
-    assert names == {"manifest.json", "train-00000.tar", "train-00001.tar", "val-00000.tar", "val-00001.tar"}
+    assert names == {"manifest.json", "train-00000.tar", "train-00001.tar", "val-00000.tar", "val-00001.tar",
+                     "heldout-00000.tar", "heldout-00001.tar"}
     old, new = contents(exported / "dreambooth"), contents(tmp_path / "dreambooth")
     assert old["dataset/cat/00.png"] != new["dataset/cat/00.png"]
 
@@ -79,8 +80,9 @@ def test_identities_of_training_validation_and_evaluation_never_meet():
     heldout, dev = set(export.subjects().values()), set(export.subjects("dreambooth-dev").values())
     train = {export.triplet_picture("train", index).identity for index in range(12_000)}
     val = {export.triplet_picture("val", index).identity for index in range(512)}
+    heldout |= {export.triplet_picture("heldout", index).identity for index in range(512)}
     base = {picture.identity for picture in sample_world(0, 12_000)}
-    assert len(heldout) == 30 and len(val) == 512
+    assert len(heldout) == 542 and len(val) == 512
     assert not heldout & (train | val | base) and not val & (train | base)
     assert len(dev) == 30 and not dev & (heldout | train | val | base)
     # Not only the whole identity: the look that a person would tell apart, without the proportions, is new as well.

@@ -63,7 +63,7 @@ def test_two_workers_share_a_pass(shards, tools):
     loader = module.train_dataloader()
     first, second = ([key for batch in loader for key in batch.key] for _ in range(2))
     assert sorted(first) == sorted(second) == ALL and first != second
-    assert module.positions == {0: (1, 6), 1: (1, 6)}
+    assert module.progress.positions == {0: (1, 6), 1: (1, 6)}
 
 
 def test_uneven_shards_give_every_rank_the_same_number_of_steps(shards, tools):
@@ -170,14 +170,15 @@ def test_a_reader_with_bad_shards_only_goes_on_with_the_next_pass(shards, tools)
     assert {key for batch in epochs(module, 1) for key in batch} == {"s00", "s01", "s02"}
 
 
-@pytest.mark.parametrize("handed_over", [1, 3, 4, 7, 11])
-def test_resume_goes_on_with_the_next_batch(shards, tools, handed_over):
-    whole = epochs(tools.datamodule(shards, flip=True), 4)
-    killed = tools.datamodule(shards, flip=True)
+@pytest.mark.parametrize(("workers", "handed_over"), [(0, 1), (0, 3), (0, 4), (0, 7), (0, 11), (2, 3), (2, 6), (3, 5)])
+def test_resume_goes_on_with_the_next_batch(shards, tools, workers, handed_over):
+    """Within an epoch too, where with three workers the next batch is not the first worker's; a fourth of its epochs is uneven."""
+    whole = epochs(tools.datamodule(shards, flip=True, num_workers=workers), 4)
+    killed = tools.datamodule(shards, flip=True, num_workers=workers)
     loader = killed.train_dataloader()
     stream = itertools.chain.from_iterable(loader for _ in range(4))
     before = [next(stream).key for _ in range(handed_over)]
-    resumed = tools.datamodule(shards, flip=True)
+    resumed = tools.datamodule(shards, flip=True, num_workers=workers)
     resumed.load_state_dict(json.loads(json.dumps(killed.state_dict()), object_pairs_hook=_integer_keys))
     after = epochs(resumed, 4)
     assert before + after[: 16 - handed_over] == whole
@@ -205,13 +206,28 @@ def test_resume_with_workers_repeats_and_loses_nothing_at_an_epochs_end(shards, 
     assert before + epochs(resumed, 2) == whole
 
 
+def test_each_rank_goes_on_where_it_stood(shards, tools, monkeypatch):
+    """Rank 1 of 2 with two workers reads readers 2 and 3 of the checkpoint."""
+    rank = collections.namedtuple("Trainer", "global_rank world_size default_root_dir")
+    module = tools.datamodule(shards, num_workers=2, prepared=False)
+    module.trainer = rank(1, 2, "")
+    module.progress.positions = {0: (1, 2), 1: (0, 3)}
+    monkeypatch.setattr("datamodules.triplets.over_ranks", lambda own: [{0: (5, 5), 1: (6, 6)}, own])
+    state = module.state_dict()
+    assert state["positions"] == {0: (5, 5), 1: (6, 6), 2: (1, 2), 3: (0, 3)}
+    resumed = tools.datamodule(shards, num_workers=2, prepared=False)
+    resumed.trainer = rank(1, 2, "")
+    resumed.load_state_dict(state)
+    assert resumed.progress.positions == {0: (1, 2), 1: (0, 3)}
+
+
 def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     killed = tools.datamodule(shards)
     epochs(killed, 2)
-    assert killed.state_dict() == {"readers": [1, 1], "positions": {0: (1, 4)}}
+    assert killed.state_dict() == {"readers": [1, 1], "positions": {0: (1, 4)}, "given": 0}
     resumed = tools.datamodule(shards, num_workers=2)
     resumed.load_state_dict(killed.state_dict())
-    assert resumed.positions == {0: (2, 0), 1: (2, 0)}
+    assert resumed.progress.positions == {0: (2, 0), 1: (2, 0)}
 
 
 class Recorder(LightningModule):

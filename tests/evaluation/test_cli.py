@@ -64,7 +64,7 @@ def test_method_names_must_be_folders(tmp_path, capsys, name):
 
 
 def test_commands_are_the_documented_ones():
-    assert list(COMMANDS) == ["generate", "score", "dreambooth", "ablate", "point", "figures", "models", "report"]
+    assert list(COMMANDS) == ["generate", "score", "dreambooth", "ablate", "point", "masks", "figures", "models", "report"]
 
 
 def test_missing_data_and_weights_are_one_clear_line(tmp_path):

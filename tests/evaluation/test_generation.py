@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from evaluation.generation import PictureMaker, Progress, batches, generate, launch
+from evaluation.generation import PictureMaker, batches, generate
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
+from evaluation.processes import Progress, launch
 from evaluation.stamps import read_stamp, stamp_path
 from tests.evaluation import processes
 from tests.evaluation.fakes import Painter, fake_config, made

@@ -105,6 +105,12 @@ def test_the_line_from_shards_to_report(trained, options):
     assert {"eval/scores.parquet", "eval/table.md", "report/index.html", "report/grid.png"} <= made
 
 
+def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
+    evaluation(["dreambooth", "--config", str(MINI / "seeds.yaml"), *options, f"--run={tmp_path}"])
+    summary = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert {"text_only", "ip_adapter", "moma", "beta_0.5", "mask_0", "clip_embedding"} <= set(summary)
+
+
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")) + [MINI / "ablations/mask_layers.yaml"], ids=lambda p: p.stem)
 def test_ablations_of_sampling_run(path, trained, options):
     evaluation(["ablate", "--config", str(MINI / "eval.yaml"), "--config", str(path), *options, "--ablation.name", path.stem])

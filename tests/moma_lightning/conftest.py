@@ -1,7 +1,10 @@
 """Tiny random models in hub folder layout, made once a session."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -16,6 +19,8 @@ from transformers import (
 
 from experiments.mini.recipe import captions, llava
 from moma_lightning.foundation import FoundationConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from tests.tiny import tiny_base
 
 HIDDEN, EMBED, VISION_WIDTH = 24, 12, 16
 
@@ -39,10 +44,7 @@ def build_llava(tokenizer) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
-@pytest.fixture(scope="session")
-def tiny_foundation(tmp_path_factory) -> FoundationConfig:
-    """LLaVA, CLIP's image encoder and (beside them, in `clip`) the whole CLIP, with random weights."""
-    folder = tmp_path_factory.mktemp("foundation")
+def write_mllm_and_clip(folder: Path) -> None:
     torch.manual_seed(0)
     processor = LlavaProcessor(image_processor=image_processor(16), tokenizer=llava.build_tokenizer(), patch_size=8,
                                num_additional_image_tokens=1, vision_feature_select_strategy="default")
@@ -55,4 +57,31 @@ def tiny_foundation(tmp_path_factory) -> FoundationConfig:
                 max_position_embeddings=captions.MAX_TOKENS, projection_dim=EMBED, eos_token_id=tokenizer.eos_token_id)
     for part in (tokenizer, CLIPModel(CLIPConfig(text_config=text, vision_config=vision_options(), projection_dim=EMBED))):
         part.save_pretrained(folder / "clip")
+
+
+def write_base(folder: Path) -> None:
+    base = tiny_base()
+    pipe = StableDiffusionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_foundation(tmp_path_factory) -> FoundationConfig:
+    """LLaVA, CLIP's image encoder and (beside them, in `clip`) the whole CLIP, with random weights."""
+    folder = tmp_path_factory.mktemp("foundation")
+    write_mllm_and_clip(folder)
     return FoundationConfig(mllm=str(folder / "llava"), image_encoder=str(folder / "image_encoder"))
+
+
+@pytest.fixture(scope="session")
+def foundation(tiny_foundation, tmp_path_factory) -> FoundationConfig:
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder)
+    return FoundationConfig(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(foundation, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("decoder")
+    ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), EMBED).save_pretrained(folder)
+    return str(folder)

@@ -49,3 +49,19 @@ def test_gradient_goes_to_the_prediction(pair):
 def test_image_embedding_cosine_loss_is_half_the_squared_distance_of_unit_vectors(pair):
     unit = [torch.nn.functional.normalize(x, dim=-1) for x in pair]
     assert losses.image_embedding_cosine_loss(*pair).item() == pytest.approx(((unit[0] - unit[1]) ** 2).sum(-1).mean().item() / 2, rel=1e-5)
+
+
+def test_weighted_noise_losses_are_weighted_means_of_the_plain_errors():
+    predicted, target, weight = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6), torch.rand(3, 1, 5, 6)
+    errors = ((predicted - target) ** 2).mean(1).numpy()
+    expected = [np.average(error, weights=w[0].numpy()) for error, w in zip(errors, weight, strict=True)]
+    np.testing.assert_allclose(losses.noise_prediction_losses(predicted, target, weight), expected, rtol=1e-5)
+    constant = losses.noise_prediction_losses(predicted, target, torch.full((3, 1, 5, 6), 7.0))
+    torch.testing.assert_close(constant, losses.noise_prediction_losses(predicted, target))
+
+
+def test_min_snr_weight_is_the_papers_for_noise_prediction():
+    alphas = torch.tensor([0.999, 0.9, 0.5, 0.01])
+    expected = [min(a / (1 - a), 5.0) / (a / (1 - a)) for a in alphas.tolist()]
+    np.testing.assert_allclose(losses.min_snr_weight(alphas, 5.0), expected, rtol=1e-4)
+    assert losses.min_snr_weight(alphas, 5.0)[2:].tolist() == pytest.approx([1, 1])

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from moma_lightning.batch import TripletBatch, white_background
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
-from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage1 import EditConfig, Stage1, edited
 from moma_lightning.optim import OptimizerConfig
 
 LABELS = ["cat", "toy robot"]
@@ -32,10 +33,10 @@ def loader(*seeds: int) -> DataLoader:
 
 @pytest.fixture
 def build(tiny_foundation, tmp_path):
-    def make(clip: bool = True, **decoder) -> Stage1:
+    def make(clip: bool = True, edits: EditConfig = EditConfig(), **decoder) -> Stage1:  # noqa: B008 - never changed
         seed_everything(0, verbose=False)
         folder = tiny_foundation.mllm.replace("llava", "clip") if clip else None
-        return Stage1(tiny_foundation, DecoderConfig(**decoder), OptimizerConfig(lr=1e-2, warmup_steps=1), clip=folder)
+        return Stage1(tiny_foundation, DecoderConfig(**decoder), OptimizerConfig(lr=1e-2, warmup_steps=1), clip=folder, edits=edits)
 
     return make
 
@@ -43,6 +44,42 @@ def build(tiny_foundation, tmp_path):
 def trainer(folder, steps: int, **options) -> Trainer:
     return Trainer(max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
                    enable_model_summary=False, num_sanity_val_steps=0, **{"enable_checkpointing": False, **options})
+
+
+def full(seed: int) -> TripletBatch:
+    plain = batch(seed)
+    return replace(plain, full_caption=[caption.replace("a ", "a red ", 1) for caption in plain.caption])
+
+
+def test_without_edits_the_decoder_sees_the_subject_on_white_and_the_caption():
+    one = full(0)
+    subject, caption = edited(one, 0.0)
+    assert torch.equal(subject, white_background(one.pixel_values, one.subject_mask)) and caption == one.caption
+
+
+def test_an_edited_sample_has_the_full_caption_and_other_colours_on_white():
+    torch.manual_seed(0)
+    one = replace(full(0), subject_mask=torch.zeros(4, 1, 20, 20).index_fill(3, torch.arange(8), 1.0))
+    subject, caption = edited(one, 1.0)
+    assert caption == one.full_caption != one.caption
+    before = white_background(one.pixel_values, one.subject_mask)
+    assert (subject[..., 12:] > 0.999).all()  # beyond the blur's reach white stays white
+    assert all((a - b).abs()[..., :8].mean() > 0.05 for a, b in zip(subject, before, strict=True))
+    assert subject.abs().max() <= 1 + 1e-5
+
+
+def test_a_share_of_the_samples_is_edited_and_only_in_training(build, tmp_path):
+    torch.manual_seed(0)
+    edits = [text.startswith("a red") for seed in range(100) for text in edited(full(seed), 0.25)[1]]
+    assert 0.15 < sum(edits) / len(edits) < 0.35
+    module, seen = build(edits=EditConfig(1.0)), []
+    module.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    trainer(tmp_path, 1).fit(module, DataLoader([full(0)], batch_size=None), DataLoader([full(0)], batch_size=None))
+    assert seen == [full(0).full_caption, full(0).caption]  # a training step, then validation
+
+
+def test_a_batch_without_full_captions_has_the_captions():
+    assert batch(0).full_caption == batch(0).caption
 
 
 def weights(module: Stage1) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -8,11 +7,8 @@ from torch.utils.data import DataLoader
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch
 from moma_lightning.checkpoints import load_adapter
-from moma_lightning.foundation import FoundationConfig
-from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
-from tests.tiny import tiny_base
 
 EMBED = 12
 
@@ -29,21 +25,6 @@ def batch(seed: int, size: int = 3, height: int = 32, width: int = 32, empty: bo
 
 def loader(*seeds: int) -> DataLoader:
     return DataLoader([batch(seed) for seed in seeds], batch_size=None)
-
-
-@pytest.fixture(scope="session")
-def foundation(tiny_foundation, tmp_path_factory) -> FoundationConfig:
-    folder, base = tmp_path_factory.mktemp("base"), tiny_base()
-    pipe = StableDiffusionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
-    return FoundationConfig(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
-
-
-@pytest.fixture(scope="session")
-def decoder_folder(foundation, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("decoder")
-    ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), EMBED).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -105,13 +86,36 @@ def test_a_sample_does_not_see_its_neighbours(build):
             layer.lambda_.fill_(0.8)
         whole = batch(0)
         noisy, timesteps, embeds = torch.randn(3, 4, 4, 4), torch.tensor([10, 500, 900]), torch.randn(3, EMBED)
-        torch.manual_seed(0)
-        module.encode_images = lambda pixels: module.vae.encode(pixels).latent_dist.mode()
-        together = module(noisy, timesteps, whole, embeds, whole.caption)
+        clean = module.vae.encode(whole.pixel_values).latent_dist.mode()
+        together = module(noisy, timesteps, whole, embeds, whole.caption, clean)
         for i in range(3):
             one = TripletBatch(whole.pixel_values[i : i + 1], whole.subject_mask[i : i + 1], whole.caption[:1], whole.label[:1], whole.key[:1])
-            alone = module(noisy[i : i + 1], timesteps[i : i + 1], one, embeds[i : i + 1], one.caption)[0]
+            alone = module(noisy[i : i + 1], timesteps[i : i + 1], one, embeds[i : i + 1], one.caption, clean[i : i + 1])[0]
             torch.testing.assert_close(alone, together[i], atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_can_weigh_the_subject_and_the_timesteps(build):
+    module, one = build(subject_weight=3.0, min_snr_gamma=5.0), batch(0)
+    module.forward = lambda noisy_latents, *rest: torch.zeros_like(noisy_latents)
+    values, timesteps = module.sample_losses(one, torch.Generator().manual_seed(4), drop=False)
+    noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+    for i, t in enumerate(timesteps.tolist()):
+        weight = 1 + 3 * one.subject_mask[i, 0].reshape(4, 8, 4, 8).mean((1, 3))
+        snr = module.noise_scheduler.alphas_cumprod[t] / (1 - module.noise_scheduler.alphas_cumprod[t])
+        expected = (noise[i] ** 2 * weight / weight.mean()).mean() * min(snr, torch.tensor(5.0)) / snr
+        torch.testing.assert_close(values[i], expected)
+
+
+def test_the_reference_pass_and_the_target_are_two_samples_of_one_posterior(build):
+    module, one = build(), batch(0)
+    posterior = module.vae.encode(one.pixel_values).latent_dist
+    torch.manual_seed(1)
+    target, seen = module.latents(one)
+    torch.manual_seed(1)
+    expected = [posterior.sample() * module.vae.config.scaling_factor for _ in range(2)]
+    torch.testing.assert_close([target, seen], expected)
+    white = build(variant="paper").latents(one)[1]
+    assert not torch.allclose(white, seen, atol=0.5)
 
 
 def test_dropout_is_zeros_before_the_projector_and_never_the_subject(build):

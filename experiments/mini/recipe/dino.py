@@ -1,13 +1,16 @@
 """Mini DINO: a timm ViT taught by instance discrimination to tell subjects apart, whatever the scene and the pose.
 
 A batch holds groups of subjects of one label and one colour, two views each in scenes of their own, so that what tells them
-apart is pattern, accent and proportions. Checks on subjects it has not seen: retrieval of another view, among subjects of all
-labels and among subjects of one label and one colour, and the mean cosine of same and different subjects.
+apart is pattern, accent and proportions. With `--positives picture` it learns without identities instead, as DINO does: a batch holds
+any pictures, two crops of each, so that scenes count as much as subjects (a control, not shipped). Checks on subjects it has not
+seen: retrieval of another view, among subjects of all labels and among subjects of one label and one colour, and the mean cosine of
+same and different subjects.
 """
 
 import argparse
 from collections import defaultdict
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -58,6 +61,22 @@ def sample_batch(images, groups, rng, group_count: int, group_size: int) -> Tens
     rows = np.concatenate([rng.choice(groups[g], min(group_size, len(groups[g])), replace=False) for g in chosen])
     pairs = np.argsort(rng.random((len(rows), VIEWS)), axis=1)[:, :2]
     return to_pixels(np.concatenate([images[rows, pairs[:, 0]], images[rows, pairs[:, 1]]]))
+
+
+def sample_crops(images, rng, count: int) -> Tensor:
+    """Two random crops of each of `count` pictures: pixels [2 * count, 3, 64, 64], crops apart."""
+    rows, views = rng.choice(len(images), count, replace=False), rng.integers(0, VIEWS, count)
+    pixels = to_pixels(images[rows, views])
+    return torch.stack([random_crop(picture, rng) for picture in torch.cat([pixels, pixels])])
+
+
+def random_crop(picture: Tensor, rng: np.random.Generator) -> Tensor:
+    """A square of 60 to 100 % of the picture's side, mirrored half of the time, at its size."""
+    size = picture.shape[-1]
+    side = int(rng.integers(round(0.6 * size), size + 1))
+    top, left = rng.integers(0, size - side + 1, 2)
+    crop = F.interpolate(picture[None, :, top : top + side, left : left + side], (size, size), mode="bilinear", antialias=True)[0]
+    return crop.flip(-1) if rng.random() < 0.5 else crop
 
 
 def augment(pixels: Tensor, rng: np.random.Generator) -> Tensor:
@@ -123,20 +142,27 @@ def main():
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--identities", type=int, default=6000)
+    parser.add_argument("--positives", choices=("subject", "picture"), default="subject")
+    parser.add_argument("--out", type=Path, default=FOUNDATION / "dino")
     args = parser.parse_args()
     torch.manual_seed(0)
     images, groups = training_views(args.identities)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    for step in training_steps("dino", args.steps, {"model": model}, optimizer, args.lr, every=200):
+    name = "dino" if args.positives == "subject" else "dino-picture"
+    for step in training_steps(name, args.steps, {"model": model}, optimizer, args.lr, every=200):
         rng = np.random.default_rng([3, step])
-        value = info_nce(model(augment(sample_batch(images, groups, rng, args.groups, args.group_size), rng)))
+        if args.positives == "subject":
+            pixels = sample_batch(images, groups, rng, args.groups, args.group_size)
+        else:
+            pixels = sample_crops(images, rng, args.groups * args.group_size)
+        value = info_nce(model(augment(pixels, rng)))
         optimize(value, optimizer)
         if (step + 1) % 200 == 0:
             print(f"loss {value:.3f}", check(model.eval()), flush=True)
             model.train()
-    save_for_hf(model.eval(), FOUNDATION / "dino", safe_serialization=True)
-    print(check(timm.create_model(f"local-dir:{FOUNDATION / 'dino'}", pretrained=True).eval()))
+    save_for_hf(model.eval(), args.out, safe_serialization=True)
+    print(check(timm.create_model(f"local-dir:{args.out}", pretrained=True).eval()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The trained MoMA that is shipped: what `make data stage1 stage2` left in runs/mini. Check: tests/test_trends.py."""
+"""The trained MoMA that is shipped: what `make data stage1 stage2` left in runs/mini, or another run's. Check: tests/test_trends.py."""
 
+import argparse
 import shutil
 
 from experiments.mini.recipe.common import FOUNDATION
@@ -9,8 +10,11 @@ PARTS = {"stage1/image_feature_decoder": "image_feature_decoder", "stage2/adapte
 
 def main():
     """Raises FileNotFoundError where a stage has not been trained."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", default="runs/mini")
+    run = parser.parse_args().run
     for source, name in PARTS.items():
-        shutil.copytree(f"runs/mini/{source}", FOUNDATION / "moma" / name, dirs_exist_ok=True)
+        shutil.copytree(f"{run}/{source}", FOUNDATION / "moma" / name, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

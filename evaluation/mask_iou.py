@@ -1,0 +1,88 @@
+"""Is M_gen where the subject is? IoU of the mask read off the label's attention with the subject that SAM finds in the picture.
+
+The number behind Figure 9: with masking the maps stay on the subject, without it they spread (paper section 5.2).
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from datamodules.dreambooth import Subject
+from evaluation.config import EvalConfig
+from evaluation.dreambooth import write_json
+from evaluation.extra_scores import Judges
+from evaluation.figures.sampled import STRENGTHS, Studio, mask_path
+from evaluation.methods import Moma
+from evaluation.metrics import Masker
+from evaluation.plan import Evaluation, Planned
+from evaluation.stamps import load_picture, write_beside
+from evaluation.statistics import draws, interval
+from evaluation.tables import markdown, signed_interval, with_interval
+from moma_lightning.models.masks import resize_mask
+
+logger = logging.getLogger(__name__)
+
+#: Pictures a subject: its first context prompts.
+PROMPTS = 4
+
+
+def run_mask_iou(config: EvalConfig) -> dict[str, Any]:
+    """Write `<run>/ablations/mask_iou.{json,md}`: mean IoU over subjects at each mask strength, paired differences, and how often SAM finds nothing."""
+    evaluation = Evaluation.open(config, config.resolved_device())
+    protocol = evaluation.protocol
+    judges = Judges(protocol, {}, Masker.from_pretrained(protocol.segmenter, config.eval_folder / "cache", config.resolved_device()))
+    studio = Studio(evaluation, config.ablations_folder / "mask_iou")
+    values = {f"mask {strength:g}": subject_ious(studio, judges, strength) for strength in STRENGTHS}
+    summary = summarise_ious(values)
+    rows = [[name, with_interval(summary[name]), str(summary[name]["without_subject"])] for name in values]
+    lines = markdown(["Masking", "IoU of M_gen(0) with SAM's subject", "pictures without a subject"], rows)
+    pairs = [[f"{row['a']} - {row['b']}", signed_interval(row)] for row in summary["differences"]]
+    write_json(config.ablations_folder / "mask_iou.json", summary)
+    write_beside(config.ablations_folder / "mask_iou.md", f"{lines}\n{markdown(['Difference', 'IoU'], pairs)}".encode())
+    logger.info("%s", lines)
+    return summary
+
+
+def subject_ious(studio: Studio, judges: Judges, strength: float) -> list[list[float]]:
+    """IoUs of each subject's pictures."""
+    method, found = Moma(mask_strength=strength), []
+    for subject in studio.evaluation.subjects:
+        plans = first_plans(studio, f"strength{strength:g}", method, subject)
+        studio.make(method, subject, plans, with_masks=True)
+        found.append([mask_iou(Image.open(mask_path(plan.path)), judges.mask(load_picture(plan.path))) for plan in plans])
+    return found
+
+
+def first_plans(studio: Studio, name: str, method: Moma, subject: Subject) -> list[Planned]:
+    plans = [plan for plan in studio.evaluation.planned(name, method, [subject]) if plan.task.kind == "context"]
+    return [replace(plan, path=Path(studio.folder) / name / plan.task.file) for plan in plans[:PROMPTS]]
+
+
+def mask_iou(generated: Image.Image, subject: np.ndarray) -> float:
+    """IoU of M_gen > 1/2 with the subject's mask, at M_gen's own resolution; 0 where SAM found nothing.
+
+    generated: grey levels of M_gen. subject: bool [height, width].
+    """
+    mask = np.asarray(generated) > 127
+    true = resize_mask(torch.from_numpy(subject)[None, None].float(), mask.shape)[0, 0].numpy() > 0.5
+    union = (mask | true).sum()
+    return float((mask & true).sum() / union) if union else 0.0
+
+
+def summarise_ious(values: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Means over subjects with bootstrap intervals, `without_subject` (IoUs of 0), and paired differences."""
+    means = {name: np.array([np.mean(ious) for ious in per_subject]) for name, per_subject in values.items()}
+    drawn = draws(len(next(iter(means.values()))))
+    summary: dict[str, Any] = {
+        name: interval(mean.mean(), mean[drawn].mean(1)) | {"without_subject": sum(iou == 0 for ious in values[name] for iou in ious)}
+        for name, mean in means.items()
+    }
+    first, *others = means
+    pairs = [(first, other, means[first] - means[other]) for other in others]
+    summary["differences"] = [{"a": a, "b": b, **interval(d.mean(), d[drawn].mean(1))} for a, b, d in pairs]
+    return summary

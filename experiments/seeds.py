@@ -1,0 +1,77 @@
+"""One recipe under several training seeds: what of a result is the recipe's, and what is luck.
+
+`python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages and evaluates once a seed in runs/<exp>-seed<k>, two trainings at a time,
+then pools the scores: every method's mean is over all seeds' pictures, intervals are over subjects. Each step goes on where it
+stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from evaluation.dreambooth import write_json
+from evaluation.stamps import write_beside
+from evaluation.statistics import summarise
+from evaluation.tables import difference_table, method_table
+
+
+def run(module: str, *arguments: str, threads: int | None = None) -> None:
+    """`python -m module arguments`; raises CalledProcessError when it fails."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
+
+
+def train(exp: str, seed: int, threads: int | None, extra: list[str]) -> None:
+    folder = f"runs/{exp}-seed{seed}"
+    shared = ["--seed_everything", str(seed), "--data.init_args.config.seed", str(seed), *extra]
+    run("moma_lightning", "fit", "--config", f"experiments/{exp}/stage1.yaml", "--trainer.default_root_dir", f"{folder}/stage1", *shared, threads=threads)
+    run("moma_lightning", "fit", "--config", f"experiments/{exp}/stage2.yaml", "--trainer.default_root_dir", f"{folder}/stage2",
+        "--model.init_args.decoder", f"{folder}/stage1/image_feature_decoder", *shared, threads=threads)  # fmt: skip
+
+
+def evaluate(exp: str, seed: int) -> None:
+    folder = f"runs/{exp}-seed{seed}"
+    run("evaluation", "dreambooth", "--config", f"experiments/{exp}/seeds.yaml", "--run", folder, "--adapter", f"{folder}/stage2/adapter",
+        "--decoder", f"{folder}/stage1/image_feature_decoder")  # fmt: skip
+
+
+def pool(folders: list[Path]) -> pd.DataFrame:
+    """The scores of all runs as if of one. What no training moves (real pictures, text alone, IP-Adapter) then counts once a run, which moves no mean."""
+    return pd.concat([pd.read_parquet(folder / "eval" / "scores.parquet") for folder in folders], ignore_index=True)
+
+
+def write_pooled(out: Path, folders: dict[int, Path]) -> None:
+    for seed, folder in folders.items():
+        write_json(out / f"seed{seed}.json", summarise(pool([folder])))
+    summary = summarise(pool(list(folders.values())))
+    page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", method_table(summary), difference_table(summary)]
+    write_json(out / "summary.json", summary)
+    write_beside(out / "table.md", "\n".join(page).encode())
+    print("\n".join(page))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp", default="mini")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, each on its share of the cores")
+    parser.add_argument("--train", nargs="*", default=[], help="extra arguments of both stages' `fit`")
+    parser.add_argument("--only-train", action="store_true")
+    args = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // args.at_once) if args.at_once > 1 else None
+    with ThreadPoolExecutor(args.at_once) as workers:
+        list(workers.map(lambda seed: train(args.exp, seed, threads, args.train), args.seeds))
+    if args.only_train:
+        return
+    for seed in args.seeds:
+        evaluate(args.exp, seed)
+    write_pooled(Path(f"runs/{args.exp}/seeds"), {seed: Path(f"runs/{args.exp}-seed{seed}") for seed in args.seeds})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A sharded checkpoint: a folder that each rank writes its part of, and a link to the newest whole one."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+#: Beside the shards: what is not a tensor (`torch.save`).
+REST = "meta.pt"
+
+
+def save(path: Path, tensors: dict[str, Any], rest: dict[str, Any], rank: int, barrier: Callable[[], None]) -> None:
+    """Write `.<name>-<step>` beside `path` and then turn the link `path` to it; every rank must call this.
+
+    The link is replaced in one step, so a kill at any moment leaves the old checkpoint or the new one. The old folder is then
+    removed.
+    """
+    folder = path.with_name(f".{path.name}-{rest['global_step']}")
+    if path.is_symlink() and os.readlink(path) == folder.name:  # this step was saved before, and is not touched until the link turns
+        folder = folder.with_name(f"{folder.name}-again")
+    barrier()
+    dcp.save(tensors, checkpoint_id=folder)
+    if rank == 0:
+        torch.save(rest, folder / REST)
+        _point(path, folder)
+    barrier()
+
+
+def _point(path: Path, folder: Path) -> None:
+    link = path.with_name(f".{path.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name, target_is_directory=True)
+    if path.is_file() and not path.is_symlink():
+        path.unlink()  # a single file of an earlier, unsharded run
+    os.replace(link, path)
+    for other in path.parent.glob(f".{path.name}-*"):
+        if other.name != folder.name:
+            shutil.rmtree(other, ignore_errors=True)

@@ -1,0 +1,25 @@
+"""Checkpoint files that are there whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from moma_lightning.files import write_beside
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, where Lightning's goes through the system's temporary folder.
+
+    A kill while saving, or a full disk (OSError that names the file), leaves the checkpoint from before as it was.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        for leftover in Path(path).parent.glob(f".{Path(path).stem}.*{Path(path).suffix}"):
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)  # of a process that was killed while saving
+        write_beside(Path(path), lambda beside: torch.save(checkpoint, beside))

@@ -1,0 +1,92 @@
+"""Fully sharded training (FSDP2): which modules are gathered together, and whole tensors out of shards and back."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree as pytree
+
+#: Methods of a stage that read its parameters and are not `forward`.
+ENTRIES = ("training_step", "validation_step", "on_validation_epoch_end")
+
+
+def shard(stage: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, *, bf16: bool) -> None:
+    """Shard every parameter of a stage over `mesh`; each unit is gathered, used and dropped as one.
+
+    units: inner modules before those that hold them; of transformers' models only those whose hidden states nobody asks for, since
+        it knows which it can record by the class, which FSDP2 changes. What no unit holds (stage 2's whole adapter, with lambda) belongs to the
+        stage itself and is gathered in float32 whatever `bf16` says; units are gathered in bfloat16 then, and gradients are
+        reduced in float32 always. FSDP2 holds gradients by parameter, so frozen ones bring no gradient memory wherever they are.
+    """
+    # Inputs are left to autocast: casting them here would also copy the Conditioning, and with it the Recorder that is written to.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        if any(True for _ in unit.parameters()):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(stage, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard_after_forward=True)
+    for name in ENTRIES:
+        register_fsdp_forward_method(stage, name)
+
+
+def whole(tree: Any) -> Any:
+    """The same nested dicts and lists with every sharded tensor gathered on rank 0's CPU, and empty elsewhere. Every rank must call it."""
+    return pytree.tree_map_only(DTensor, _gather, tree)
+
+
+def _gather(tensor: DTensor) -> Tensor:
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
+
+
+@contextmanager
+def whole_parameters(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Inside, rank 0's module holds those parameters whole, on the CPU, to be written. Every rank must enter it."""
+    owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    before = [owner._parameters[name] for owner, name in owners]
+    try:
+        for (owner, name), parameter in zip(owners, before, strict=True):
+            if isinstance(parameter, DTensor):
+                owner._parameters[name] = nn.Parameter(_gather(parameter.detach()), parameter.requires_grad)
+        yield
+    finally:
+        for (owner, name), parameter in zip(owners, before, strict=True):
+            owner._parameters[name] = parameter
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor that every rank has, laid out as `like`; what is sharded already, or no parameter's size, stays."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's whole `state_dict`, laid out as its parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {i: {k: shard_like(v, parameters[i]) if isinstance(v, Tensor) else v for k, v in entry.items()} for i, entry in state["state"].items()}
+    return state | {"state": moments}
+
+
+def shard_state(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by name, each laid out as the one of that name in `like`."""
+    return {name: shard_like(tensor, like[name]) if name in like else tensor for name, tensor in state.items()}
+
+
+def over_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks. Every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,50 @@
+import json
+
+import pandas as pd
+import pytest
+
+from experiments import seeds
+
+
+def scores(value: float) -> pd.DataFrame:
+    """Two methods, three subjects, two prompts each; only `ours` depends on the training."""
+    rows = [
+        {"method": method, "subject": subject, "label": "cat", "prompt_kind": "context", "prompt": f"a cat {p}"}
+        | {"dino": mean + 0.01 * p, "clip_i": 0.5, "clip_t": 0.5}
+        for method, mean in (("text_only", 0.1), ("ours", value))
+        for subject in ("a", "b", "c")
+        for p in range(2)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    made = {seed: tmp_path / f"run{seed}" for seed in (0, 1, 2)}
+    for seed, folder in made.items():
+        (folder / "eval").mkdir(parents=True)
+        scores(0.4 + 0.1 * seed).to_parquet(folder / "eval" / "scores.parquet")
+    return made
+
+
+def test_the_pooled_mean_is_the_mean_over_seeds_and_pictures(folders, tmp_path, capsys):
+    seeds.write_pooled(tmp_path / "out", folders)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["ours"]["dino"]["mean"] == pytest.approx(0.5 + 0.005)
+    assert summary["text_only"]["dino"]["mean"] == pytest.approx(0.105)
+    assert json.loads((tmp_path / "out" / "seed2.json").read_text())["ours"]["dino"]["mean"] == pytest.approx(0.605)
+    assert "ours" in (tmp_path / "out" / "table.md").read_text() and "Training seeds 0, 1, 2" in capsys.readouterr().out
+
+
+def test_each_seed_trains_both_stages_in_its_folder_and_a_failure_ends_it(monkeypatch):
+    commands = []
+    monkeypatch.setattr(seeds, "run", lambda module, *arguments, threads=None: commands.append((module, arguments, threads)))
+    seeds.train("mini", 3, 1, ["--trainer.max_steps", "2"])
+    assert [command[1][2] for command in commands] == ["experiments/mini/stage1.yaml", "experiments/mini/stage2.yaml"]
+    for _, arguments, threads in commands:
+        joined = " ".join(arguments)
+        assert "--seed_everything 3" in joined and "--data.init_args.config.seed 3" in joined and "--trainer.max_steps 2" in joined and threads == 1
+        assert "runs/mini-seed3/stage" in joined
+    monkeypatch.undo()
+    with pytest.raises(seeds.subprocess.CalledProcessError):
+        seeds.run("moma_lightning.there_is_no_such_module")

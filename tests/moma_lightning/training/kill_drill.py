@@ -1,0 +1,176 @@
+"""Kill a training at random moments and restart it with the same command: it must end where an undisturbed one does.
+
+    python -m tests.moma_lightning.training.kill_drill --folder /tmp/drill --kills 20 --processes 1
+
+A tiny stage 2 with its real datamodule (shards, two workers), validation, EMA and random noise. Every third kill waits for a
+checkpoint being written, the others for a random moment. What is compared: trained weights, average and optimizer state bit for
+bit, and the samples of every step on every rank.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from datamodules.mini.export import export
+from moma_lightning.modules.stage2 import Stage2
+from tests.moma_lightning.conftest import write_base, write_mllm_and_clip
+
+EVERY = 5
+
+
+class Drilled(Stage2):
+    """Writes down the samples of every step."""
+
+    def training_step(self, batch, batch_idx):
+        with (Path(self.trainer.default_root_dir) / f"seen-{self.global_rank}.txt").open("a") as file:
+            file.write(f"{self.global_step} {' '.join(batch.key)}\n")
+        return super().training_step(batch, batch_idx)
+
+
+def prepare(folder: Path) -> None:
+    """Tiny models and shards, once for both runs."""
+    if not (folder / "ready").exists():
+        write_mllm_and_clip(folder / "models")
+        write_base(folder / "models/base")
+        export(folder / "data", train_count=48, val_count=8, samples_per_shard=6)
+        (folder / "ready").touch()
+
+
+def config(folder: Path, run: str, steps: int, processes: int) -> Path:
+    path, models, shards = folder / f"{run}.yaml", folder / "models", folder / "data/shards"
+    sharded = {"strategy": "sharded", "devices": processes} if processes > 1 else {"devices": 1}
+    path.write_text(yaml.safe_dump({
+        "trainer": {"default_root_dir": str(folder / run), "accelerator": "cpu", "max_steps": steps, "log_every_n_steps": 10, "num_sanity_val_steps": 0,
+                    "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": 1.0, "limit_val_batches": 1,
+                    "callbacks": [{"class_path": "moma_lightning.training.ema.EMA", "init_args": {"decay": 0.9}}]} | sharded,
+        "checkpoint": {"every_n_train_steps": EVERY},
+        "model": {"class_path": "tests.moma_lightning.training.kill_drill.Drilled", "init_args": {
+            "foundation": {"base": str(models / "base"), "image_encoder": str(models / "image_encoder"), "mllm": str(models / "llava"), "ip_adapter": None},
+            "stage2": {"context": "image_encoder", "context_dropout": 0.3},
+            "grid": {"pictures": 0}, "optimizer": {"lr": 1e-3, "schedule": "cosine"}}},
+        "data": {"class_path": "datamodules.triplets.TripletDataModule", "init_args": {"config": {
+            "train": f"{shards}/train-*.tar", "val": f"{shards}/val-*.tar", "image_size": 32, "batch_size": 2, "steps_per_epoch": 7,
+            "val_batches": 1, "num_workers": 2}}},
+    }))  # fmt: skip
+    return path
+
+
+def start(path: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    log = path.with_suffix(".log").open("a")
+    command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(path)]
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random, steps: int) -> str:
+    """Wait for the moment, then end the process and all its children. Every seventh is asked to end (SIGTERM), not killed."""
+    before = progress(run)
+    wait(process, lambda: progress(run) > before)
+    moment = "at a random moment"
+    if number % 3 == 2:
+        moment = "while a checkpoint was being written"
+        wait(process, lambda: bool(list((run / "checkpoints").glob(".last.*"))) or progress(run) >= steps, every=0.0005)
+    else:
+        time.sleep(rng.random() * 2)
+    kind = signal.SIGTERM if number % 7 == 1 else signal.SIGKILL
+    if kind == signal.SIGTERM:
+        os.kill(process.pid, kind)
+        assert process.wait(60) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, kind)
+        process.wait()
+    return f"{kind.name} {moment}"
+
+
+def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while process.poll() is None and not ready():
+        if time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError("the training did not come on")
+        time.sleep(every)
+
+
+def progress(run: Path) -> int:
+    """How many lines rank 0 has written: any new one tells that training runs."""
+    seen = run / "seen-0.txt"
+    return len(seen.read_text().splitlines()) if seen.exists() else 0
+
+
+def undisturbed(folder: Path, steps: int, processes: int) -> Path:
+    process = start(config(folder, "whole", steps, processes))
+    assert process.wait(600) == 0, (folder / "whole.log").read_text()[-3000:]
+    return folder / "whole"
+
+
+def disturbed(folder: Path, steps: int, processes: int, kills: int, seed: int) -> Path:
+    rng, run = random.Random(seed), folder / "killed"
+    path = config(folder, "killed", steps, processes)
+    for number in range(kills):
+        process = start(path)
+        how = interrupt(process, run, number, rng, steps)
+        print(f"{number + 1}: {how}, {last_step(run)} steps saved", flush=True)
+        if (run / "finished.json").exists():
+            print("finished before all kills were dealt out")
+            break
+    process = start(path)
+    assert process.wait(600) == 0, path.with_suffix(".log").read_text()[-3000:]
+    return run
+
+
+def last_step(run: Path) -> int:
+    checkpoint = run / "checkpoints/last.ckpt"
+    return torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.exists() else 0
+
+
+def samples(run: Path, rank: int) -> dict[int, list[str]]:
+    """The keys of every step; of a step that was done again after a kill, the later line counts."""
+    lines = (run / f"seen-{rank}.txt").read_text().splitlines()
+    return {int(line.split()[0]): line.split()[1:] for line in lines}
+
+
+def differences(whole: Path, killed: Path, processes: int) -> list[str]:
+    """Names of what is not equal in every bit."""
+    one, two = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, killed))
+    tensors = [flatten({key: checkpoint[key] for key in ("state_dict", "ema", "optimizer_states")}) for checkpoint in (one, two)]
+    wrong = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1].get(name, torch.zeros(0)))]
+    return wrong + [f"samples of rank {rank}" for rank in range(processes) if samples(whole, rank) != samples(killed, rank)]
+
+
+def flatten(tree, name="") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {key: value for k, branch in items for key, value in flatten(branch, f"{name}.{k}").items()}
+
+
+def drill(folder: Path, kills: int, processes: int = 1, steps: int = 60, seed: int = 0) -> list[str]:
+    """Everything; returns what differs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder)
+    whole = undisturbed(folder, steps, processes)
+    return differences(whole, disturbed(folder, steps, processes, kills, seed), processes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = vars(parser.parse_args())
+    wrong = drill(**options)
+    print(json.dumps({"kills": options["kills"], "processes": options["processes"], "differences": wrong}))
+    sys.exit(bool(wrong))

@@ -1,0 +1,143 @@
+"""Trainings on two gloo processes for the tests of sharding: python -m tests.moma_lightning.training.sharded_run <folder>.
+
+`<folder>/foundation.json` says where the tiny models are. Batches, noise and dropout are those of the whole global batch, of
+which each rank takes its part, so that any number of ranks must give the same losses. Results go to `<folder>/<name>.json`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from torch.utils.data import DataLoader
+
+from moma_lightning.batch import TripletBatch
+from moma_lightning.foundation import FoundationConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
+from moma_lightning.optim import OptimizerConfig
+from moma_lightning.training.ema import EMA
+from moma_lightning.training.options import TrainingOptions
+from moma_lightning.training.strategy import ShardedStrategy
+
+STEPS, AFTER, GLOBAL_BATCH = 20, 3, 4
+
+
+class SameNoise(Stage2):
+    """Stage 2 whose random numbers belong to the samples: drawn for the global batch, cut to the rank's part."""
+
+    def encode_images(self, pixel_values):
+        with torch.no_grad():
+            return self.vae.encode(pixel_values).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def random_draws(self, latents, generator, drop):
+        rng = torch.Generator().manual_seed(self.global_step)
+        size, start = len(latents), self.global_rank * len(latents)
+        noise = torch.randn(GLOBAL_BATCH, *latents.shape[1:], generator=rng)[start : start + size]
+        timesteps = torch.randint(0, 1000, (GLOBAL_BATCH,), generator=rng)[start : start + size]
+        return noise, timesteps, torch.rand(2, GLOBAL_BATCH, generator=rng)[:, start : start + size]
+
+
+def global_batch(seed: int, rank: int, ranks: int) -> TripletBatch:
+    rng = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(GLOBAL_BATCH, 1, 32, 32, generator=rng) > 0.5).float()
+    pixels = torch.rand(GLOBAL_BATCH, 3, 32, 32, generator=rng) * 2 - 1
+    part = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)
+    count = GLOBAL_BATCH // ranks
+    return TripletBatch(pixels[part], mask[part], ["a cat on a lake"] * count, ["cat"] * count, [f"{seed}-{i}" for i in range(GLOBAL_BATCH)][part])
+
+
+class Losses(Callback):
+    """The mean loss over ranks of every step, and checkpoints at step 10: one for each path given."""
+
+    def __init__(self, *save: Path):
+        self.losses, self.save = [], save
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
+        for path in self.save if trainer.global_step == STEPS // 2 else ():
+            if hasattr(trainer.strategy, "_save_distributed_checkpoint"):
+                trainer.strategy._save_distributed_checkpoint = path.name.startswith("sharded")
+            trainer.save_checkpoint(path)
+
+
+def build(stage: str, foundation: FoundationConfig, decoder: str, **training):
+    """A module with its optimizer; the same weights on every call."""
+    seed_everything(0, verbose=False)
+    options = TrainingOptions(**training)
+    if stage == "stage1":
+        return Stage1(foundation, DecoderConfig(), OptimizerConfig(lr=1e-3, warmup_steps=15), training=options)
+    optimizer = OptimizerConfig(lr=1e-3, lr_multipliers={"lambda_": 10.0})
+    return SameNoise(foundation, Stage2Config(context_dropout=0.5), optimizer, decoder, GridConfig(pictures=0), options)
+
+
+def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | None = None, steps: int = STEPS, callbacks=(), **options) -> list[float]:
+    """20 steps, or the few after a checkpoint's; clipped so that the norm matters."""
+    recorder = Losses(*save)
+    done = STEPS // 2 if resume else 0
+    trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, accelerator="cpu", devices=ranks,
+                      strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                      gradient_clip_val=0.05, callbacks=[recorder, *callbacks], num_sanity_val_steps=0, **{"limit_val_batches": 0} | options)
+    trainer.fit(module, Rest(done), ckpt_path=resume)
+    return recorder.losses
+
+
+class Rest(LightningDataModule):
+    """The global batches from `first` on."""
+
+    def __init__(self, first: int):
+        super().__init__()
+        self.first = first
+
+    def train_dataloader(self):
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return Sized([global_batch(seed, rank, ranks) for seed in range(self.first, STEPS)])
+
+    def val_dataloader(self):
+        return DataLoader([global_batch(99, self.trainer.global_rank, self.trainer.world_size)], batch_size=None)
+
+
+class Sized(list):
+    """A list that is as long as the epoch, as Lightning expects of a loader that goes on within one."""
+
+    def __len__(self):
+        return STEPS
+
+
+def in_bf16(module, folder: Path) -> tuple[list[float], dict[str, str]]:
+    """Two steps with a picture grid, and in what type some parameters are while the forward pass runs."""
+    dtypes = {}
+
+    def note(name, parameter):
+        return lambda *_: dtypes.__setitem__(name, str(getattr(parameter(), "dtype", None)))
+
+    module.unet.mid_block.register_forward_hook(note("unet", lambda: next(module.unet.mid_block.parameters())))
+    module.unet.register_forward_hook(note("lambda", lambda: next(iter(module.adapter.subject.values())).lambda_))
+    module.grid = GridConfig(pictures=1, num_inference_steps=2)
+    losses = train(module, folder, 2, ShardedStrategy(), steps=2, precision="bf16-mixed", limit_val_batches=1, val_check_interval=2)
+    dtypes["kept"] = str(next(module.adapter.parameters()).dtype)
+    return losses, dtypes
+
+
+def main(folder: Path) -> None:
+    places = json.loads((folder / "foundation.json").read_text())
+    foundation, decoder = FoundationConfig(**places["foundation"]), places["decoder"]
+    results = {}
+    results["bf16"], results["dtypes"] = in_bf16(build("stage2", foundation, decoder, activation_checkpointing="all"), folder / "bf16")
+    for stage in ("stage1", "stage2"):
+        home = folder / stage
+        saves = [home / "full-2.ckpt", home / "sharded-2.ckpt"]
+        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9)])
+        for name in ("full-1.ckpt", "full-2.ckpt", "sharded-2.ckpt"):
+            results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
+    results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
+    results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,106 @@
+"""Sharded training on two processes against one: the same losses, and checkpoints that either reads."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moma_lightning.checkpoints import load_adapter
+from moma_lightning.training.ema import EMA
+from moma_lightning.training.strategy import ShardedStrategy
+from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
+
+HALF = STEPS // 2
+
+
+@pytest.fixture(scope="module")
+def runs(foundation, decoder_folder, tmp_path_factory):
+    """Both stages on one process here, then everything of `sharded_run` on two. Returns (folder, losses by run)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    places = {"foundation": asdict(foundation), "decoder": decoder_folder}
+    (folder / "foundation.json").write_text(json.dumps(places))
+    losses = {}
+    for stage in ("stage1", "stage2"):
+        module, save = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"]
+        losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9)])
+    module = build("stage2", foundation, decoder_folder)
+    losses["accumulated-alone"] = train(module, folder / "alone", 1, "auto", steps=3, accumulate_grad_batches=2)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "tests.moma_lightning.training.sharded_run", str(folder)], env=environment, capture_output=True, text=True,
+                          timeout=240, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, losses | json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_lose_what_one_does(runs, stage):
+    losses = runs[1]
+    assert len(losses[f"{stage}-alone"]) == STEPS and losses[f"{stage}-alone"][-1] != losses[f"{stage}-alone"][0]
+    assert losses[stage] == pytest.approx(losses[f"{stage}-alone"], abs=1e-5)
+
+
+def test_copies_of_a_node_lose_the_same(runs):
+    assert runs[1]["copies"] == pytest.approx(runs[1]["stage2-alone"][:5], abs=1e-5)
+
+
+def test_accumulated_gradients_are_the_same(runs):
+    assert len(runs[1]["accumulated"]) == 6 and runs[1]["accumulated"] == pytest.approx(runs[1]["accumulated-alone"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_one_file_holds_the_same_whichever_wrote_it(runs, stage):
+    """Trained weights, their average and the optimizer's moments, by the same names and numbers."""
+    one, two = (torch.load(runs[0] / stage / f"full-{ranks}.ckpt", weights_only=True) for ranks in (1, 2))
+    for part in ("state_dict", "ema"):
+        one[part], two[part] = ({n: t for n, t in c[part].items() if not n.startswith("target_")} for c in (one, two))
+        torch.testing.assert_close(two[part], one[part], atol=1e-5, rtol=1e-5)
+    moments = [{i: entry["exp_avg"] for i, entry in c["optimizer_states"][0]["state"].items()} for c in (one, two)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 10
+    torch.testing.assert_close(moments[1], moments[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder):
+    module = build("stage2", foundation, decoder_folder)
+    loaded = load_adapter(runs[0] / "stage2/two/adapter", module.unet)
+    average = load_adapter(runs[0] / "stage2/adapter", module.unet)
+    torch.testing.assert_close(dict(loaded.named_parameters()), dict(average.named_parameters()), atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_is_for_the_frozen_units_and_lambda_stays_in_float32(runs):
+    assert runs[1]["dtypes"] == {"unet": "torch.bfloat16", "lambda": "torch.float32", "kept": "torch.float32"}
+    assert runs[1]["bf16"] == pytest.approx(runs[1]["stage2-alone"][:2], rel=0.05)
+    assert [path.name for path in (runs[0] / "bf16/pictures").iterdir()] == ["step-000002.png"]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("name", ["full-1.ckpt", "full-2.ckpt", "sharded-2.ckpt"])
+def test_two_processes_go_on_from_every_kind_of_checkpoint(runs, stage, name):
+    losses = runs[1]
+    assert losses[f"{stage}/{name}"] == pytest.approx(losses[f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_one_process_goes_on_from_two_processes(runs, foundation, decoder_folder, stage):
+    folder, losses = runs
+    again = train(build(stage, foundation, decoder_folder), folder / "one", 1, "auto", resume=folder / stage / "full-2.ckpt")
+    assert again == pytest.approx(losses[f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
+
+
+@pytest.fixture
+def process_group():
+    """Leaves no process group behind in the test process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_one_sharded_process_reads_the_shards_of_two(runs, foundation, decoder_folder, stage, process_group):
+    folder, losses = runs
+    again = train(build(stage, foundation, decoder_folder), folder / "one", 1, ShardedStrategy(), resume=folder / stage / "sharded-2.ckpt")
+    assert again == pytest.approx(losses[f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
