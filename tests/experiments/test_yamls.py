@@ -23,7 +23,7 @@ from tests.offline_wandb import offline_run
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = EXPERIMENTS / "mini"
 YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
-TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "foundation.yaml", "seeds.yaml")]
+TRAINING = [path for path in YAMLS if "\ntrainer:" in path.read_text()]
 #: What full-size YAMLs are run with here: the mini world's base models and pictures, one CPU process.
 STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(FoundationConfig())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
              "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64",
@@ -149,3 +149,11 @@ def test_evaluation_is_parsed(path):
     assert command == "dreambooth"
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(config.methods)
     assert config.resolved_protocol().name == ("mini" if path.parent == MINI else "moma-paper, modified")
+
+
+def test_the_released_checkpoint_is_sampled_as_its_authors_do(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--config", str(EXPERIMENTS / "sd15_llava7b/released.yaml"), "--prompt", "a cat", "--print_config"])
+    given = yaml.safe_load(capsys.readouterr().out)
+    assert stop.value.code == 0 and given["foundation"]["mllm"].startswith("llava-hf/llava-1.5-7b-hf@")
+    assert (given["prompt_template"], given["guidance_scale"], given["num_inference_steps"]) == ("photo of a {label}. {prompt}", 7.5, 50)

@@ -75,7 +75,8 @@ def test_encoders_of_a_protocol_are_named_for_fetching(capsys):
 
 
 def test_of_each_folders_weights_one_format_is_fetched():
-    transformers = ["config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "tokenizer.model", "README.md", "a.png"]
+    transformers = ["config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "tokenizer.model", "README.md", "a.png",
+                    "open_clip_model.safetensors"]  # fmt: skip
     assert wanted(transformers) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert wanted(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
     pipeline = ["model_index.json", "v1-5.safetensors", "v1-5.ckpt", "unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors",
