@@ -7,6 +7,7 @@ stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from evaluation.dreambooth import write_json
 from evaluation.stamps import write_beside
 from evaluation.statistics import summarise
 from evaluation.tables import difference_table, method_table
+
+#: Methods of seeds.yaml that use nothing the stages trained.
+UNTRAINED = ("text_only", "ip_adapter")
 
 
 def run(module: str, *arguments: str, threads: int | None = None) -> None:
@@ -34,8 +38,13 @@ def train(exp: str, seed: int, threads: int | None, extra: list[str]) -> None:
         "--model.init_args.decoder", f"{folder}/stage1/image_feature_decoder", *shared, threads=threads)  # fmt: skip
 
 
-def evaluate(exp: str, seed: int) -> None:
+def evaluate(exp: str, seed: int, first: int) -> None:
+    """By experiments/<exp>/seeds.yaml. What no training moves is taken over from the first seed's run; stamps say whether it is the same."""
     folder = f"runs/{exp}-seed{seed}"
+    for method in UNTRAINED if seed != first else ():
+        made = Path(f"runs/{exp}-seed{first}/eval/pictures/{method}")
+        if made.exists():
+            shutil.copytree(made, f"{folder}/eval/pictures/{method}", dirs_exist_ok=True)
     run("evaluation", "dreambooth", "--config", f"experiments/{exp}/seeds.yaml", "--run", folder, "--adapter", f"{folder}/stage2/adapter",
         "--decoder", f"{folder}/stage1/image_feature_decoder")  # fmt: skip
 
@@ -69,7 +78,7 @@ def main() -> None:
     if args.only_train:
         return
     for seed in args.seeds:
-        evaluate(args.exp, seed)
+        evaluate(args.exp, seed, args.seeds[0])
     write_pooled(Path(f"runs/{args.exp}/seeds"), {seed: Path(f"runs/{args.exp}-seed{seed}") for seed in args.seeds})
 
 

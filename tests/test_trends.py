@@ -20,18 +20,31 @@ from evaluation.scoring import score
 from evaluation.statistics import summarise
 from moma_lightning.models import attention
 from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.pipeline import MoMAPipeline
 
 GOLDEN = Path(__file__).parent / "golden" / "trends.json"
 TRAINED = "experiments/mini/foundation/moma"
-METHODS: dict[str, Method] = {"text_only": TextOnly(), "beta_0": Moma(beta=0.0), "beta_1": Moma(beta=1.0), "mask_0": Moma(beta=1.0, mask_strength=0.0)}
-#: Trend -> metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3).
-TRENDS = {"subject": ("dino", "beta_1", "beta_0"), "context": ("dino", "beta_0", "text_only"), "masking": ("clip_t_context", "beta_1", "mask_0")}
+METHODS: dict[str, Method] = {
+    "text_only": TextOnly(),
+    "beta_0": Moma(beta=0.0),
+    "beta_1": Moma(beta=1.0),
+    "mask_0": Moma(beta=1.0, mask_strength=0.0),
+    "clip_0": Moma(beta=0.0, context="image"),
+}
+#: Trend -> metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3, section 5.1).
+TRENDS = {
+    "subject": ("dino", "beta_1", "beta_0"),
+    "context": ("dino", "beta_0", "text_only"),
+    "masking": ("clip_t_context", "beta_1", "mask_0"),
+    "mllm": ("clip_t_texture", "beta_0", "clip_0"),
+}
 
 
 def trend(name: str, run: Path, data: Path) -> float:
     """How much the first method of a trend scores above the second."""
     metric, a, b = TRENDS[name]
-    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": 3, "texture_prompts": 0, "extra_scores": []}
+    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": 3, "texture_prompts": 3, "extra_scores": []}
+    small["context_prompts" if metric == "clip_t_texture" else "texture_prompts"] = 0
     methods = {method: METHODS[method] for method in (a, b)}
     config = EvalConfig(str(run), str(data), "mini", small, methods, adapter=f"{TRAINED}/adapter", decoder=f"{TRAINED}/image_feature_decoder",
                         wandb=WandbConfig(enabled=False))  # fmt: skip
@@ -59,6 +72,7 @@ def broken(monkeypatch):
         "subject": (attention, "subject_attention", lambda subject, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
         "context": (attention, "context_attention", lambda context, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
         "masking": (MaskPyramid, "weight", lambda self, sequence_length: torch.ones(len(self.mask), sequence_length)),
+        "mllm": (MoMAPipeline, "_embed", lambda self, subject, prompts: self.clip(subject.pixels)),
     }
     return lambda name: monkeypatch.setattr(*parts[name])
 
