@@ -1,5 +1,6 @@
 """Fully sharded training (FSDP2): which modules are gathered together, and whole tensors out of shards and back."""
 
+import io
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -84,9 +85,11 @@ def shard_state(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
 
 
 def over_ranks(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks. Every rank must call it."""
+    """Every rank's value (plain values and tensors), in the order of ranks. Every rank must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
+    file = io.BytesIO()
+    torch.save(value, file)  # torch's object collectives do not carry tensors such as a generator's state
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    dist.all_gather_object(values, file.getvalue())
+    return [torch.load(io.BytesIO(content), weights_only=True) for content in values]

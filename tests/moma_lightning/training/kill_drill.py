@@ -116,7 +116,7 @@ def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Ran
 
 
 def hits_a_save(number: int) -> bool:
-    return number % 3 == 2
+    return number % 3 == 0
 
 
 def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 900) -> None:

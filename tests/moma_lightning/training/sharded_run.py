@@ -21,6 +21,7 @@ from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions
+from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.sharding import local
 from moma_lightning.training.strategy import ShardedStrategy
 
@@ -153,7 +154,7 @@ def main(folder: Path) -> None:
         home = folder / stage
         saves = [home / "full-2.ckpt", home / "sharded-2.ckpt"]
         held = Held()
-        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9), held])
+        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9), RandomStates(), held])
         results[f"{stage}/held"] = held.bytes
         for name in ("full-1.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)

@@ -69,6 +69,11 @@ def test_one_file_holds_the_same_whichever_wrote_it(runs, stage):
     torch.testing.assert_close(moments[1], moments[0], atol=1e-5, rtol=1e-4)
 
 
+def test_checkpoints_hold_the_random_states_of_both_processes(runs):
+    states = torch.load(runs[0] / "stage2/full-2.ckpt", weights_only=True)["callbacks"]["RandomStates"]["ranks"]
+    assert len(states) == 2 and all(state["torch"].dtype == torch.uint8 for state in states)
+
+
 def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder):
     module = build("stage2", foundation, decoder_folder)
     loaded = load_adapter(runs[0] / "stage2/two/adapter", module.unet)
