@@ -3,6 +3,8 @@ EXP ?= mini
 ARGS ?=
 AXIS ?= experiments/ablations/guided_subject.yaml
 JOBS ?= 2
+SPLIT ?= train
+LIMIT ?=
 PYTHON ?= python3.11
 
 SHELL := bash
@@ -16,7 +18,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) help reproduce ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
+.PHONY: $(STEPS) help reproduce validate-data ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -28,9 +30,14 @@ reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each 
 		from=$$SECONDS; $(MAKE) $$step EXP=$(EXP); echo "== $$step: $$((SECONDS - from)) s"; \
 	done; echo "== reproduce: $$((SECONDS - begun)) s in all, see runs/$(EXP)/report/index.html"
 
-data: $(INSTALLED) ## triplet shards and the DreamBooth folder (mini: rendered)
-	@if [ "$(EXP)" != mini ]; then echo "make data renders the mini world only: point experiments/$(EXP)/*.yaml at shards of your own" >&2; exit 2; fi
-	$(RUN) datamodules.mini --out runs/$(EXP)/data $(ARGS)
+data: $(INSTALLED) ## triplet shards (mini: rendered, with the DreamBooth folder; openimages: SPLIT=train LIMIT=1000)
+	@if [ "$(EXP)" != mini ] && [ ! -e experiments/$(EXP)/data.yaml ]; then \
+		echo "make data renders the mini world or follows experiments/$(EXP)/data.yaml, which is missing: write it, or point the stages at shards of your own" >&2; exit 2; fi
+	$(if $(wildcard experiments/$(EXP)/data.yaml),$(RUN) datamodules.openimages build --config experiments/$(EXP)/data.yaml \
+		--split $(SPLIT) $(if $(LIMIT),--limit $(LIMIT)),$(RUN) datamodules.mini --out runs/$(EXP)/data) $(ARGS)
+
+validate-data: $(INSTALLED) ## check every shard of EXP: digests, decoding, masks, labels, duplicates, evaluation leakage
+	$(RUN) datamodules.openimages validate --shards runs/$(EXP)/data/shards $(ARGS)
 
 stage1: $(INSTALLED) ## train the image-feature decoder; goes on from its last checkpoint
 	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage1.yaml $(ARGS)

@@ -1,11 +1,13 @@
-"""`python -m datamodules.openimages build|validate|inspect --config experiments/openimages/data.yaml`."""
+"""`python -m datamodules.openimages build --config experiments/openimages/data.yaml`, `... validate --shards runs/openimages/data/shards`."""
 
 import sys
+from collections.abc import Callable
 
 from jsonargparse import ArgumentParser
 
 from datamodules.openimages.build import BuildConfig, build
 from datamodules.openimages.fetch import UnreachableError
+from datamodules.openimages.validate import ValidateConfig, validate
 
 
 def parser_of(config: type, command: str) -> ArgumentParser:
@@ -17,7 +19,7 @@ def parser_of(config: type, command: str) -> ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """What a person can mend is one line; everything else keeps its traceback."""
-    commands = {"build": (BuildConfig, build)}
+    commands: dict[str, tuple[type, Callable[..., object]]] = {"build": (BuildConfig, build), "validate": (ValidateConfig, validate)}
     command = arguments[0] if arguments else ""
     if command not in commands:
         print(__doc__)

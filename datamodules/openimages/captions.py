@@ -13,17 +13,28 @@ from datamodules.openimages.config import CaptionConfig
 from datamodules.samples import contains_label
 
 WORDS = Path(__file__).parent / "words"
-TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")
+TOKEN = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|[^\w\s]")
 
 #: Go together with the word that they stand before or between.
 MODIFIERS = frozenset(["light", "dark", "bright", "pale", "deep", "soft", "vivid", "mostly", "all", "very"])
 JOINTS = frozenset(("and", "or", ",", "&"))
 #: Mean nothing without what followed: "a cat in black" ends as "a cat".
-DANGLING = frozenset(["a", "an", "the", "in", "of", "with", "is", "are", "was", "and", "or", "made", "dressed", "covered", "painted", ",", "&", "its", "their"])
+DANGLING = frozenset((
+    "a", "an", "the", "in", "of", "with", "is", "are", "was", "and", "or", "made", "dressed", "covered", "painted", ",", "&",
+    "its", "their",
+))
 #: After one of these no noun is coming: the listed word before it was the noun itself ("an orange on a table") or a predicate.
-CLOSERS = frozenset(["on", "in", "at", "of", "with", "from", "by", "to", "over", "under", "near", "next", "behind", "beside", "between", "into", "onto", "through", "for", "is", "are", "was", "were", "has", "have", "sits", "sitting", "stands", "standing", "lies", "lying", "laying", "and", "or", "that", "which", "while", "as", ".", ",", ";", "!", "?", "against", "around", "above", "below", "inside", "outside"])
+CLOSERS = frozenset((
+    "on", "in", "at", "of", "with", "from", "by", "to", "over", "under", "near", "next", "behind", "beside", "between", "into",
+    "onto", "through", "for", "is", "are", "was", "were", "has", "have", "sits", "sitting", "stands", "standing", "lies", "lying",
+    "laying", "and", "or", "that", "which", "while", "as", ".", ",", ";", "!", "?", "against", "around", "above", "below",
+    "inside", "outside",
+))
 #: Words that are things too: after an article, and with no noun to follow, they stay.
-THINGS = frozenset(["orange", "rose", "diamond", "square", "glass", "stone", "iron", "copper", "salmon", "olive", "violet", "lavender", "coral", "straw", "rust", "spiral", "lace", "wood", "gold", "silver"])
+THINGS = frozenset((
+    "orange", "rose", "diamond", "square", "glass", "stone", "iron", "copper", "salmon", "olive", "violet", "lavender", "coral",
+    "straw", "rust", "spiral", "lace", "wood", "gold", "silver",
+))
 
 IRREGULAR = {"fish": "fish", "sheep": "sheep", "deer": "deer", "mouse": "mice", "goose": "geese", "knife": "knives", "man": "men", "woman": "women",
              "loaf": "loaves", "scarf": "scarves", "shelf": "shelves", "leaf": "leaves", "ox": "oxen", "person": "people", "aircraft": "aircraft"}

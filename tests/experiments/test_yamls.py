@@ -22,7 +22,7 @@ from tests.offline_wandb import offline_run
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = EXPERIMENTS / "mini"
 YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
-TRAINING = [path for path in YAMLS if path.name != "eval.yaml"]
+TRAINING = [path for path in YAMLS if path.name not in ("eval.yaml", "data.yaml")]
 
 
 @pytest.fixture(scope="module")

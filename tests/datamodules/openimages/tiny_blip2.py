@@ -27,7 +27,8 @@ def save(folder: Path) -> Path:
     text = OPTConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=16,
                      max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1, init_std=1.0)
     config = Blip2Config(
-        vision_config=Blip2VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14).to_dict(),
+        vision_config=Blip2VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                                        patch_size=14).to_dict(),
         qformer_config=Blip2QFormerConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                                           encoder_hidden_size=16).to_dict(),
         text_config=text.to_dict(), num_query_tokens=4, image_token_index=2)
