@@ -18,7 +18,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) help reproduce validate-data ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
+.PHONY: $(STEPS) help reproduce validate-data inspect ablate sweep-beta sweep-masking test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -38,6 +38,9 @@ data: $(INSTALLED) ## triplet shards (mini: rendered, with the DreamBooth folder
 
 validate-data: $(INSTALLED) ## check every shard of EXP: digests, decoding, masks, labels, duplicates, evaluation leakage
 	$(RUN) datamodules.openimages validate --shards runs/$(EXP)/data/shards $(ARGS)
+
+inspect: $(INSTALLED) ## one HTML page of EXP's shards: filter funnel, histograms, contact sheets
+	$(RUN) datamodules.openimages inspect --shards runs/$(EXP)/data/shards $(ARGS)
 
 stage1: $(INSTALLED) ## train the image-feature decoder; goes on from its last checkpoint
 	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage1.yaml $(ARGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["data", "validate-data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
+TARGETS = ["data", "validate-data", "inspect", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
            "sweep-beta", "sweep-masking", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
 
 

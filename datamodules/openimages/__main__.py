@@ -1,4 +1,4 @@
-"""`python -m datamodules.openimages build --config experiments/openimages/data.yaml`, `... validate --shards runs/openimages/data/shards`."""
+"""`python -m datamodules.openimages build --config experiments/openimages/data.yaml`, `... validate|inspect --shards runs/openimages/data/shards`."""
 
 import sys
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 
 from datamodules.openimages.build import BuildConfig, build
 from datamodules.openimages.fetch import UnreachableError
+from datamodules.openimages.inspect import InspectConfig, inspect
 from datamodules.openimages.validate import ValidateConfig, validate
 
 
@@ -19,7 +20,8 @@ def parser_of(config: type, command: str) -> ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """What a person can mend is one line; everything else keeps its traceback."""
-    commands: dict[str, tuple[type, Callable[..., object]]] = {"build": (BuildConfig, build), "validate": (ValidateConfig, validate)}
+    commands: dict[str, tuple[type, Callable[..., object]]] = {"build": (BuildConfig, build), "validate": (ValidateConfig, validate),
+                                                             "inspect": (InspectConfig, inspect)}
     command = arguments[0] if arguments else ""
     if command not in commands:
         print(__doc__)
