@@ -36,8 +36,8 @@ class Chosen:
 
 
 def read_light(samples: Path, units: int) -> pd.DataFrame:
-    """Everything but pictures and masks of the first units."""
-    tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas().assign(unit=unit) for unit in range(units))
+    """Everything but pictures and masks of the first units. Hashes stay whole numbers: as floats they would lose their last bits."""
+    tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(integer_object_nulls=True).assign(unit=unit) for unit in range(units))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -166,6 +166,9 @@ class Builder:
 
     def finish(self, chosen: assemble.Chosen, shards: dict[str, Any], tables: dict[str, Any], funnel: list[dict[str, Any]]) -> dict[str, Any]:
         split = self.config.split
+        for path in self.out.glob(f"{split}-*.tar"):
+            if path.name not in shards:  # of a configuration in between
+                path.unlink()
         assemble.write_index(self.work, self.out, split, list(shards))
         part = {
             "requested": len(chosen), "samples_per_shard": self.config.shards.samples_per_shard, "seed": self.config.seed,

@@ -15,10 +15,11 @@ import pytest
 import yaml
 from miniature_bucket import Miniature
 
-from datamodules.openimages.assemble import deal
+from datamodules.openimages.assemble import deal, read_light
 from datamodules.openimages.build import build
 from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig
 from datamodules.openimages.fetch import UnreachableError
+from datamodules.openimages.units import SCHEMA, write_rows
 
 
 def digests(config) -> dict[str, str]:
@@ -115,6 +116,12 @@ def test_another_seed_is_another_order_and_leaves_no_old_shard(plain_bucket, con
     assert [p.name for p in Path(config.out).glob("*.tar")] == ["train-00000.tar"]
     second = pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist()
     assert sorted(first) == sorted(second) and first != second
+
+
+def test_hashes_are_read_back_exactly(tmp_path):
+    rows = [dict.fromkeys(SCHEMA.names) | {"key": str(i), "hash": value, "reason": None if value else "mask_empty"} for i, value in enumerate((2**64 - 3, None))]
+    write_rows(tmp_path / "00000.parquet", rows)
+    assert read_light(tmp_path, 1).hash.tolist()[0] == 2**64 - 3
 
 
 def command(config, path: Path) -> list[str]:
