@@ -5,6 +5,8 @@ AXIS ?= experiments/ablations/guided_subject.yaml
 JOBS ?= 2
 GPUS ?= 8
 GPU_MEM ?= 80
+SPLIT ?= train
+LIMIT ?=
 PYTHON ?= python3.11
 
 SHELL := bash
@@ -18,7 +20,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) fetch plan help reproduce ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style clean
+.PHONY: $(STEPS) fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -34,9 +36,17 @@ fetch: $(INSTALLED) ## download the models that an experiment names, with digest
 	$(RUN) moma_lightning fetch --experiment experiments/$(EXP) --out runs/$(EXP)/fetched.json \
 		--models "$$($(RUN) evaluation models --config experiments/$(EXP)/eval.yaml)" $(ARGS)
 
-data: $(INSTALLED) ## triplet shards and the DreamBooth folder (mini: rendered)
-	@if [ "$(EXP)" != mini ]; then echo "make data renders the mini world only: point experiments/$(EXP)/*.yaml at shards of your own" >&2; exit 2; fi
-	$(RUN) datamodules.mini --out runs/$(EXP)/data $(ARGS)
+data: $(INSTALLED) ## triplet shards (mini: rendered, with the DreamBooth folder; openimages: SPLIT=train LIMIT=1000)
+	@if [ "$(EXP)" != mini ] && [ ! -e experiments/$(EXP)/data.yaml ]; then \
+		echo "make data renders the mini world or follows experiments/$(EXP)/data.yaml, which is missing: write it, or point the stages at shards of your own" >&2; exit 2; fi
+	$(if $(wildcard experiments/$(EXP)/data.yaml),$(RUN) datamodules.openimages build --config experiments/$(EXP)/data.yaml \
+		--split $(SPLIT) $(if $(LIMIT),--limit $(LIMIT)),$(RUN) datamodules.mini --out runs/$(EXP)/data) $(ARGS)
+
+validate-data: $(INSTALLED) ## check every shard of EXP: digests, decoding, masks, labels, duplicates, evaluation leakage
+	$(RUN) datamodules.openimages validate --shards runs/$(EXP)/data/shards $(ARGS)
+
+inspect: $(INSTALLED) ## one HTML page of EXP's shards: filter funnel, histograms, contact sheets
+	$(RUN) datamodules.openimages inspect --shards runs/$(EXP)/data/shards $(ARGS)
 
 stage1: $(INSTALLED) ## train the image-feature decoder; goes on from its last checkpoint
 	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage1.yaml $(ARGS)

@@ -20,12 +20,12 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Im
 MASK_THRESHOLD = 128
 
 
-def open_picture(source: bytes | Path) -> Image.Image:
-    """Decode a picture completely, turn it as its EXIF says and convert it to 8-bit RGB.
+def open_picture(source: bytes | Path, turn: bool = True) -> Image.Image:
+    """Decode a picture completely, turn it as its EXIF says (unless told not to) and convert it to 8-bit RGB.
 
     Transparent parts become white, like the background of I_wb. Raises one of `PICTURE_ERRORS`.
     """
-    picture = ImageOps.exif_transpose(_decoded(source))
+    picture = ImageOps.exif_transpose(_decoded(source)) if turn else _decoded(source)
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

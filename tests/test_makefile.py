@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["fetch", "plan", "data", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta", "ablate-masking",
-           "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
+TARGETS = ["fetch", "plan", "data", "validate-data", "inspect", "stage1", "stage2", "eval-dreambooth", "report", "reproduce", "ablate", "ablate-beta",
+           "ablate-masking", "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench", "mini-foundation", "style", "clean", "help"]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +53,11 @@ def test_clean_removes_one_experiment_only():
 def test_data_of_another_experiment_is_a_clear_error():
     done = make("data", "EXP=other", "--assume-old=.venv/.installed")
     assert done.returncode != 0 and "experiments/other" in done.stderr
+
+
+def test_data_of_openimages_takes_split_and_limit():
+    command = " ".join(commands_of("data", "EXP=openimages", "SPLIT=validation", "LIMIT=1000", "ARGS=--seed 3").replace("\\\n", " ").split())
+    assert "datamodules.openimages build --config experiments/openimages/data.yaml --split validation --limit 1000 --seed 3" in command
 
 
 def test_reproduce_refuses_arguments_it_could_not_place():

@@ -1,0 +1,41 @@
+"""`python -m datamodules.openimages build --config experiments/openimages/data.yaml`, `... validate|inspect --shards runs/openimages/data/shards`."""
+
+import sys
+from collections.abc import Callable
+
+from jsonargparse import ArgumentParser
+
+from datamodules.openimages.build import BuildConfig, build
+from datamodules.openimages.fetch import UnreachableError
+from datamodules.openimages.inspect import InspectConfig, inspect
+from datamodules.openimages.validate import ValidateConfig, validate
+
+
+def parser_of(config: type, command: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"python -m datamodules.openimages {command}", parser_mode="omegaconf", description=config.__doc__)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(config, as_group=False)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """What a person can mend is one line; everything else keeps its traceback."""
+    commands: dict[str, tuple[type, Callable[..., object]]] = {"build": (BuildConfig, build), "validate": (ValidateConfig, validate),
+                                                             "inspect": (InspectConfig, inspect)}
+    command = arguments[0] if arguments else ""
+    if command not in commands:
+        print(__doc__)
+        return 0 if command in ("-h", "--help") else 2
+    config, function = commands[command]
+    parser = parser_of(config, command)
+    parsed = parser.instantiate(parser.parse_args(arguments[1:]))
+    parsed.pop("config", None)
+    try:
+        result: object = function(config(**parsed.as_dict()))
+    except (ValueError, FileNotFoundError, UnreachableError, ImportError) as error:
+        sys.exit(f"{command}: {error}")
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

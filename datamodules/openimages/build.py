@@ -1,0 +1,225 @@
+"""`make data EXP=openimages`: raw OpenImages V7 to filtered, captioned triplet shards, resumable at any moment.
+
+    <out>/train-00000.tar ...     shards (datamodules/shards.py)
+    <out>/train-index.parquet     one row a triplet
+    <out>/manifest.json           counts at each filter, shards with their sha256, versions, configuration, seed
+    <out>/work/                   what was fetched and what is half done; may be removed when the split is finished
+"""
+
+import importlib.metadata
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from datamodules import shards as sharding
+from datamodules.openimages import assemble
+from datamodules.openimages.candidates import JoinDigit, in_order
+from datamodules.openimages.captions import CaptionRules
+from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig, Split
+from datamodules.openimages.engine import Engine, Stage
+from datamodules.openimages.given_captions import write_captions
+from datamodules.openimages.sources import DIGITS, Sources
+from datamodules.openimages.tables import COLUMNS, SplitTable
+from datamodules.openimages.units import CaptionStage, PictureStage, write_units
+from moma_lightning.files import write_beside
+
+#: Raised when the same configuration would give other bytes: what an older version left half done is then not gone on with.
+FORMAT = 1
+VERSIONED = ("pillow", "numpy", "pyarrow", "pandas", "webdataset", "transformers", "torch", "ray")
+
+
+@dataclass
+class BuildConfig:
+    """What decides the shards' content, and with `run` how they are made.
+
+    out: folder of the shards. limit: triplets, of all there are without. seed: of the pictures' order.
+    """
+
+    out: str = "runs/openimages/data/shards"
+    split: Split = "train"
+    limit: int | None = None
+    seed: int = 0
+    sources: SourcesConfig = field(default_factory=SourcesConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    shards: ShardConfig = field(default_factory=ShardConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def build(config: BuildConfig) -> dict[str, Any]:
+    """Write a split's shards, index and manifest part, which is returned. What a finished run of the same configuration left stays.
+
+    Raises ValueError or FileNotFoundError that name what is wrong with the configuration or a file, UnreachableError for servers.
+    """
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit must be at least 1, not {config.limit}")
+    out = Path(config.out)
+    decides = deciding(config)
+    part = sharding.read_manifest(out).get(config.split)
+    if part is not None and part.get("config") == decides and _is_whole(out, part):
+        print(f"{config.split}: {part['count']} triplets under {out} are finished already")
+        return part
+    CaptionRules.of(config.captions)
+    with Engine(config.run.workers, config.run.address) as engine:
+        return Builder(config, decides, engine).build()
+
+
+class Builder:
+    """The steps, in order. Each leaves files by which the next run of the same configuration knows that it is done."""
+
+    def __init__(self, config: BuildConfig, decides: dict[str, Any], engine: Engine):
+        self.config, self.decides, self.engine = config, decides, engine
+        self.out = Path(config.out).absolute()
+        self.cache = self.out / "work" / "sources"
+        # A larger limit, or shards of another size, go on from the same work.
+        identity = {key: value for key, value in decides.items() if key not in ("limit", "shards")}
+        identity |= {"pictures": [config.shards.max_side, config.shards.quality], "unit": config.run.unit}
+        self.work = self.out / "work" / f"{config.split}-{_digest(identity)}"
+        self._last_kept = 0
+
+    def build(self) -> dict[str, Any]:
+        sources = Sources(self.config.sources, self.config.split, self.cache)
+        hierarchy, classes, captions = sources.file("hierarchy"), sources.file("classes"), sources.captions_file()
+        tables = self.tables(captions)
+        sources.prepare()
+        reasons = self.candidates(hierarchy, classes)
+        units, candidates = self.units()
+        chosen, looked_at = self.samples(units)
+        self._remove_others()
+        shards = self.shards(chosen)
+        funnel = self.funnel(tables, reasons, candidates, chosen, looked_at)
+        return self.finish(chosen, shards, tables, funnel)
+
+    def tables(self, captions: Path | None) -> dict[str, Any]:
+        kinds = [{"kind": kind} for kind in COLUMNS]
+        arguments = (self.config.sources, self.config.split, self.cache, self.work / "tables")
+        counts = {item.pop("kind"): item for item in self.engine.run(kinds, [Stage(SplitTable, arguments)])}
+        if captions is not None:
+            counts["captions"] = write_captions(captions, self.work / "tables" / "captions")
+        return {kind: counts[kind] for kind in [*COLUMNS, *(["captions"] if captions else [])]}
+
+    def candidates(self, hierarchy: Path, classes: Path) -> Counter[str]:
+        arguments = (self.work / "tables", self.work / "candidates", hierarchy, classes, self.config.select)
+        found = list(self.engine.run([{"digit": d} for d in DIGITS], [Stage(JoinDigit, arguments)]))
+        order = sorted(found, key=lambda item: item["digit"])
+        return sum((Counter(item["reasons"]) for item in order), Counter[str]())
+
+    def units(self) -> tuple[int, int]:
+        """How many units and how many candidates there are."""
+        done = self.work / "units.json"
+        if not done.exists():
+            parts = [pd.read_parquet(self.work / "candidates" / f"{digit}.parquet") for digit in DIGITS]
+            candidates = in_order(pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True), self.config.seed)
+            counts = [write_units(candidates, self.work / "units", self.config.run.unit), len(candidates)]
+            write_beside(done, lambda beside: beside.write_text(json.dumps(counts)))
+        units, count = json.loads(done.read_text())
+        return units, count
+
+    def samples(self, units: int) -> tuple[assemble.Chosen, int]:
+        """Work through units until the limit is reached: their samples, and how many candidates were looked at for them."""
+        config, done, wave = self.config, 0, units
+        while True:
+            if config.limit is not None:
+                wave = max(1, -(-(config.limit - self._last_kept) * 3 // (2 * config.run.unit)))
+            upto = min(units, done + wave)
+            self._work_through(range(done, upto))
+            done = upto
+            rows = assemble.read_light(self.work / "samples", done) if done else None
+            if rows is None:
+                raise ValueError(f"no candidate is left of {config.split}: see the counts under {self.work / 'candidates'}")
+            chosen = assemble.choose(rows, config.limit, config.select.near_duplicate_bits)
+            if done == units or (config.limit is not None and len(chosen) == config.limit):
+                return chosen, len(chosen) + sum(chosen.reasons.values())
+            self._last_kept = len(chosen)
+
+    def _work_through(self, units: range) -> None:
+        config = self.config
+        pictures = Stage(PictureStage, (config.sources, config.split, self.cache, self.work, config.select, config.shards))
+        given = config.sources.captions is not None
+        captions = Stage(CaptionStage, (config.captions, self.work), None if given else config.run.captioners, config.run.gpus_each)
+        for number, _ in enumerate(self.engine.run([{"unit": unit} for unit in units], [pictures, captions]), 1):
+            print(f"\r{config.split}: {units.start + number} units of {config.run.unit} pictures", end="", flush=True)
+        print()
+
+    def shards(self, chosen: assemble.Chosen) -> dict[str, Any]:
+        items = assemble.shard_items(chosen, self.config.split, self.config.shards.samples_per_shard)
+        written = self.engine.run(items, [Stage(assemble.ShardStage, (self.work, self.out))])
+        shards = {item["shard"]: {"count": item["count"], "sha256": item["sha256"]} for item in written}
+        return dict(sorted(shards.items()))
+
+    def funnel(self, tables: dict[str, Any], reasons: Counter[str], candidates: int, chosen: assemble.Chosen, looked_at: int) -> list[dict[str, Any]]:
+        """Masks in, and where each went: step, reason, count. Raises AssertionError when one is missing."""
+        rows, bad = tables["masks"].get("rows", 0), tables["masks"].get("bad_rows", 0)
+        steps = [("annotations", "bad_row", bad), *(("annotations", reason, n) for reason, n in reasons.items()),
+                 *(("pictures and captions", reason, n) for reason, n in sorted(chosen.reasons.items()))]
+        if looked_at < candidates:
+            steps.append(("limit", "not_looked_at", candidates - looked_at))
+        assert rows == len(chosen) + sum(n for *_, n in steps), "a mask was lost: in is not out plus counted"
+        return [{"step": "in", "reason": "masks", "count": rows}, *({"step": s, "reason": r, "count": n} for s, r, n in steps),
+                {"step": "out", "reason": "triplets", "count": len(chosen)}]
+
+    def finish(self, chosen: assemble.Chosen, shards: dict[str, Any], tables: dict[str, Any], funnel: list[dict[str, Any]]) -> dict[str, Any]:
+        split = self.config.split
+        for path in self.out.glob(f"{split}-*.tar"):
+            if path.name not in shards:  # of a configuration in between
+                path.unlink()
+        assemble.write_index(self.work, self.out, split, list(shards))
+        part = {
+            "requested": len(chosen), "samples_per_shard": self.config.shards.samples_per_shard, "seed": self.config.seed,
+            "config": self.decides, "count": len(chosen), "shards": shards, "index": f"{split}-index.parquet", "funnel": funnel,
+            "tables": tables, "notes": dict(sorted(chosen.notes.items())), "versions": versions(),
+        }  # fmt: skip
+        sharding.write_json(self.out / sharding.MANIFEST, sharding.read_manifest(self.out) | {split: part})
+        if not self.config.run.keep_work:
+            shutil.rmtree(self.work)
+        print(f"{split}: {len(chosen)} triplets in {len(shards)} shards under {self.config.out}")
+        return part
+
+    def _remove_others(self) -> None:
+        """Shards of another configuration go, with their part of the manifest, before the first new one comes."""
+        manifest, mine = sharding.read_manifest(self.out), self.work / "index"
+        if manifest.pop(self.config.split, None) is not None:
+            sharding.write_json(self.out / sharding.MANIFEST, manifest)
+        marker, wanted = mine / "config.json", json.dumps(self.decides)
+        if not (marker.exists() and marker.read_text() == wanted):
+            shutil.rmtree(mine, ignore_errors=True)
+            for path in [*self.out.glob(f"{self.config.split}-*.tar"), self.out / f"{self.config.split}-index.parquet"]:
+                path.unlink(missing_ok=True)
+            write_beside(marker, lambda beside: beside.write_text(wanted))
+
+
+def deciding(config: BuildConfig) -> dict[str, Any]:
+    """The part of a configuration that decides what is written, as JSON values, word lists and captions file by content."""
+    decides = {key: value for key, value in asdict(config).items() if key not in ("out", "run")}
+    del decides["sources"]["fetch"], decides["sources"]["download_mask_zips"]
+    rules = CaptionRules.of(config.captions)
+    decides["format"], decides["words"] = FORMAT, _digest([sorted(rules.removed), sorted(rules.people)])
+    captions = config.sources.captions
+    if captions is not None and Path(captions).is_file():
+        decides["captions_sha256"] = sharding.sha256(Path(captions))
+    return json.loads(json.dumps(decides))
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _is_whole(out: Path, part: dict[str, Any]) -> bool:
+    paths = {out / name: entry["sha256"] for name, entry in part["shards"].items()}
+    return (out / part["index"]).is_file() and all(path.is_file() and sharding.sha256(path) == digest for path, digest in paths.items())
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

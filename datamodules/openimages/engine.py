@@ -1,0 +1,119 @@
+"""Runs functions over many small items: on Ray Data, or one after the other in this process.
+
+An item is a dictionary of short values (a unit's number, a shard's name): pictures stay in files, so memory does not grow
+with the data set, and what is finished survives any crash.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Item = dict[str, Any]
+
+
+@dataclass
+class Stage:
+    """`make(*arguments)` gives the function that every process of this stage applies to items; called once in each.
+
+    processes: of a stage that keeps something large (a model a GPU), its own actors; None: tasks, on whatever cores are free.
+    gpus: of each actor; None is one where Ray has GPUs.
+    """
+
+    make: Callable[..., Callable[[Item], Item]]
+    arguments: tuple[Any, ...] = ()
+    processes: int | None = None
+    gpus: float | None = 0
+
+
+class Engine:
+    """`workers` 0 stays in this process; else Ray, at `address` or started here with `workers` cores (None: all)."""
+
+    def __init__(self, workers: int | None = 0, address: str | None = None):
+        self.inline, self._started = workers == 0, False
+        if not self.inline:
+            self._started = _start_ray(workers, address)
+
+    def run(self, items: Sequence[Item], stages: Sequence[Stage]) -> Iterator[Item]:
+        """The results of the last stage, in any order. An exception in a stage stops the run."""
+        if not items:
+            return
+        if self.inline:
+            functions = [stage.make(*stage.arguments) for stage in stages]
+            for item in items:
+                for function in functions:
+                    item = function(item)
+                yield item
+        else:
+            yield from self._on_ray(items, stages)
+
+    def close(self) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _on_ray(self, items: Sequence[Item], stages: Sequence[Stage]) -> Iterator[Item]:
+        import ray
+        from ray.data import ActorPoolStrategy
+
+        dataset: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
+        for stage in stages:
+            if stage.processes is None:
+                dataset = dataset.map(_apply, fn_args=(stage.make, stage.arguments))
+                continue
+            gpus = (1.0 if ray.cluster_resources().get("GPU") else 0.0) if stage.gpus is None else stage.gpus
+            # Half a core each: with whole ones, two captioners on two cores would leave none for the pictures.
+            dataset = dataset.map(_Apply, fn_constructor_args=(stage.make, stage.arguments), num_gpus=gpus, num_cpus=0.5,
+                                  compute=ActorPoolStrategy(size=min(stage.processes, len(items))))
+        for row in dataset.iter_rows():
+            yield row["item"]
+
+
+_made: dict[str, Callable[[Item], Item]] = {}
+
+
+def _apply(row: dict[str, Any], make: Callable[..., Callable[[Item], Item]], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """In a worker process, which lives for many tasks: open zips and connections live with it."""
+    name = repr((make, arguments))
+    if name not in _made:
+        if len(_made) > 3:  # of stages that are over
+            _made.clear()
+        _made[name] = make(*arguments)
+    return {"item": _made[name](row["item"])}
+
+
+class _Apply:
+    def __init__(self, make: Callable[..., Callable[[Item], Item]], arguments: tuple[Any, ...]):
+        self.function = make(*arguments)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"item": self.function(row["item"])}
+
+
+def _start_ray(workers: int | None, address: str | None) -> bool:
+    """Connect or start; whether it was started here. Raises ImportError that says how to install Ray."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("the data factory runs on Ray: pip install 'moma-lightning[openimages]', or set run.workers to 0") from error
+    if ray.is_initialized():
+        started = False
+    else:
+        options: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address, logging_level=logging.WARNING, **options)
+        started = True
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    return started

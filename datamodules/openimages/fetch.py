@@ -1,0 +1,194 @@
+"""Files over HTTPS: retried with back-off, resumed where they were cut, checked against the server's own MD5."""
+
+import base64
+import hashlib
+import random
+import re
+import time
+from collections.abc import Callable
+from io import BufferedReader, RawIOBase
+from pathlib import Path
+from threading import local
+from typing import Any, TypeVar
+
+import requests
+
+from datamodules.openimages.config import FetchConfig
+
+T = TypeVar("T")
+CHUNK = 1 << 20
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)
+
+
+class MissingError(FileNotFoundError):
+    """The server says that there is no such file (404, 410), or that it is not public (403: a bucket's answer for both)."""
+
+
+class UnreachableError(ConnectionError):
+    """A server still failed after all retries."""
+
+
+class ChecksumError(OSError):
+    """A file came whole, but not as its checksum says."""
+
+
+class _TransientError(Exception):
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+def is_url(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+class Fetcher:
+    """One per process; each of its threads has its own connections."""
+
+    def __init__(self, config: FetchConfig, verify: bool = True):
+        self.config, self.verify, self._local = config, verify, local()
+
+    def read(self, url: str) -> bytes:
+        """A small file. Raises MissingError, UnreachableError or ChecksumError, which name the URL."""
+        def once() -> bytes:
+            with self._get(url) as answer:
+                content = answer.content
+                _check_length(len(content), answer)
+                self._check(hashlib.md5(content, usedforsecurity=False), answer, url)
+                return content
+        return self._retry(url, once)
+
+    def download(self, url: str, path: Path) -> None:
+        """A large file to `path`, by way of `<path>.part`, which a later call goes on with."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        self._retry(url, lambda: self._continue(url, part))
+        part.replace(path)
+
+    def read_range(self, url: str, start: int, length: int) -> bytes:
+        def once() -> bytes:
+            with self._get(url, {"Range": f"bytes={start}-{start + length - 1}"}) as answer:
+                if answer.status_code != 206:
+                    raise UnreachableError(f"{url}: the server does not serve ranges: set sources.download_mask_zips")
+                _check_length(len(answer.content), answer)
+                return answer.content
+        return self._retry(url, once)
+
+    def size(self, url: str) -> int:
+        def once() -> int:
+            with self._get(url, {"Range": "bytes=0-0"}) as answer:
+                total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+                if not total.isdigit():
+                    raise UnreachableError(f"{url}: the server does not serve ranges: set sources.download_mask_zips")
+                return int(total)
+        return self._retry(url, once)
+
+    def open(self, url: str) -> BufferedReader:
+        """A seekable file of ranges, for a zip's members."""
+        return BufferedReader(RangeFile(self, url), buffer_size=1 << 18)
+
+    def _continue(self, url: str, part: Path) -> None:
+        have = part.stat().st_size if part.exists() else 0
+        with self._get(url, {"Range": f"bytes={have}-"} if have else {}, allow=(416,)) as answer:
+            if answer.status_code == 416:  # nothing left: whole already, or of another version
+                total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+                if total != str(have):
+                    part.unlink()
+                    raise _TransientError("the half file was longer than the whole one")
+                return
+            with part.open("ab" if answer.status_code == 206 else "wb") as file:
+                for chunk in answer.iter_content(CHUNK):
+                    file.write(chunk)
+            _check_total(part, answer)
+            with part.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+            try:
+                self._check(digest, answer, url)
+            except ChecksumError:
+                part.unlink()
+                raise
+
+    def _get(self, url: str, headers: dict[str, str] | None = None, allow: tuple[int, ...] = ()) -> requests.Response:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        plain = {"Accept-Encoding": "identity"}  # lengths and checksums are of the file, not of a compressed copy
+        answer = self._local.session.get(url, headers=plain | (headers or {}), timeout=self.config.timeout, stream=True)
+        if answer.ok or answer.status_code in allow:
+            return answer
+        answer.close()
+        if answer.status_code in (403, 404, 410):
+            raise MissingError(f"{url}: HTTP {answer.status_code}")
+        if answer.status_code in RETRIED:
+            wait = answer.headers.get("Retry-After", "")
+            raise _TransientError(f"HTTP {answer.status_code}", float(wait) if wait.isdigit() else None)
+        raise UnreachableError(f"{url}: HTTP {answer.status_code}")
+
+    def _check(self, digest: Any, answer: requests.Response, url: str) -> None:
+        expected = server_md5(answer.headers) if self.verify else None
+        if expected is not None and digest.hexdigest() != expected:
+            raise ChecksumError(f"{url}: MD5 {digest.hexdigest()} is not the server's {expected}")
+
+    def _retry(self, url: str, once: Callable[[], T]) -> T:
+        for attempt in range(self.config.retries + 1):
+            try:
+                return once()
+            except (*BROKEN, _TransientError, ChecksumError) as error:
+                last = error
+            if attempt < self.config.retries:
+                wait = min(self.config.backoff * 2**attempt, self.config.max_backoff) * random.uniform(0.5, 1)
+                time.sleep(max(wait, min(getattr(last, "wait", None) or 0, self.config.max_backoff)))
+        if isinstance(last, ChecksumError):
+            raise last
+        raise UnreachableError(f"{url}: {last} (after {self.config.retries} retries)")
+
+
+class RangeFile(RawIOBase):
+    """A remote file that is read where it is looked at."""
+
+    def __init__(self, fetcher: Fetcher, url: str):
+        self.fetcher, self.url, self.position = fetcher, url, 0
+        self.length = fetcher.size(url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + {0: 0, 1: self.position, 2: self.length}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self.length - self.position)
+        if length <= 0:
+            return 0
+        buffer[:length] = self.fetcher.read_range(self.url, self.position, length)
+        self.position += length
+        return length
+
+
+def _check_length(length: int, answer: requests.Response) -> None:
+    expected = answer.headers.get("Content-Length")
+    if expected is not None and int(expected) != length:
+        raise _TransientError(f"cut after {length} of {expected} bytes")
+
+
+def _check_total(part: Path, answer: requests.Response) -> None:
+    total = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length", "")
+    if total.isdigit() and part.stat().st_size != int(total):
+        raise _TransientError(f"cut after {part.stat().st_size} of {total} bytes")
+
+
+def server_md5(headers: Any) -> str | None:
+    """The MD5 that a storage server tells of a file: Google's x-goog-hash, or Amazon's ETag of files uploaded in one part."""
+    google = re.search(r"md5=([A-Za-z0-9+/]{22}==)", headers.get("x-goog-hash", ""))
+    if google:
+        return base64.b64decode(google.group(1)).hex()
+    amazon = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
+    encrypted = headers.get("x-amz-server-side-encryption", "AES256") != "AES256"  # such an ETag is no MD5
+    return amazon.group(1) if amazon and not encrypted else None

@@ -1,0 +1,187 @@
+"""The whole factory: over HTTP with faults, resumed, killed, on Ray, limited; and captioned by a tiny BLIP-2."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from miniature_bucket import Miniature
+
+from datamodules.openimages.assemble import deal, read_light
+from datamodules.openimages.build import build
+from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig
+from datamodules.openimages.fetch import UnreachableError
+from datamodules.openimages.units import SCHEMA, write_rows
+
+
+def digests(config) -> dict[str, str]:
+    """Of everything that is written but the manifest, whose paths differ."""
+    out = Path(config.out)
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted([*out.glob("*.tar"), *out.glob("*.parquet")])}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plain_bucket, tmp_path_factory):
+    """What an undisturbed local build of the plain bucket writes."""
+    from tests.datamodules.openimages.conftest import config_of as fixture
+
+    config = fixture.__wrapped__(tmp_path_factory.mktemp("undisturbed"))(plain_bucket)
+    return build(config), digests(config)
+
+
+def test_shards_are_balanced_and_indexed(undisturbed, plain_bucket, config_of):
+    part, _ = undisturbed
+    assert [shard["count"] for shard in part["shards"].values()] == [13, 13, 14] and part["count"] == 40
+    config = config_of(plain_bucket)
+    build(config)
+    index = pd.read_parquet(f"{config.out}/train-index.parquet")
+    assert len(index) == 40 and index.key.is_unique and index.sha256.is_unique
+    row = index.iloc[17]
+    with open(f"{config.out}/{row.shard}", "rb") as file:
+        file.seek(row.json_offset)
+        assert file.read(4096).startswith(b'{"area"')
+        file.seek(row.picture_offset)
+        assert file.read(2) == b"\xff\xd8"
+
+
+def test_deal_is_even():
+    for count in (0, 1, 15, 16, 31, 282_000):
+        sizes = [len(part) for part in deal(count, 15)]
+        assert sum(sizes) == count and max(sizes, default=0) <= 15 and max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
+def test_over_http_with_faults_the_same_bytes_come_out(undisturbed, plain_bucket, config_of, serve):
+    bucket = serve(plain_bucket)
+    pictures = sorted((plain_bucket / "pictures/train").iterdir())
+    for i, fault in enumerate((503, "cut", 429, "garbled")):
+        bucket.faults[f"pictures/train/{pictures[i].name}"] = [fault, fault]
+    bucket.faults["annotations/v5/train-annotations-object-segmentation.csv"] = ["cut", 500]
+    config = config_of(plain_bucket, url=bucket.url)
+    build(config)
+    assert digests(config) == undisturbed[1]
+
+
+def test_a_dead_server_stops_the_run_and_the_next_one_goes_on(undisturbed, plain_bucket, config_of, serve):
+    bucket = serve(plain_bucket)
+    picture = sorted((plain_bucket / "pictures/train").iterdir())[5]
+    bucket.faults[f"pictures/train/{picture.name}"] = [503] * 4
+    config = config_of(plain_bucket, url=bucket.url)
+    with pytest.raises(UnreachableError, match=rf"{picture.name}.*run again"):
+        build(config)
+    bucket.requests.clear()
+    build(config)
+    assert digests(config) == undisturbed[1]
+    assert not any(path.endswith(".csv") for path, _ in bucket.requests)
+
+
+def test_finished_shards_are_not_made_again_and_damaged_ones_are(undisturbed, plain_bucket, config_of):
+    config = config_of(plain_bucket)
+    build(config)
+    shard = Path(config.out) / "train-00001.tar"
+    before = {p: p.stat().st_mtime_ns for p in Path(config.out).glob("*.tar")}
+    build(config)
+    assert before == {p: p.stat().st_mtime_ns for p in Path(config.out).glob("*.tar")}
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    build(config)
+    assert digests(config) == undisturbed[1]
+    assert [p.name for p in before if p.stat().st_mtime_ns != before[p]] == [shard.name]
+
+
+def test_a_limit_is_the_beginning_of_the_whole_and_everything_is_counted(undisturbed, plain_bucket, config_of, counted):
+    config = config_of(plain_bucket, limit=11, shards=ShardConfig(samples_per_shard=100))
+    assert counted(build(config)) == {"masks": 40, "triplets": 11, "not_looked_at": 29}
+    whole = config_of(plain_bucket, "whole", shards=ShardConfig(samples_per_shard=100))
+    build(whole)
+    keys = [pd.read_parquet(f"{c.out}/train-index.parquet").key.tolist() for c in (config, whole)]
+    assert keys[0] == keys[1][:11]
+    larger = replace(config, limit=30)
+    build(larger)
+    assert pd.read_parquet(f"{larger.out}/train-index.parquet").key.tolist() == keys[1][:30]
+
+
+def test_another_seed_is_another_order_and_leaves_no_old_shard(plain_bucket, config_of):
+    config = config_of(plain_bucket)
+    build(config)
+    first = pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist()
+    other = replace(config, seed=1, shards=ShardConfig(samples_per_shard=40))
+    build(other)
+    assert [p.name for p in Path(config.out).glob("*.tar")] == ["train-00000.tar"]
+    second = pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist()
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_hashes_are_read_back_exactly(tmp_path):
+    rows = [dict.fromkeys(SCHEMA.names) | {"key": "a", "hash": 2**64 - 3}, dict.fromkeys(SCHEMA.names) | {"key": "b", "reason": "mask_empty"}]
+    write_rows(tmp_path / "00000.parquet", rows)
+    assert read_light(tmp_path, 1).hash.tolist()[0] == 2**64 - 3
+
+
+def command(config, path: Path) -> list[str]:
+    path.write_text(yaml.safe_dump(asdict(config)))
+    return [sys.executable, "-m", "datamodules.openimages", "build", "--config", str(path)]
+
+
+def test_killed_again_and_again_the_result_is_the_same(undisturbed, plain_bucket, config_of, tmp_path):
+    """SIGKILL as soon as each of these appears, then an undisturbed end."""
+    config = config_of(plain_bucket)
+    out = Path(config.out)
+    run = command(config, tmp_path / "data.yaml")
+    for sign in ("work/*/tables/masks", "work/*/candidates/3.parquet", "work/*/units/00002.parquet", "work/*/samples/00001.parquet", "train-00000.tar"):
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 250
+        while not list(out.glob(sign)) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert list(out.glob(sign))
+    build(config)
+    assert digests(config) == undisturbed[1]
+
+
+def test_on_ray_the_same_bytes_come_out(undisturbed, plain_bucket, config_of):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
+    config = config_of(plain_bucket, run=RunConfig(workers=2, unit=8))
+    build(config)
+    assert digests(config) == undisturbed[1]
+
+
+def test_a_configuration_that_cannot_work_says_so(plain_bucket, config_of):
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        build(config_of(plain_bucket, limit=0))
+    with pytest.raises(ValueError, match="no candidate is left"):
+        build(config_of(plain_bucket, select=SelectConfig(min_predicted_iou=2.0)))
+    config = config_of(plain_bucket, "elsewhere")
+    config.sources.masks = "v5/nothing.csv"
+    with pytest.raises(FileNotFoundError, match=r"nothing.csv is missing: sources.masks"):
+        build(config)
+
+
+def test_unknown_keys_are_errors(tmp_path, plain_bucket, config_of):
+    run = command(config_of(plain_bucket), tmp_path / "data.yaml")
+    done = subprocess.run([*run, "--select.min_aria", "0.1"], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "min_aria" in done.stderr
+
+
+def test_captions_of_a_tiny_blip2(tmp_path, config_of):
+    """The real class and the real processor at a small size, with random weights: words are noise, the label stands in all the same."""
+    blip2 = pytest.importorskip("tests.datamodules.openimages.tiny_blip2")
+    folder = blip2.save(tmp_path / "blip2")
+    root = Miniature.drawn(6).write(tmp_path / "bucket")
+    config = config_of(root, captions=False)
+    config.captions.init_args, config.captions.batch_size = {"model": str(folder), "max_new_tokens": 8}, 4
+    part = build(config)
+    index = pd.read_parquet(f"{config.out}/train-index.parquet")
+    assert part["count"] == 6 and index.caption_full.str.len().gt(0).all()
+    assert all(label in caption for label, caption in zip(index.label, index.caption, strict=True))
+    again = replace(config, out=str(tmp_path / "again"))
+    build(again)
+    assert digests(again) == digests(config)
+    assert json.loads(Path(f"{config.out}/manifest.json").read_text())["train"]["versions"]["transformers"]

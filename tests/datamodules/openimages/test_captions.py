@@ -1,0 +1,107 @@
+"""The keyword filter and the label in the caption."""
+
+import pytest
+
+from datamodules.openimages.captions import CaptionError, CaptionRules, article, finish, plural, read_words, tidy
+from datamodules.openimages.config import CaptionConfig
+from datamodules.samples import contains_label
+
+RULES = CaptionRules.of(CaptionConfig())
+
+
+@pytest.mark.parametrize(("before", "label", "after"), [
+    ("a black and white cat sitting on a red sofa", "cat", "a cat sitting on a sofa"),
+    ("the car is red", "car", "the car"),
+    ("a cat dressed in black", "cat", "a cat"),
+    ("an orange cat on the beach", "cat", "a cat on the beach"),
+    ("a yellow umbrella", "umbrella", "an umbrella"),
+    ("a white, fluffy dog, lying on green grass.", "dog", "a dog, lying on grass."),
+    ("A Black-and-White photo of a dog", "dog", "A photo of a dog"),
+    ("a car with red and white stripes", "car", "a car with stripes"),
+    ("a dark red brick wall with a stop sign", "stop sign", "a brick wall with a stop sign"),
+    ("a stuffed animal with a pink bow", "stuffed animal", "a stuffed animal with a bow"),
+    ("a vase made of glass", "vase", "a vase"),
+    ("a redish car near Redmond", "car", "a redish car near Redmond"),  # whole words only
+    ("a cat without any", "cat", "a cat without any"),
+])
+def test_listed_words_go_and_sentences_stay_whole(before, label, after):
+    assert finish(before, label, RULES) == (before, after)
+
+
+@pytest.mark.parametrize(("before", "label"), [
+    ("an orange on a wooden table", "orange"), ("a brown bear in the woods", "brown bear"), ("a red panda with red fur", "red panda"),
+    ("a glass of water", "table"), ("a close up of a rose", "rose"), ("a bowl with an orange", "bowl"),
+])
+def test_a_label_or_a_thing_of_a_listed_name_stays(before, label):
+    word = next(w for w in before.split() if w in RULES.removed)
+    assert word in finish(before, label, RULES)[1]
+
+
+@pytest.mark.parametrize(("before", "label", "after"), [
+    ("two cats on a sofa", "cat", "photo of a cat. two cats on a sofa"),
+    ("a kitten", "cat", "photo of a cat. a kitten"),
+    ("a toy robot's arm", "toy robot", "photo of a toy robot. a toy robot's arm"),
+    ("red", "apple", "photo of an apple."),
+    ("A CAT", "cat", "A CAT"),
+])
+def test_the_label_always_stands_in_the_caption(before, label, after):
+    found = finish(before, label, RULES)[1]
+    if contains_label(before, label):
+        after = before
+    assert found == after and contains_label(found, label)
+
+
+def test_captions_without_the_label_can_be_left_out():
+    with pytest.raises(CaptionError, match="^label_absent$"):
+        finish("a kitten", "cat", CaptionRules.of(CaptionConfig(missing_label="drop")))
+
+
+@pytest.mark.parametrize(("raw", "reason"), [
+    (b"a caf\xe9", "caption_not_utf8"), ("", "caption_empty"), (" \x00\n", "caption_empty"), ("\ud800", "caption_not_utf8"),
+    ("a man riding a horse", "caption_has_people"), ("People with a dog", "caption_has_people"),
+])
+def test_unusable_captions_have_a_reason(raw, reason):
+    with pytest.raises(CaptionError, match=f"^{reason}$"):
+        finish(raw, "horse", RULES)
+
+
+def test_words_of_people_are_whole_words():
+    assert finish("a manatee and a mannequin", "manatee", RULES)[1] == "a manatee and a mannequin"
+
+
+def test_tidy_gives_one_line():
+    assert tidy(b"a  cat\r\n on\tgrass\x07") == "a cat on grass"
+
+
+@pytest.mark.parametrize(("label", "many"), [("cat", "cats"), ("box", "boxes"), ("butterfly", "butterflies"), ("toy", "toys"),
+                                             ("stuffed animal", "stuffed animals"), ("fish", "fish"), ("computer mouse", "computer mice")])
+def test_plurals(label, many):
+    assert plural(label) == many
+
+
+def test_articles():
+    assert [article(w) for w in ("apple", "unicorn", "hourglass", "cat", "umbrella")] == ["an", "a", "an", "a", "an"]
+
+
+def test_a_bad_word_list_is_named(tmp_path):
+    (tmp_path / "w.txt").write_text("# colours\nred\ndark red\n")
+    with pytest.raises(ValueError, match="w.txt.*dark red"):
+        read_words(str(tmp_path / "w.txt"))
+    with pytest.raises(FileNotFoundError, match="nothing.txt"):
+        read_words("nothing.txt")
+
+
+def test_the_tokens_of_every_class_are_found_in_its_caption():
+    """find_label_tokens as the pipeline calls it, on captions that had the label, its plural or neither."""
+    import torch
+    from tiny import tiny_tokenizer
+
+    from moma_lightning.models.mask_estimation import find_label_tokens
+
+    tokenizer = tiny_tokenizer()
+    for label in ("cat", "toy robot"):
+        for raw in (f"a red {label}", f"some {label}s", "something else"):
+            caption = finish(raw, label, RULES)[1]
+            ids = torch.tensor([tokenizer(caption).input_ids])
+            spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in (label, f"{label}s")]
+            assert find_label_tokens(ids, spellings, [caption], label).sum() > 0

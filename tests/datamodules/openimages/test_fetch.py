@@ -1,0 +1,136 @@
+"""Fetching: retries, resuming, checksums, ranges."""
+
+import hashlib
+import tarfile
+import zipfile
+
+import pytest
+
+from datamodules.openimages.config import FetchConfig, SourcesConfig
+from datamodules.openimages.fetch import ChecksumError, Fetcher, MissingError, UnreachableError, server_md5
+from datamodules.openimages.sources import Sources
+
+CONTENT = bytes(range(256)) * 12_000  # 3 MB
+
+
+@pytest.fixture
+def bucket(tmp_path, serve):
+    (tmp_path / "file").write_bytes(CONTENT)
+    return serve(tmp_path)
+
+
+@pytest.fixture
+def fetcher():
+    return Fetcher(FetchConfig(backoff=0.001, retries=3))
+
+
+@pytest.mark.parametrize("faults", [[], [503], [429, 500], ["cut"], ["cut", 503, "garbled"]])
+def test_a_file_comes_whole_in_spite_of_faults(bucket, fetcher, tmp_path, faults):
+    bucket.faults["file"] = list(faults)
+    assert fetcher.read(f"{bucket.url}/file") == CONTENT
+    bucket.faults["file"] = list(faults)
+    fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT and not (tmp_path / "copy.part").exists()
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(bucket, fetcher, tmp_path):
+    bucket.faults["file"] = ["cut"]
+    fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
+    start = int(bucket.requests[-1][1].removeprefix("bytes=").rstrip("-"))
+    assert 0 < start <= len(CONTENT) // 2 and (tmp_path / "copy").read_bytes() == CONTENT
+
+
+def test_a_part_that_is_whole_already_is_taken(bucket, fetcher, tmp_path):
+    (tmp_path / "copy.part").write_bytes(CONTENT)
+    fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+
+
+def test_redirects_are_followed(bucket, fetcher):
+    assert fetcher.read(f"{bucket.url}/moved/file") == CONTENT
+
+
+def test_missing_and_unreachable_files_are_told_apart_and_named(bucket, fetcher):
+    with pytest.raises(MissingError, match="/nothing: HTTP 403"):
+        fetcher.read(f"{bucket.url}/nothing")
+    assert [path for path, _ in bucket.requests] == ["nothing"]  # not asked again
+    bucket.faults["file"] = [503] * 4
+    with pytest.raises(UnreachableError, match="/file: HTTP 503 .after 3 retries"):
+        fetcher.read(f"{bucket.url}/file")
+
+
+def test_wrong_bytes_are_never_taken(bucket, fetcher):
+    bucket.faults["file"] = ["garbled"] * 4
+    with pytest.raises(ChecksumError, match="/file: MD5"):
+        fetcher.read(f"{bucket.url}/file")
+
+
+def test_ranges_read_only_what_is_looked_at(bucket, fetcher):
+    bucket.faults["file"] = [503, "cut"]
+    with fetcher.open(f"{bucket.url}/file") as file:
+        file.seek(-100, 2)
+        assert file.read() == CONTENT[-100:]
+        file.seek(7)
+        assert file.read(5) == CONTENT[7:12]
+
+
+def test_md5_of_both_storage_services():
+    md5 = hashlib.md5(b"x").hexdigest()
+    assert server_md5({"ETag": f'"{md5}"'}) == md5
+    assert server_md5({"x-goog-hash": "crc32c=AAAAAA==,md5=nd1MBha5p1F3vJtuVVxMTQ=="}) == "9ddd4c0616b9a75177bc9b6e555c4c4d"
+    assert server_md5({"ETag": f'"{md5}-4"'}) is None  # of several parts: no MD5
+    assert server_md5({"ETag": f'"{md5}"', "x-amz-server-side-encryption": "aws:kms"}) is None
+
+
+def test_what_is_there_is_not_fetched_again(plain_bucket, serve, tmp_path):
+    bucket = serve(plain_bucket)
+    sources = Sources(SourcesConfig(f"{bucket.url}/annotations", f"{bucket.url}/pictures"), "train", tmp_path)
+    image = next((plain_bucket / "pictures/train").iterdir()).stem
+    for _ in range(2):
+        sources.file("masks")
+        sources.picture(image)
+    assert len(bucket.requests) == 2
+
+
+def test_one_mask_does_not_fetch_its_whole_zip(plain_bucket, serve, tmp_path):
+    bucket = serve(plain_bucket)
+    sources = Sources(SourcesConfig(f"{bucket.url}/annotations", ""), "train", tmp_path)
+    name = next(_mask_names(plain_bucket))
+    assert sources.mask(name).startswith(b"\x89PNG")
+    assert all(asked is not None for path, asked in bucket.requests if path.endswith(".zip"))
+    with pytest.raises(MissingError, match="no.*" + name[0] + "nothing"):
+        sources.mask(name[0] + "nothing.png")
+
+
+def _mask_names(root):
+    for path in sorted(root.glob("annotations/v5/train-masks/*.zip")):
+        yield from zipfile.ZipFile(path).namelist()
+
+
+def test_tars_are_read_in_place_and_compressed_ones_refused(plain_bucket, tmp_path):
+    pictures = sorted((plain_bucket / "pictures/train").iterdir())[:4]
+    with tarfile.open(tmp_path / "train_0.tar", "w") as tar:
+        for path in pictures[:3]:
+            tar.add(path, f"../../{path.name}")  # a path that would leave its folder is only ever a name
+    sources = Sources(SourcesConfig(pictures=str(tmp_path / "train_*.tar")), "train", tmp_path / "cache")
+    sources.prepare()
+    assert [sources.picture(p.stem) for p in pictures[:3]] == [p.read_bytes() for p in pictures[:3]]
+    with pytest.raises(MissingError, match=pictures[3].stem):
+        sources.picture(pictures[3].stem)
+    assert not (tmp_path.parent / pictures[0].name).exists()
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        tar.add(pictures[0])
+    with pytest.raises(ValueError, match="b.tar.gz.*unpacked"):
+        Sources(SourcesConfig(pictures=str(tmp_path / "b.tar.gz")), "train", tmp_path / "cache2").prepare()
+
+
+def test_metadata_md5_decides_where_lengths_agree(plain_bucket, tmp_path):
+    image = next((plain_bucket / "pictures/train").iterdir())
+    size = image.stat().st_size
+    sources = Sources(SourcesConfig(pictures=str(plain_bucket / "pictures")), "train", tmp_path)
+    assert sources.picture(image.stem, size + 1, "AAAAAAAAAAAAAAAAAAAAAA==")  # a scaled copy: another file than the MD5's
+    with pytest.raises(ChecksumError, match=image.stem):
+        sources.picture(image.stem, size, "AAAAAAAAAAAAAAAAAAAAAA==")
+    sources.config.checksum = "original"
+    with pytest.raises(ChecksumError, match=image.stem):
+        sources.picture(image.stem, size + 1, "AAAAAAAAAAAAAAAAAAAAAA==")
