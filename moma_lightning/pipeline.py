@@ -1,7 +1,7 @@
 """MoMAPipeline: a picture of a subject and prompts to new pictures of it. The one sampler of the project."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -270,15 +270,15 @@ class SubjectGuide:
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
             pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
-        self.subject.generated_mask, self.subject.beta = pyramid, self._beta(guided)
+        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided)) if acts else None
         if context is not None and self.variant.mask_context:
             context.generated_mask = pyramid
-        return Conditioning(self.subject if acts else None, context, recorder)
+        return Conditioning(subject, context, recorder)
 
-    def _beta(self, guided: bool) -> Float[Tensor, "rows 1 1"]:
+    def _beta(self, guided: bool) -> Float[Tensor, "rows 1"]:
         """Strength of each row of the batch; a guided subject attention is left out of the unconditional half."""
         unconditional = torch.zeros_like(self.beta) if self.settings.guide_subject else self.beta
-        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None, None]
+        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None]
 
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         layers = self.settings.mask_layers
