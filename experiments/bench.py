@@ -1,83 +1,51 @@
-"""What MoMA's attention costs a denoising step: median times on Stable Diffusion 1.5's layout with random weights.
+"""How long MoMA's parts take, each as a ratio to something known (`make bench`): docs/performance.md says what each figure is.
 
-`python -m experiments.bench --width 1 --latents 64` is full size (512 px); the defaults are a quarter of its width on 256 px.
+Prints a table and writes runs/bench.json: {name: {ratio, lo, hi, goal, a, b, shape}}; lo and hi are quartiles over the pairs, a and b
+medians in seconds. Random weights; one thread on a CPU.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import json
+from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 
-from moma_lightning.models.adapter import MoMAAdapter, install_processors
-from moma_lightning.models.attention import Conditioning, Recorder
-from moma_lightning.models.masks import MaskPyramid
-
-TEXT = 77
+from experiments.benchmarks import guided_step, whole_subject
+from experiments.benchmarks.timing import Case, measure, reached
+from moma_lightning.files import write_beside
 
 
-def build_unet(width: float, device: torch.device) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's UNet with its channels times `width`."""
-    channels = tuple(int(c * width) for c in (320, 640, 1280, 1280))
-    return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=16).to(device).eval()
+def all_cases(full: bool) -> list[Case]:
+    return [*guided_step.cases([*guided_step.SIZES, *([guided_step.FULL] if full else [])]), *whole_subject.cases()]
 
 
-def conditionings(unet: UNet2DConditionModel, text: torch.Tensor, latents: torch.Tensor, share: float) -> dict[str, Callable[[], Conditioning]]:
-    """The parts of MoMA, one more at a time; subject and generated mask cover `share` of the picture."""
-    adapter = MoMAAdapter.for_unet(unet, image_embed_dim=1024).to(latents.device).eval()
-    context = adapter.context_conditioning(torch.randn(2, 1024, device=latents.device))
-    size = latents.shape[-1]
-    mask = torch.zeros(1, 1, size, size, device=latents.device)
-    mask[..., : round(size * share**0.5), : round(size * share**0.5)] = 1
-    pyramid = MaskPyramid(mask, (size, size))
-    features = adapter.reference_features(unet, latents[:1], text[:1])
-    subject = adapter.subject_conditioning(features, pyramid, MaskPyramid(mask.expand(2, -1, -1, -1), (size, size)))
-    label_tokens = torch.zeros(1, TEXT, device=latents.device)
-    label_tokens[:, 4] = 1
-    return {
-        "its processors, nothing to do": lambda: Conditioning(),
-        "+ context attention": lambda: Conditioning(context=context),
-        f"+ subject attention, mask {share:.0%}": lambda: Conditioning(subject, context),
-        "+ the label's attention map": lambda: Conditioning(subject, context, Recorder(label_tokens=label_tokens)),
-    }
+def line(name: str, entry: dict) -> str:
+    verdict = {True: "reached", False: "MISSED", None: ""}[reached(entry)]
+    return f"{name:<52} {entry['ratio']:6.3f} [{entry['lo']:.3f}, {entry['hi']:.3f}]  {entry['goal']:<8} {verdict:<8} {entry['a']:9.4f} s {entry['b']:9.4f} s"
 
 
-def median_seconds(step: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median over `repeats` after one step that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+def save(path: Path, entries: dict[str, dict]) -> None:
+    """Entries of other cases, measured before, stay."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_beside(path, lambda beside: beside.write_text(json.dumps(known | entries, indent=1) + "\n"))
 
 
-@torch.no_grad()
-def main():
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=float, default=0.25)
-    parser.add_argument("--latents", type=int, default=32)
-    parser.add_argument("--mask", type=float, default=0.25)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help="with Stable Diffusion 1.5's UNet at its own width on a CPU too")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    torch.manual_seed(0)
-    unet = build_unet(args.width, device)
-    latents, text = torch.randn(2, 4, args.latents, args.latents, device=device), torch.randn(2, TEXT, 768, device=device)
-    unet.set_attn_processor(AttnProcessor2_0())
-    stock = median_seconds(lambda: unet(latents, 500, text), args.repeats, device)
-    print(f"guided step, {args.latents}x{args.latents} latents, width x{args.width:g}, {device}, {torch.get_num_threads()} threads")
-    print(f"{'stock diffusers':<36} {stock * 1000:8.1f} ms")
-    install_processors(unet)
-    for name, conditioning in conditionings(unet, text, latents, args.mask).items():
-        seconds = median_seconds(lambda: unet(latents, 500, text, cross_attention_kwargs={"conditioning": conditioning()}), args.repeats, device)
-        print(f"{name:<36} {seconds * 1000:8.1f} ms  {seconds / stock:5.2f} x")
+    for case in all_cases(args.full or device.type == "cuda"):
+        if args.only in case.name:
+            entry = measure(case, args.pairs, device)
+            print(line(case.name, entry), flush=True)
+            save(args.out, {case.name: entry})
 
 
 if __name__ == "__main__":

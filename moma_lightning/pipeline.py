@@ -1,7 +1,7 @@
 """MoMAPipeline: a picture of a subject and prompts to new pictures of it. The one sampler of the project."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from moma_lightning.batch import white_background
 from moma_lightning.checkpoints import load_adapter
@@ -68,6 +69,7 @@ class Subject:
     mask: Float[Tensor, "1 1 height width"]
     latent_size: tuple[int, int]
     label: str
+    picture: DynamicCache | None = None  # as the MLLM has read it, once a prompt asks for it
 
 
 class MoMAPipeline(StableDiffusionPipeline):
@@ -107,7 +109,7 @@ class MoMAPipeline(StableDiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        image: Image.Image | None = None,
+        image: Image.Image | Subject | None = None,
         mask: Image.Image | Tensor | None = None,
         label: str | None = None,
         *,
@@ -132,7 +134,8 @@ class MoMAPipeline(StableDiffusionPipeline):
     ) -> MoMAPipelineOutput:
         """New pictures of the subject in `image`, for each prompt.
 
-        image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains.
+        image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains; or
+            image alone, as `prepare_subject` made it, so that calls for more prompts share that work.
         beta: subject strength (Eq. 3), one or one a prompt; 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
         mask_threshold: label attention up to this, of [0, 1], is background. mask_layers: numbers of the cross-attention layers whose
@@ -155,7 +158,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         positive, negative = self.encode_prompt(prompts, device, num_images_per_prompt, guided, negative_prompt)
         text = torch.cat([negative, positive]) if guided else positive
         batch = len(prompts) * num_images_per_prompt
-        subject = self.prepare_subject(image, mask, label, height * width) if image is not None else None
+        subject = image if isinstance(image, Subject) or image is None else self.prepare_subject(image, mask, label, height * width)
         context = self._context(subject, asked, image_embeds, context_scale, num_images_per_prompt, guided)
         latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
         guide = None
@@ -233,8 +236,11 @@ class MoMAPipeline(StableDiffusionPipeline):
     def _embed(self, subject: Subject, prompts: Sequence[str]) -> Float[Tensor, "rows dim"]:
         """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
         if self.decoder is not None:
-            white = on_white_square(subject.white_background)
-            return self.decoder(white.expand(len(prompts), -1, -1, -1), [subject.label] * len(prompts), list(prompts))
+            if subject.picture is None:
+                subject.picture = self.decoder.read_picture(on_white_square(subject.white_background))
+            each = list(dict.fromkeys(prompts))  # a prompt asked for under several seeds is read once
+            embeds = self.decoder.predict(subject.picture, subject.label, each)
+            return embeds[[each.index(prompt) for prompt in prompts]]
         if self.clip is None:
             raise ValueError("the context attention needs a decoder or a CLIP image encoder: load one, pass image_embeds, or set context_scale=0")
         return self.clip(subject.pixels)
@@ -270,15 +276,15 @@ class SubjectGuide:
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
             pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
-        self.subject.generated_mask, self.subject.beta = pyramid, self._beta(guided)
+        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided)) if acts else None
         if context is not None and self.variant.mask_context:
             context.generated_mask = pyramid
-        return Conditioning(self.subject if acts else None, context, recorder)
+        return Conditioning(subject, context, recorder)
 
-    def _beta(self, guided: bool) -> Float[Tensor, "rows 1 1"]:
+    def _beta(self, guided: bool) -> Float[Tensor, "rows 1"]:
         """Strength of each row of the batch; a guided subject attention is left out of the unconditional half."""
         unconditional = torch.zeros_like(self.beta) if self.settings.guide_subject else self.beta
-        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None, None]
+        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None]
 
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         layers = self.settings.mask_layers

@@ -14,8 +14,9 @@ from moma_lightning.models.attention import (
     MoMAAttnProcessor,
     Recorder,
     SubjectConditioning,
+    SubjectKeys,
 )
-from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.masks import MaskPyramid, log_bias
 from moma_lightning.models.projector import ImageProjection
 from moma_lightning.models.published import PublishedModel
 
@@ -33,6 +34,16 @@ class SubjectAttention(nn.Module):
         self.lambda_ = nn.Parameter(torch.zeros(1))
         nn.init.eye_(self.to_k.weight)
         nn.init.eye_(self.to_v.weight)
+
+
+def subject_keys(
+    layer: SubjectAttention, key: Float[Tensor, "batch positions channels"], value: Float[Tensor, "batch positions channels"], mask: MaskPyramid
+) -> SubjectKeys:
+    """K' and V' of one layer, made at the kept positions only: W'_k and W'_v act on each position by itself."""
+    index, weight = mask.kept(key.shape[1])
+    bias, alive = log_bias(weight)
+    key, value = (x.take_along_dim(index[..., None], 1) for x in (key, value))
+    return SubjectKeys(layer.to_k(key), layer.to_v(value), bias, layer.lambda_ * alive)
 
 
 class ContextAttention(nn.Module):
@@ -108,10 +119,9 @@ class MoMAAdapter(nn.Module, PublishedModel):
     def subject_conditioning(
         self, reference: Reference, reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None, beta: float = 1.0
     ) -> SubjectConditioning:
-        """K', V' of every self-attention layer from the reference pass's features (Eq. 3)."""
-        key_values = {int(i): (layer.to_k(reference[int(i)][0]), layer.to_v(reference[int(i)][1])) for i, layer in self.subject.items()}
-        lambdas = {int(i): layer.lambda_ for i, layer in self.subject.items()}
-        return SubjectConditioning(key_values, lambdas, reference_mask, generated_mask, beta)
+        """K', V' of every self-attention layer from the reference pass's features (Eq. 3), at the positions that `reference_mask` keeps."""
+        keys = {int(i): subject_keys(layer, *reference[int(i)], reference_mask) for i, layer in self.subject.items()}
+        return SubjectConditioning(keys, generated_mask, beta)
 
     @torch.no_grad()
     def reference_features(

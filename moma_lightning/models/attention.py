@@ -5,32 +5,59 @@ Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from diffusers.models.attention_processor import Attention
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.masks import MaskPyramid, kept_positions
 
 KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch positions channels"]]
+
+
+class SubjectKeys(NamedTuple):
+    """What the queries of one layer are attended to: K' and V' at the positions that M_ref keeps, the bias log(M_ref) there, and lambda.
+
+    The other positions have no weight in Eq. 3's softmax, so leaving them out is exact. lambda is 0 where M_ref keeps nothing.
+    """
+
+    key: Float[Tensor, "subjects kept channels"]
+    value: Float[Tensor, "subjects kept channels"]
+    bias: Float[Tensor, "subjects 1 1 kept"]
+    lambda_: Float[Tensor, "subjects 1 1"]
 
 
 @dataclass
 class SubjectConditioning:
     """The second term of Eq. 3: lambda * beta * M_gen . Attn(Q, K', V', key mask M_ref).
 
-    key_values: K', V' of each self-attention layer; batch 1 serves a whole batch.
-    lambda_: the learned scalar of each layer.
-    reference_mask: M_ref. generated_mask: M_gen, or None while it is unknown (the first step): no masking then.
+    keys: of each self-attention layer, for each row of the batch a subject of its own, or one for all rows.
+    generated_mask: M_gen, or None while it is unknown (the first step): no masking then.
     beta: one strength, or one a row of the batch.
     """
 
-    key_values: dict[int, KeyValue]
-    lambda_: dict[int, Tensor]
-    reference_mask: MaskPyramid
+    keys: dict[int, SubjectKeys]
     generated_mask: MaskPyramid | None = None
-    beta: float | Float[Tensor, "batch 1 1"] = 1.0
+    beta: float | Float[Tensor, "batch 1"] = 1.0
+    _queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def queries(
+        self, query: Float[Tensor, "batch heads positions dim"], subjects: int
+    ) -> tuple[Int[Tensor, "subjects kept"], Float[Tensor, "subjects kept"]]:
+        """Where the term is not zero, and beta * M_gen there; rows that share a subject count as one long row.
+
+        Found once for all layers of a resolution: on a GPU the count is waited for.
+        """
+        batch, _, positions, _ = query.shape
+        if positions not in self._queries:
+            mask = torch.ones((), device=query.device) if self.generated_mask is None else self.generated_mask.weight(positions)
+            weight = (mask * self.beta).expand(batch, positions).reshape(subjects, -1)
+            index = kept_positions(weight)
+            self._queries[positions] = index, weight.gather(1, index)
+        return self._queries[positions]
 
 
 @dataclass
@@ -115,15 +142,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor |
     return output.transpose(1, 2).flatten(2)
 
 
-def subject_attention(subject: SubjectConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:
-    """The second term of Eq. 3 for one layer; zero for a sample whose mask leaves no key."""
-    key, value = (x.to(query.dtype).expand(len(query), -1, -1) for x in subject.key_values[layer])
-    bias, alive = subject.reference_mask.log_bias(key.shape[1])
-    bias = bias.to(query.dtype).expand(len(query), -1, -1, -1)
-    output = attend(query, key, value, heads, bias) * (subject.lambda_[layer] * subject.beta * alive)
-    if subject.generated_mask is not None:
-        output = output * subject.generated_mask.weight(query.shape[2])[..., None]
-    return output.to(query.dtype)
+def subject_attention(
+    subject: SubjectConditioning, layer: int, query: Float[Tensor, "batch heads positions dim"], heads: int
+) -> Float[Tensor, "batch positions channels"]:
+    """The second term of Eq. 3 for one layer, computed from kept queries to kept keys only: all else is zero.
+
+    Raises ValueError where the subjects are neither one nor one a row.
+    """
+    key, value, bias, lambda_ = subject.keys[layer]
+    if len(key) not in (1, len(query)):
+        raise ValueError(f"{len(key)} subjects for a batch of {len(query)}: give one, or one a row")
+    index, weight = subject.queries(query, len(key))
+    rows = query.transpose(1, 2).flatten(2)
+    shared = rows.reshape(len(key), -1, rows.shape[-1])
+    place = index[..., None].expand(-1, -1, shared.shape[-1])
+    output = attend(split_heads(shared.gather(1, place), heads), key.to(query.dtype), value.to(query.dtype), heads, bias.to(query.dtype))
+    output = output * (lambda_ * weight[..., None])
+    return torch.zeros_like(shared).scatter(1, place, output.to(query.dtype)).view_as(rows)
 
 
 def context_attention(context: ContextConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:

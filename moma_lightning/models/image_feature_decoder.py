@@ -1,5 +1,6 @@
 """The multimodal generative image-feature decoder (paper section 3, figure 2 top left): MLLM + token + mapping."""
 
+import copy
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
 from moma_lightning.hub import find_folder
@@ -53,6 +54,8 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     Only the inner model of `mllm` is kept: there is no language-model head, so no vocabulary logits. Parameter names begin
     with `mllm.` (`vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
     """
+
+    entries = ("read_picture", "predict")  # called from outside, beside `forward`: sharded training is told of them
 
     def __init__(self, mllm: LlavaForConditionalGeneration, processor: LlavaProcessor, embed_dim: int, config: DecoderConfig):
         super().__init__()
@@ -102,8 +105,41 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         if self.token is not None:
             embeds, mask = append_token(embeds, mask, self.token)
         hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        return self.mapped(hidden, mask)
+
+    def mapped(self, hidden: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed_dim"]:
+        """The output at each row's last real token, mapped to an embedding."""
         last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
         return self.mapping(last.to(self.mapping.down_proj.weight.dtype))
+
+    @torch.no_grad()
+    def read_picture(self, white_background: Float[Tensor, "1 3 height width"]) -> DynamicCache:
+        """The language model's keys and values of the instruction up to the picture's last token, which no label or prompt changes."""
+        image_features = self.image_features(white_background)
+        input_ids, _ = self.tokenize([""], [""], image_features.shape[1])
+        before = self.mllm.get_input_embeddings()(input_ids[:, : self._picture_start(input_ids)].to(image_features.device))
+        embeds = torch.cat([before, image_features.to(before.dtype)], dim=1)
+        cache = DynamicCache()
+        self.mllm.language_model(inputs_embeds=embeds, cache=cache, use_cache=True)
+        return cache
+
+    @torch.no_grad()
+    def predict(self, picture: DynamicCache, label: str, prompt: list[str]) -> Float[Tensor, "batch embed_dim"]:
+        """What `forward` gives for each prompt with the picture that `read_picture` read: only the words after it are computed."""
+        cache = copy.deepcopy(picture)  # the language model appends to it
+        cache.batch_repeat_interleave(len(prompt))
+        input_ids, mask = (t.to(self.mapping.down_proj.weight.device) for t in self.tokenize([label] * len(prompt), prompt, 1))
+        words = slice(self._picture_start(input_ids) + 1, None)
+        embeds, mask = self.mllm.get_input_embeddings()(input_ids[:, words]), mask[:, words]
+        if self.token is not None:
+            embeds, mask = append_token(embeds, mask, self.token)
+        attended = nn.functional.pad(mask.long(), (picture.get_seq_length(), 0), value=1)
+        hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=attended, cache=cache, use_cache=True).last_hidden_state
+        return self.mapped(hidden, mask)
+
+    def _picture_start(self, input_ids: Int[Tensor, "batch tokens"]) -> int:
+        """The picture's first place: the same in all rows, as every template brings the picture before label and prompt."""
+        return int((input_ids[0] == self.mllm.config.image_token_id).nonzero()[0])
 
     def image_features(self, white_background: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens hidden"]:
         """The pictures as the language model sees them: vision tower and multimodal projector."""

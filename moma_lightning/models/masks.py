@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,12 +35,35 @@ def mask_weight(mask: Float[Tensor, "..."], strength: float) -> Float[Tensor, ".
     return 1 - strength * (1 - mask)
 
 
+def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "batch kept"]:
+    """The positions of any weight, in order. `kept` is the fullest row's count, at least 1; other rows are filled up with positions of weight 0.
+
+    Under torch.compile all are kept: shapes that follow the data would compile anew for each mask.
+    """
+    if torch.compiler.is_compiling():
+        return torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
+    kept = weight > 0
+    count = max(1, int(kept.sum(1).max()))
+    return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def log_bias(weight: Float[Tensor, "batch keys"]) -> tuple[Float[Tensor, "batch 1 1 keys"], Float[Tensor, "batch 1 1"]]:
+    """Additive key bias log(weight), and 1 where any key is left, else 0.
+
+    Where no key is left the bias is 0 everywhere, so that the softmax stays finite and the second value silences it.
+    """
+    alive = (weight > 0).any(1, keepdim=True)
+    bias = torch.where(alive, weight, torch.ones_like(weight)).log()
+    return bias[:, None, None, :], alive[:, :, None].to(weight.dtype)
+
+
 class MaskPyramid:
     """One mask seen at every layer's resolution, resized when first asked for."""
 
     def __init__(self, mask: Float[Tensor, "batch 1 height width"], latent_size: tuple[int, int], strength: float = 1.0):
         self.mask, self.latent_size, self.strength = mask, latent_size, strength
         self._levels: dict[int, Tensor] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def weight(self, sequence_length: int) -> Float[Tensor, "batch positions"]:
         """Weights in [0, 1] for the layer with `sequence_length` positions."""
@@ -49,12 +72,10 @@ class MaskPyramid:
             self._levels[sequence_length] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength)
         return self._levels[sequence_length]
 
-    def log_bias(self, sequence_length: int) -> tuple[Float[Tensor, "batch 1 1 positions"], Float[Tensor, "batch 1 1"]]:
-        """Additive key bias log(weight), and 1 where any key is left, else 0.
-
-        Where no key is left the bias is 0 everywhere, so that the softmax stays finite and the second value silences it.
-        """
-        weight = self.weight(sequence_length)
-        alive = (weight > 0).any(1, keepdim=True)
-        bias = torch.where(alive, weight, torch.ones_like(weight)).log()
-        return bias[:, None, None, :], alive[:, :, None].to(weight.dtype)
+    def kept(self, sequence_length: int) -> tuple[Int[Tensor, "batch kept"], Float[Tensor, "batch kept"]]:
+        """`kept_positions` of the layer with `sequence_length` positions, and their weights."""
+        if sequence_length not in self._kept:
+            weight = self.weight(sequence_length)
+            index = kept_positions(weight)
+            self._kept[sequence_length] = index, weight.gather(1, index)
+        return self._kept[sequence_length]

@@ -30,6 +30,8 @@ def shard(stage: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, *, bf1
     for unit in units:
         if any(True for _ in unit.parameters()):
             fully_shard(unit, mesh=mesh, mp_policy=policy)
+            for name in getattr(unit, "entries", ()):  # methods beside `forward` that read the unit's own parameters
+                register_fsdp_forward_method(unit, name)
     fully_shard(stage, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard_after_forward=True)
     for name in ENTRIES:
         register_fsdp_forward_method(stage, name)

@@ -47,8 +47,8 @@ def test_keys_and_values_of_both_variants(base, variant):
         attn, h = attention_layers(base.unet)[int(i)], inputs[int(i)]
         key = layer.to_k.weight @ (attn.to_k.weight if variant == "released" else torch.eye(h.shape[-1]))
         value = layer.to_v.weight @ (attn.to_v.weight if variant == "released" else torch.eye(h.shape[-1]))
-        torch.testing.assert_close(conditioning.key_values[int(i)][0], h @ key.T, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(conditioning.key_values[int(i)][1], h @ value.T, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(conditioning.keys[int(i)][0], h @ key.T, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(conditioning.keys[int(i)][1], h @ value.T, atol=1e-5, rtol=1e-4)
 
 
 def test_both_variants_start_as_the_frozen_layer(base):
@@ -60,7 +60,7 @@ def test_both_variants_start_as_the_frozen_layer(base):
     for variant in ("paper", "released"):
         adapter = MoMAAdapter.for_unet(base.unet, EMBED_DIM, variant=variant)
         reference = adapter.reference_features(base.unet, latents, text)
-        made.append(adapter.subject_conditioning(reference, MaskPyramid(torch.ones(1, 1, 8, 8), (8, 8))).key_values)
+        made.append(adapter.subject_conditioning(reference, MaskPyramid(torch.ones(1, 1, 8, 8), (8, 8))).keys)
     for layer in made[0]:
         torch.testing.assert_close(made[0][layer], made[1][layer])
 

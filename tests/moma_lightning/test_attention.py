@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from moma_lightning.models import attention
+from moma_lightning.models.adapter import SubjectAttention, subject_keys
 from moma_lightning.models.attention import (
     Conditioning,
     ContextConditioning,
@@ -43,11 +45,18 @@ def explicit(query, key, value, weights=None):
     return out
 
 
-def subject(lambda_=0.8, beta=0.6, batch=2, reference=None, generated=None, strength=1.0, ref_size=(4, 6), size=(4, 6)):
-    torch.manual_seed(2)
-    key_values = {4: (torch.randn(batch, ref_size[0] * ref_size[1], CHANNELS), torch.randn(batch, ref_size[0] * ref_size[1], CHANNELS))}
-    generated = None if generated is None else MaskPyramid(generated, size, strength)
-    return SubjectConditioning(key_values, {4: torch.tensor([lambda_])}, MaskPyramid(reference, ref_size, strength), generated, beta)
+def reference(batch=2, size=(4, 6)):
+    """K' and V' at every position of the reference."""
+    generator = torch.Generator().manual_seed(2)
+    return tuple(torch.randn(batch, size[0] * size[1], CHANNELS, generator=generator) for _ in range(2))
+
+
+def subject(key_value, m_ref, m_gen=None, *, lambda_=0.8, beta=0.6, strength=1.0, size=(4, 6)):
+    """What the layer is given of `reference()`: W'_k and W'_v are the identity here."""
+    layer = SubjectAttention(CHANNELS).requires_grad_(False)
+    layer.lambda_.fill_(lambda_)
+    keys = subject_keys(layer, *key_value, MaskPyramid(m_ref, m_ref.shape[-2:], strength))
+    return SubjectConditioning({4: keys}, None if m_gen is None else MaskPyramid(m_gen, size, strength), beta)
 
 
 def random_mask(batch, size, seed=3, soft=False):
@@ -55,41 +64,102 @@ def random_mask(batch, size, seed=3, soft=False):
     return values if soft else (values > 0.6).float()
 
 
+def equation_3(attn, x, key_value, w_ref, w_gen, factor):
+    """The whole layer by Eq. 3, every query against every key; factor: lambda * beta, a number or one a row [batch, 1, 1]."""
+    query = x @ attn.to_q.weight.T
+    expected = explicit(query, x @ attn.to_k.weight.T, x @ attn.to_v.weight.T)
+    expected = expected + factor * explicit(query, *key_value, w_ref) * w_gen[..., None]
+    return expected @ attn.to_out[0].weight.T + attn.to_out[0].bias
+
+
+def run(attn, x, conditioning):
+    return attn(x, conditioning=Conditioning(subject=conditioning))
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("ref_size", [(4, 6), (5, 3)])
 def test_equation_3(strength, soft, ref_size):
-    attn, x = self_attention(), torch.randn(2, 24, CHANNELS)
+    attn, x, key_value = self_attention(), torch.randn(2, 24, CHANNELS), reference(size=ref_size)
     m_ref, m_gen = random_mask(2, ref_size, 3, soft), random_mask(2, (4, 6), 4, soft)
-    conditioning = subject(reference=m_ref, generated=m_gen, strength=strength, ref_size=ref_size)
-    key, value = conditioning.key_values[4]
-    query = x @ attn.to_q.weight.T
-    w_ref = 1 - strength * (1 - m_ref.flatten(1))
-    w_gen = 1 - strength * (1 - m_gen.flatten(1))
-    expected = explicit(query, x @ attn.to_k.weight.T, x @ attn.to_v.weight.T)
-    expected = expected + 0.8 * explicit(query, key, value, w_ref) * w_gen[..., None] * 0.6
-    expected = expected @ attn.to_out[0].weight.T + attn.to_out[0].bias
-    torch.testing.assert_close(attn(x, conditioning=Conditioning(subject=conditioning)), expected, atol=2e-6, rtol=1e-5)
+    w_ref, w_gen = (1 - strength * (1 - m.flatten(1)) for m in (m_ref, m_gen))
+    expected = equation_3(attn, x, key_value, w_ref, w_gen, 0.8 * 0.6)
+    torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen, strength=strength)), expected, atol=2e-6, rtol=1e-5)
+
+
+#: Cells of a 4 x 6 mask by name.
+CELLS = {"empty": [], "one": [9], "full": list(range(24)), "some": [0, 1, 7, 8, 13, 23]}
+
+
+def named_masks(names):
+    mask = torch.zeros(len(names), 24)
+    for row, name in enumerate(names):
+        mask[row, CELLS[name]] = 1
+    return mask.view(-1, 1, 4, 6)
+
+
+@pytest.mark.parametrize("generated", CELLS)
+@pytest.mark.parametrize("kept", CELLS)
+def test_one_subject_for_all_rows_under_any_mask(kept, generated):
+    """As in sampling: rows of differing M_gen and beta, one of them 0, share one subject."""
+    attn, x, key_value = self_attention(), torch.randn(3, 24, CHANNELS), reference(batch=1)
+    m_ref, m_gen, beta = named_masks([kept]), named_masks([generated, "some", "full"]), torch.tensor([[0.6], [1.2], [0.0]])
+    every = [x.expand(3, -1, -1) for x in key_value]
+    expected = equation_3(attn, x, every, m_ref.flatten(1).expand(3, -1), m_gen.flatten(1), 0.8 * beta[..., None])
+    torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen, beta=beta)), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_subject_a_row_under_differing_masks():
+    """As in training: rows keep different numbers of keys and queries, from none to all."""
+    attn, x, key_value = self_attention(), torch.randn(4, 24, CHANNELS), reference(batch=4)
+    mask = named_masks(["some", "empty", "full", "one"])
+    expected = equation_3(attn, x, key_value, mask.flatten(1), mask.flatten(1), 0.8 * 0.6)
+    torch.testing.assert_close(run(attn, x, subject(key_value, mask, mask)), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_plain_formula():
+    attn, x, mask = self_attention(), torch.randn(4, 24, CHANNELS), named_masks(["some", "empty", "full", "one"])
+    grads, direction = [], torch.randn(4, 24, CHANNELS)
+    for kept_only in (True, False):
+        key_value = [t.requires_grad_() for t in reference(batch=4)]
+        asked = x.clone().requires_grad_()
+        out = run(attn, asked, subject(key_value, mask, mask)) if kept_only else equation_3(attn, asked, key_value, *2 * [mask.flatten(1)], 0.48)
+        grads.append(torch.autograd.grad((out * direction).sum(), [asked, *key_value]))
+    for mine, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, plain, atol=5e-6, rtol=1e-5)
+
+
+def test_only_kept_queries_and_keys_are_computed(monkeypatch):
+    attn, key_value = self_attention(), reference(batch=1)
+    shapes, plain = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: shapes.append((q.shape[0], q.shape[2], k.shape[1])) or plain(q, k, *rest))
+    run(attn, torch.randn(2, 24, CHANNELS), subject(key_value, named_masks(["some"]), named_masks(["one", "some"])))
+    assert shapes == [(2, 24, 24), (1, 1 + 6, 6)]
+
+
+def test_no_generated_mask_means_no_masking():
+    attn, x, key_value = self_attention(), torch.randn(2, 24, CHANNELS), reference()
+    m_ref = random_mask(2, (4, 6))
+    expected = equation_3(attn, x, key_value, m_ref.flatten(1), torch.ones(2, 24), 0.8 * 0.6)
+    torch.testing.assert_close(run(attn, x, subject(key_value, m_ref)), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_an_empty_mask_adds_nothing_and_leaves_others_alone():
     attn, x = self_attention(), torch.randn(2, 24, CHANNELS)
-    m_ref = random_mask(2, (4, 6))
-    m_ref[0] = 0
-    out = attn(x, conditioning=Conditioning(subject=subject(reference=m_ref)))
-    plain = attn(x)
-    assert torch.isfinite(out).all()
-    torch.testing.assert_close(out[0], plain[0])
+    out, plain = run(attn, x, subject(reference(), named_masks(["empty", "some"]))), attn(x)
+    assert torch.equal(out[0], plain[0])
     assert not torch.allclose(out[1], plain[1])
 
 
 def test_gradients_with_an_empty_mask_are_finite():
-    attn, x = self_attention(), torch.randn(2, 24, CHANNELS)
-    conditioning = subject(reference=torch.zeros(2, 1, 4, 6))
-    key, value = conditioning.key_values[4]
-    key.requires_grad_(), value.requires_grad_()
-    attn(x, conditioning=Conditioning(subject=conditioning)).sum().backward()
-    assert torch.isfinite(key.grad).all() and torch.isfinite(value.grad).all()
+    attn, key_value = self_attention(), [t.requires_grad_() for t in reference()]
+    run(attn, torch.randn(2, 24, CHANNELS), subject(key_value, torch.zeros(2, 1, 4, 6))).sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in key_value)
+
+
+def test_refuses_subjects_that_are_neither_one_nor_one_a_row():
+    with pytest.raises(ValueError, match="2 subjects for a batch of 4"):
+        run(self_attention(), torch.randn(4, 24, CHANNELS), subject(reference(), named_masks(["some", "some"])))
 
 
 def test_context_attention():

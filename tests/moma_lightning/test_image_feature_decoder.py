@@ -68,6 +68,19 @@ def test_a_batch_equals_its_rows(mllm, pictures, template, learnable_token):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("learnable_token", [True, False])
+@pytest.mark.parametrize("template", ["paper", "released"])
+def test_a_picture_read_once_gives_what_reading_it_with_each_prompt_gives(mllm, pictures, template, learnable_token):
+    """Prompts of unequal length, twice from one reading: the first use must not change it."""
+    decoder = build(mllm, template=template, learnable_token=learnable_token)
+    whole = decoder(pictures[:1].expand(3, -1, -1, -1), ["cat"] * 3, PROMPTS)
+    read = decoder.read_picture(pictures[:1])
+    for _ in range(2):
+        torch.testing.assert_close(decoder.predict(read, "cat", PROMPTS), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder.predict(read, "toy robot", PROMPTS[:1]), decoder(pictures[:1], ["toy robot"], PROMPTS[:1]), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_released_reads_the_inner_models_last_state_at_the_star(mllm, pictures):
     """Against LlavaProcessor and LlavaModel run whole, one row at a time."""
     decoder = build(mllm, template="released")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moma_lightning.models.mask_estimation import average_maps, estimate_mask, find_label_tokens, min_max
-from moma_lightning.models.masks import MaskPyramid, layer_size, mask_weight, resize_mask
+from moma_lightning.models.masks import MaskPyramid, kept_positions, layer_size, log_bias, mask_weight, resize_mask
 
 
 @pytest.mark.parametrize("latents, level, expected", [((8, 8), 16, (4, 4)), ((6, 12), 18, (3, 6)), ((7, 5), 12, (4, 3)), ((64, 64), 64, (8, 8))])
@@ -20,8 +20,19 @@ def test_a_one_pixel_subject_keeps_weight_at_every_resolution():
     mask[..., 300, 200] = 1
     pyramid = MaskPyramid(mask, (64, 64))
     for positions in (4096, 1024, 256, 64):
-        bias, alive = pyramid.log_bias(positions)
+        bias, alive = log_bias(pyramid.weight(positions))
         assert alive.item() == 1 and torch.isfinite(bias).sum() == 1
+        index, weight = pyramid.kept(positions)
+        assert index.shape == (1, 1) and weight.item() == pyramid.weight(positions).max() > 0
+
+
+def test_kept_positions_are_in_order_and_rows_filled_up_without_repeats():
+    weight = torch.tensor([[0, 0.5, 0, 1, 0.1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+    index = kept_positions(weight)
+    assert index.shape == (3, 3) and index[0].tolist() == [1, 3, 4] and index[1, 0] == 4
+    assert all(len(set(row)) == 3 for row in index.tolist())
+    assert weight.gather(1, index).count_nonzero(1).tolist() == [3, 1, 0]
+    assert kept_positions(torch.zeros(2, 5)).shape == (2, 1)
 
 
 def test_resize_is_the_area_average():

@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, DynamicCache
 
 from moma_lightning.foundation import ImageEncoder
 from moma_lightning.pipeline import MoMAPipeline
@@ -184,14 +184,43 @@ def test_a_subject_smaller_than_any_attention_cell_still_acts(base, size):
     assert np.isfinite(with_subject).all() and not np.array_equal(with_subject, without)
 
 
+class FakeDecoder:
+    """Stands for the image-feature decoder and writes down what it is asked."""
+
+    def __init__(self):
+        self.pictures, self.asked = [], []
+
+    def read_picture(self, white):
+        self.pictures.append(white)
+        return DynamicCache()
+
+    def predict(self, picture, label, prompts):
+        self.asked.append((label, prompts))
+        return torch.stack([torch.full((EMBED_DIM,), float(len(prompt))) for prompt in prompts])
+
+
+def test_a_prepared_subject_serves_many_calls_with_the_same_pictures(base, monkeypatch):
+    """Mask, autoencoder, reference pass and the MLLM's reading of the picture are done once; a prompt under two seeds is read once."""
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    pipe.decoder = FakeDecoder()
+    at_once = run(pipe, [*PROMPTS, PROMPTS[0]], image=picture(), mask=square_mask(), label="cat", image_embeds=None).images
+    assert pipe.decoder.asked == [("cat", PROMPTS)]
+    subject = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    monkeypatch.setattr(pipe, "prepare_subject", lambda *_: pytest.fail("prepared again"))
+    first, second = (run(pipe, [prompt], image=subject, generator=[torch.Generator().manual_seed(i)], image_embeds=None).images[0]
+                     for i, prompt in enumerate(PROMPTS))  # fmt: skip
+    np.testing.assert_allclose(np.stack([first, second]), at_once[:2], atol=2e-5)
+    assert len(pipe.decoder.pictures) == 2
+
+
 def test_the_mllm_is_asked_for_its_own_prompt_and_sees_the_whole_subject(base):
     """A picture that is no square is padded with its own white, not cut, and the label's map is read off the UNet's prompt."""
-    seen, pipe = [], MoMAPipeline.from_base(base, tiny_adapter(base))
-    pipe.decoder = lambda white, labels, prompts: seen.append((white, labels, prompts)) or torch.zeros(2, EMBED_DIM)
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    pipe.decoder = FakeDecoder()
     subject = dict(image=picture(96, 48), mask=torch.ones(1, 48, 96), label="cat", image_embeds=None)
     run(pipe, ["photo of a cat. it swims", "photo of a cat. it flies"], **subject, mllm_prompt=["it swims", "it flies"])
-    ((white, labels, prompts),) = seen
-    assert (labels, prompts) == (["cat", "cat"], ["it swims", "it flies"])
+    ((white,), asked) = pipe.decoder.pictures, pipe.decoder.asked
+    assert asked == [("cat", ["it swims", "it flies"])]
     height, width = (white[0] < 1).any(0).any(1).sum(), (white[0] < 1).any(0).any(0).sum()
     assert white.shape[-1] == white.shape[-2] == width == 2 * height
     with pytest.raises(ValueError, match="2 prompts and 1 mllm_prompts"):

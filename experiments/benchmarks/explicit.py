@@ -1,0 +1,78 @@
+"""MoMA's attention with every matrix written out: the baseline that the project's processor is timed and tested against.
+
+The same formulas as `moma_lightning.models.attention`, in the shape of the authors' released code: softmax matrices of all queries and
+all keys, K' and V' doubled for guidance, the key mask as an additive -inf.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+
+@dataclass
+class Explicit:
+    """keys: layer -> (K', V') at every position, doubled; factors: layer -> lambda * beta. m_ref, m_gen: number of positions -> weights.
+
+    label_tokens [rows, text]: of the conditional half, which comes last. maps: receives the label's probability, by layer.
+    """
+
+    keys: dict[int, tuple[Tensor, Tensor]]
+    factors: dict[int, Tensor]
+    context: dict[int, tuple[Tensor, Tensor]]
+    m_ref: dict[int, Tensor]
+    m_gen: dict[int, Tensor]
+    label_tokens: Tensor
+    maps: dict[int, Tensor] = field(default_factory=dict)
+
+
+class ExplicitProcessor:
+    """Attention layer number `layer` of the UNet."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, temb=None,
+                 explicit: Explicit | None = None) -> Tensor:  # fmt: skip
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        probability = probabilities(query, key, attn.heads)
+        output = merge(probability, value, attn.heads)
+        if explicit is not None:
+            generated = explicit.m_gen[query.shape[1]][..., None]
+            if encoder_hidden_states is None:
+                k, v = explicit.keys[self.layer]
+                added = merge(probabilities(query, k, attn.heads, explicit.m_ref[k.shape[1]].log()), v, attn.heads)
+                output = output + explicit.factors[self.layer] * generated * added
+            else:
+                k, v = explicit.context[self.layer]
+                output = output + generated * merge(probabilities(query, k, attn.heads), v, attn.heads)
+                rows = len(explicit.label_tokens)
+                explicit.maps[self.layer] = (probability[-rows:].mean(1) * explicit.label_tokens[:, None]).sum(-1)
+        return attn.to_out[0](output)
+
+
+def probabilities(query: Tensor, key: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d) + bias), [batch, heads, queries, keys]."""
+    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias[:, None, None]).softmax(-1)
+
+
+def merge(probability: Tensor, value: Tensor, heads: int) -> Tensor:
+    return (probability @ value.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def install(unet: UNet2DConditionModel) -> None:
+    unet.set_attn_processor({name: ExplicitProcessor(i) for i, name in enumerate(unet.attn_processors)})
+
+
+def conditioning(adapter, reference: dict, context, m_ref, m_gen, label_tokens: Tensor) -> Explicit:
+    """All of it from the same parts as `SubjectGuide` has, for a guided batch of two; beta is 1. m_ref, m_gen: MaskPyramids."""
+    keys = {int(i): tuple(torch.cat([x] * 2) for x in (layer.to_k(reference[int(i)][0]), layer.to_v(reference[int(i)][1])))
+            for i, layer in adapter.subject.items()}  # fmt: skip
+    lengths = {k.shape[1] for k, _ in keys.values()}
+    factors = {int(i): layer.lambda_ for i, layer in adapter.subject.items()}
+    return Explicit(keys, factors, context.key_values, {n: m_ref.weight(n) for n in lengths}, {n: m_gen.weight(n) for n in lengths}, label_tokens)

@@ -1,0 +1,132 @@
+"""A guided denoising step with both adapters and iterative masking, against the same UNet with diffusers' own attention."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor
+
+from experiments.benchmarks import explicit
+from experiments.benchmarks.timing import Case
+from moma_lightning.foundation import MINI, FoundationConfig, load_base
+from moma_lightning.models.adapter import MoMAAdapter, install_processors
+from moma_lightning.models.attention import Recorder
+from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.pipeline import MoMAPipeline, Subject, SubjectGuide, SubjectSettings
+
+LABEL, PROMPT, T = "cat", "a cat on the beach", 500
+
+
+@dataclass
+class Size:
+    """A UNet with random weights: Stable Diffusion 1.5's layout with its channels times `width`, or the mini one, on square latents."""
+
+    name: str
+    latents: int
+    width: float | None = None
+    pairs: int | None = None
+
+    @property
+    def shape(self) -> str:
+        unet = f"SD 1.5's UNet x{self.width:g}" if self.width else "mini UNet"
+        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of 2, fp32"
+
+    def build(self) -> UNet2DConditionModel:
+        if self.width is None:
+            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(f"{MINI}/base", subfolder="unet")).eval()
+        channels = tuple(int(c * self.width) for c in (320, 640, 1280, 1280))
+        return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=16).eval()
+
+
+#: Full size takes minutes a pair on a CPU core, so it is asked for (`--full`).
+SIZES = [Size("mini", 8), Size("sd15 quarter width", 64, 0.25)]
+FULL = Size("sd15", 64, 1.0)
+
+
+class Setting:
+    """Everything a step needs; the masks are discs over `share` of the picture, in the reference and in the new picture."""
+
+    @torch.no_grad()
+    def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device):
+        self.unet, self.device, self.latents = unet.to(device), device, torch.randn(2, unet.config.in_channels, latents, latents, device=device)
+        self.text = torch.randn(2, 77, unet.config.cross_attention_dim, device=device)
+        self.mask = disc(share, latents).to(device)
+        self.adapter = random_adapter(unet).to(device)
+        install_processors(unet)
+        self.reference = self.adapter.reference_features(unet, self.latents[:1], self.text[:1])
+        self.context = self.adapter.context_conditioning(torch.randn(2, self.adapter.image_proj.proj.in_features, device=device))
+        pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet)).to(device)
+        pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
+        picture = self.mask.expand(-1, 3, -1, -1)
+        subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL)
+        self.guide = SubjectGuide(pipe, subject, [PROMPT], 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
+
+    @torch.no_grad()
+    def moma(self) -> Tensor:
+        """A step as `MoMAPipeline.__call__` makes it, with the mask's size held: random weights estimate one of any size."""
+        recorder = Recorder(label_tokens=self.guide.label_tokens)
+        self.guide.generated_mask = self.mask
+        conditioning = self.guide.conditioning(torch.tensor(T), self.context, True, recorder)
+        noise = self.unet(self.latents, T, self.text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
+        self.guide.update(recorder)
+        return noise
+
+    def plain(self) -> Callable[[], Tensor]:
+        """The same UNet (its weights are shared) with diffusers' own attention."""
+        unet = sharing(self.unet)
+        unet.set_attn_processor(AttnProcessor2_0())
+        return torch.no_grad()(lambda: unet(self.latents, T, self.text, return_dict=False)[0])
+
+    @torch.no_grad()
+    def explicit(self) -> Callable[[], Tensor]:
+        """The same step with explicit matrices, from the same parts."""
+        unet, size = sharing(self.unet), (self.latents.shape[-1],) * 2
+        explicit.install(unet)
+        m_ref, m_gen = MaskPyramid(self.mask, size), MaskPyramid(torch.cat([self.mask] * 2), size)
+        given = explicit.conditioning(self.adapter, self.reference, self.context, m_ref, m_gen, self.guide.label_tokens)
+        return torch.no_grad()(lambda: unet(self.latents, T, self.text, cross_attention_kwargs={"explicit": given}, return_dict=False)[0])
+
+
+def sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy whose parameters are the very same tensors, so that it can have other attention processors."""
+    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
+
+
+def random_adapter(unet: UNet2DConditionModel) -> MoMAAdapter:
+    """Started as for training, but with lambda away from 0."""
+    adapter = MoMAAdapter.for_unet(unet, 1024).eval().requires_grad_(False)
+    for layer in adapter.subject.values():
+        layer.lambda_.fill_(0.5)
+    return adapter
+
+
+def disc(share: float, size: int) -> Tensor:
+    """The `share` of [1, 1, size, size] that lies nearest to the middle."""
+    across = torch.arange(size) - (size - 1) / 2
+    distance = (across[:, None] ** 2 + across[None] ** 2).flatten()
+    mask = torch.zeros(size * size)
+    mask[distance.argsort(stable=True)[: round(share * size * size)]] = 1
+    return mask.view(1, 1, size, size)
+
+
+def cases(sizes: list[Size]) -> list[Case]:
+    """Against plain attention at three mask sizes, and explicit matrices against plain attention."""
+    def against_plain(size: Size, share: float, which: str):
+        def prepare(device: torch.device):
+            setting = Setting(size.build(), size.latents, share, device)
+            return getattr(setting, which)() if which == "explicit" else setting.moma, setting.plain()
+
+        return prepare
+
+    goals = {0.25: "<= 1.05", 0.5: "<= 1.10", 1.0: ""}
+    listed = []
+    for size in sizes:
+        for share, goal in goals.items():
+            name = f"guided step / plain, {size.name}, mask {share:.0%}"
+            listed.append(Case(name, goal, size.shape, against_plain(size, share, "moma"), size.pairs))
+        name = f"explicit matrices / plain, {size.name}, mask 25%"
+        listed.append(Case(name, "", size.shape, against_plain(size, 0.25, "explicit"), size.pairs))
+    return listed

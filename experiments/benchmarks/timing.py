@@ -1,0 +1,68 @@
+"""Two things timed alternately, and their ratio."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Case:
+    """One figure: the time of `a` over that of `b` (each makes one run), what is aimed at ("<= 1.05"; "": nothing), and at which sizes.
+
+    prepare: builds models and data and returns a and b. pairs: fewer runs than asked for, where one takes long.
+    """
+
+    name: str
+    goal: str
+    shape: str
+    prepare: Callable[[torch.device], tuple[Callable[[], object], Callable[[], object]]]
+    pairs: int | None = None
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """What one run takes: processor time on a CPU, which other programs hardly move, time on the clock on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    started = clock()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, device: torch.device) -> dict:
+    """Median ratio of the pairs, their quartiles `lo` and `hi`, and the medians of a and b in seconds; one pair before does not count.
+
+    Every other pair is run in reverse order.
+    """
+    a(), b()
+    times = []
+    for i in range(pairs):
+        gc.collect()
+        first, second = (seconds(run, device) for run in ((a, b) if i % 2 == 0 else (b, a)))
+        times.append((first, second) if i % 2 == 0 else (second, first))
+    ratios = [x / y for x, y in times]
+    lo, middle, hi = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
+    return {"ratio": middle, "lo": lo, "hi": hi, "a": statistics.median(x for x, _ in times), "b": statistics.median(y for _, y in times)}
+
+
+def measure(case: Case, pairs: int, device: torch.device) -> dict:
+    """A case's entry of bench.json."""
+    torch.manual_seed(0)
+    a, b = case.prepare(device)
+    pairs = min(pairs, case.pairs or pairs)
+    clock = f"{device}, {torch.get_num_threads()} threads, {pairs} pairs"
+    return {**alternate(a, b, pairs, device), "goal": case.goal, "shape": f"{case.shape}; {clock}"}
+
+
+def reached(entry: dict) -> bool | None:
+    """Whether the median ratio meets the goal, None without one."""
+    if not entry["goal"]:
+        return None
+    sign, bound = entry["goal"].split()
+    return entry["ratio"] <= float(bound) if sign == "<=" else entry["ratio"] >= float(bound)

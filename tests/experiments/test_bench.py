@@ -1,0 +1,59 @@
+"""The bench compares like with like, and writes what it says. Nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+
+from experiments import bench
+from experiments.benchmarks import timing
+from experiments.benchmarks.guided_step import Setting, disc
+from tests.tiny import tiny_unet
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
+def test_the_explicit_baseline_computes_the_same_step(share):
+    """The whole UNet with explicit matrices, to fp32 rounding, label maps included."""
+    torch.manual_seed(0)
+    setting = Setting(tiny_unet().eval(), 8, share, torch.device("cpu"))
+    noise, estimated, explicit = setting.moma(), setting.guide.generated_mask, setting.explicit()
+    torch.testing.assert_close(noise, explicit(), atol=1e-5, rtol=1e-4)
+    assert estimated.shape == (1, 1, 8, 8) and not torch.allclose(noise, setting.plain()(), atol=1e-3)
+
+
+def test_the_plain_side_is_the_same_unet_with_other_attention():
+    setting = Setting(tiny_unet().eval(), 8, 0.25, torch.device("cpu"))
+    plain = setting.plain()()
+    assert torch.equal(plain, setting.unet(setting.latents, 500, setting.text).sample)
+
+
+def test_disc_has_the_share_asked_for():
+    assert [disc(share, 8).mean().item() for share in (0.25, 0.5, 1.0)] == [0.25, 0.5, 1.0]
+
+
+def test_pairs_alternate_and_the_ratio_is_the_pairs_median(monkeypatch):
+    order, taken = [], iter([3.0, 1.0, 1.0, 2.0, 10.0, 2.0])
+    monkeypatch.setattr(timing, "seconds", lambda run, device: run() or next(taken))
+    a, b = (lambda: order.append("a")), (lambda: order.append("b"))
+    entry = timing.alternate(a, b, 3, torch.device("cpu"))
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+    assert (entry["ratio"], entry["lo"], entry["hi"]) == (3.0, 2.5, 4.0)
+    assert (entry["a"], entry["b"]) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize("goal, expected", [("<= 1.05", False), ("<= 1.2", True), (">= 1.0", True), (">= 4", False), ("", None)])
+def test_reached(goal, expected):
+    assert timing.reached({"goal": goal, "ratio": 1.1}) is expected
+
+
+def test_it_writes_bench_json_and_keeps_other_entries(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "bench.json"
+    out.write_text(json.dumps({"another": {"ratio": 1}}))
+    case = timing.Case("this / that", "<= 9", "tiny", lambda device: (lambda: None, lambda: None))
+    monkeypatch.setattr(bench, "all_cases", lambda full: [case, timing.Case("not asked for", "", "", lambda device: 1 / 0)])
+    monkeypatch.setattr(timing, "seconds", lambda run, device: 2.0)
+    bench.main(["--only", "this", "--pairs", "3", "--device", "cpu", "--out", str(out)])
+    entries = json.loads(out.read_text())
+    assert set(entries) == {"another", "this / that"}
+    assert set(entries["this / that"]) == {"ratio", "lo", "hi", "goal", "a", "b", "shape"}
+    assert "this / that" in capsys.readouterr().out
