@@ -81,7 +81,7 @@ def cards(folder: Path, rows: pd.DataFrame) -> list[dict[str, Any]]:
 def outlined(folder: Path, row: dict[str, Any]) -> str:
     """A sample's picture with its mask's outline, small, as a data URL; read from its shard by offset."""
     with (folder / row["shard"]).open("rb") as file:
-        picture, mask = (pictures.open_picture(member(file, row["picture_offset"])), pictures.open_mask(member(file, row["mask_offset"])))
+        picture, mask = (pictures.open_picture(member(file, int(row["picture_offset"]))), pictures.open_mask(member(file, int(row["mask_offset"]))))
     for image in (picture, mask):
         image.thumbnail((THUMBNAIL, THUMBNAIL))
     inside = mask.point(lambda v: 255 if v > 127 else 0)

@@ -59,7 +59,7 @@ def test_records(exported):
         assert record["caption"] == world.filter_caption(record["caption_full"])
         assert contains_label(record["caption"], record["label"])
         assert not set(record["caption"].split()) & world.FILTERED_WORDS
-        assert record["identity"]["color"] in record["caption_full"].split()
+        assert {record["identity"]["color"], *world.MATERIALS} & set(record["caption_full"].split())
         assert (record["source"], record["license"], record["author"]) == ("mini", "Apache-2.0", "moma_lightning mini world")
 
 
