@@ -91,7 +91,7 @@ lint: $(INSTALLED) ## ruff, mypy and the rules of what may import what
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 
-bench: $(INSTALLED) ## what subject and context attention cost a denoising step, in time
+bench: $(INSTALLED) ## how long the parts take, as ratios to known things (docs/performance.md), into runs/bench.json
 	$(RUN) experiments.bench $(ARGS)
 
 mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about 2 hours on 2 cores; goes on where it stopped)
