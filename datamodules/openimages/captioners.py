@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -11,6 +11,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from datamodules.openimages.config import CaptionConfig
 
 
+@runtime_checkable
 class Captioner(Protocol):
     """Built once in each captioning process; called with up to `captions.batch_size` RGB pictures, gives as many captions."""
 
