@@ -5,6 +5,7 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 
@@ -38,9 +39,9 @@ def mask_weight(mask: Float[Tensor, "..."], strength: float) -> Float[Tensor, ".
 def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "batch kept"]:
     """The positions of any weight, in order. `kept` is the fullest row's count, at least 1; other rows are filled up with positions of weight 0.
 
-    Under torch.compile all are kept: shapes that follow the data would compile anew for each mask.
+    All are kept under torch.compile, where shapes that follow the data would compile anew for each mask, and for tensors without data (meta, fake).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or weight.is_meta or isinstance(weight, FakeTensor):
         return torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
     kept = weight > 0
     count = max(1, int(kept.sum(1).max()))
