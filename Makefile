@@ -59,7 +59,7 @@ eval-dreambooth: $(INSTALLED) ## make the pictures that are missing, and score t
 
 plan: $(INSTALLED) ## memory and time of both stages on GPUS=8 GPUs of GPU_MEM=80 GB, without one
 	@for stage in stage1 stage2; do \
-		$(RUN) moma_lightning plan --config experiments/$(EXP)/$$stage.yaml --gpus $(GPUS) --gpu_mem $(GPU_MEM) $(ARGS); echo; \
+		$(RUN) moma_lightning plan --stage experiments/$(EXP)/$$stage.yaml --gpus $(GPUS) --gpu_mem $(GPU_MEM) $(ARGS); echo; \
 	done
 
 report: $(INSTALLED) ## the paper's figures, and one HTML page of them and all tables

@@ -30,7 +30,7 @@ class Gpu:
 
 
 def plan(
-    config: Path, gpus: int = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000, shard_size: int | None = None
+    stage: Path, gpus: int = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000, shard_size: int | None = None
 ) -> None:
     """Print what a training YAML needs on `gpus` GPUs, sharded over all of them: no GPU and no weights are used.
 
@@ -41,18 +41,18 @@ def plan(
         raise ValueError(f"{gpus} GPUs in copies of {shard_size}: the number must be positive, and a multiple of shard_size")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu {mfu} is not in (0, 1]")
-    experiment, gpu = read_experiment(config), Gpu(gpu_mem, tflops, mfu)
-    print(heading(config, experiment, gpus, gpu))
+    experiment, gpu = read_experiment(stage), Gpu(gpu_mem, tflops, mfu)
+    print(heading(stage, experiment, gpus, gpu))
     print(parameters(experiment))
     policies = {policy: measure(experiment.with_checkpointing(policy), gpus, shard_size) for policy in POLICIES}
     print(memory(policies, gpu, experiment))
     print(time(experiment, gpus, gpu, samples, policies[experiment.training.activation_checkpointing]))
 
 
-def heading(config: Path, experiment: Experiment, gpus: int, gpu: Gpu) -> str:
+def heading(stage: Path, experiment: Experiment, gpus: int, gpu: Gpu) -> str:
     batch = experiment.batch_size * experiment.accumulate
     precision = "bf16" if experiment.bf16 else "float32"
-    return f"{config}: {gpus} GPUs of {gpu.memory:g} GB, sharded; {gpus} x {batch} = {gpus * batch} samples a step, {experiment.image_size} px, {precision}"
+    return f"{stage}: {gpus} GPUs of {gpu.memory:g} GB, sharded; {gpus} x {batch} = {gpus * batch} samples a step, {experiment.image_size} px, {precision}"
 
 
 def parameters(experiment: Experiment) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
@@ -81,3 +82,8 @@ def test_what_cannot_be_planned_is_told():
         plan(FULL / "stage2.yaml", gpus=12, shard_size=8)
     with pytest.raises(ValueError, match="mfu 35"):
         plan(FULL / "stage2.yaml", mfu=35)
+
+
+def test_the_command_reads_its_options():
+    with pytest.raises(SystemExit, match="plan: 0 GPUs in copies of None"):
+        main(["plan", "--stage", str(FULL / "stage2.yaml"), "--gpus", "0", "--gpu_mem", "80"])
