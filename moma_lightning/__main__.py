@@ -8,7 +8,7 @@ USAGE = """usage: python -m moma_lightning <command> ...
   fit | validate | test | predict   train or judge a stage: --config experiments/<experiment>/stage1.yaml
   generate                          pictures of a subject from one picture of it and prompts
   fetch                             download the models that an experiment names: --experiment experiments/<experiment>
-  plan                              memory and time of a training on so many GPUs, without one: --stage experiments/<experiment>/stage2.yaml --gpus 64 --gpu_mem 80
+  plan                              memory and time of a training, without a GPU: --stage experiments/<experiment>/stage2.yaml --gpus 64 --gpu_mem 80
   convert                           adapters between this project's, IP-Adapter's and the released MoMA's files: --from X --to Y
 
 python -m moma_lightning <command> --help lists a command's options."""
