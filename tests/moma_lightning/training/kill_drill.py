@@ -96,15 +96,14 @@ def start(path: Path, slow_save: bool = False) -> subprocess.Popen:
 
 def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random) -> str:
     """Wait for the moment, then end the process and all its children. Every seventh is asked to end (SIGTERM), not killed."""
-    before = progress(run)
+    before, kind = progress(run), signal.SIGTERM if number % 7 == 1 else signal.SIGKILL
     wait(process, lambda: progress(run) > before)
     moment = "at a random moment"
     if hits_a_save(number):
         moment = "while a checkpoint was being written"
         wait(process, lambda: any((run / "checkpoints").glob(".last.*")))
-    else:
+    elif kind == signal.SIGKILL:  # a request to end is made at once: a short training would be over, and its handlers gone, in seconds
         time.sleep(rng.random() * 2)
-    kind = signal.SIGTERM if number % 7 == 1 else signal.SIGKILL
     if kind == signal.SIGTERM:
         os.kill(process.pid, kind)
         assert process.wait(300) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
