@@ -20,12 +20,14 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Im
 MASK_THRESHOLD = 128
 
 
-def open_picture(source: bytes | Path, turn: bool = True) -> Image.Image:
+def open_picture(source: bytes | Path, turn: bool = True, at_least: int | None = None) -> Image.Image:
     """Decode a picture completely, turn it as its EXIF says (unless told not to) and convert it to 8-bit RGB.
 
-    Transparent parts become white, like the background of I_wb. Raises one of `PICTURE_ERRORS`.
+    at_least: a JPEG may come at a half, a quarter or an eighth of its size, as long as both sides keep so many pixels; its decoder
+    then does less work. Transparent parts become white, like the background of I_wb. Raises one of `PICTURE_ERRORS`.
     """
-    picture = ImageOps.exif_transpose(_decoded(source)) if turn else _decoded(source)
+    picture = _decoded(source, at_least)
+    picture = ImageOps.exif_transpose(picture) if turn else picture
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -78,8 +80,10 @@ def to_subject_mask(mask: Image.Image) -> Float[Tensor, "1 height width"]:
     return torch.from_numpy(np.array(mask)).gt(0).float().unsqueeze(0)
 
 
-def _decoded(source: bytes | Path) -> Image.Image:
+def _decoded(source: bytes | Path, at_least: int | None = None) -> Image.Image:
     picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if at_least is not None:
+        picture.draft(None, (at_least, at_least))
     picture.load()
     if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
         grey = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))

@@ -97,7 +97,7 @@ def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | N
     Raises BadSampleError with the bare reason.
     """
     caption, label, full_caption = _texts(sample)
-    picture, mask = _picture_and_mask(sample)
+    picture, mask = _picture_and_mask(sample, image_size)
     box = pictures.square_box(picture.size, mask.getbbox(), rng)
     picture, mask = pictures.cut(picture, box, image_size), pictures.cut(mask, box, image_size)
     if mask.getbbox() is None:
@@ -130,14 +130,14 @@ def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:
     return caption, label, fields.get("caption_full") or caption
 
 
-def _picture_and_mask(sample: dict[str, Any]):
+def _picture_and_mask(sample: dict[str, Any], image_size: int):
     extension = next((e for e in PICTURE_EXTENSIONS if e in sample), None)
     if extension is None:
         raise BadSampleError("picture is missing: none of " + ", ".join(PICTURE_EXTENSIONS))
     if "mask.png" not in sample:
         raise BadSampleError("mask is missing: no mask.png")
     try:
-        picture = pictures.open_picture(sample[extension])
+        picture = pictures.open_picture(sample[extension], at_least=image_size)
     except pictures.PICTURE_ERRORS as error:
         raise BadSampleError(f"picture cannot be read: {error}") from error
     try:

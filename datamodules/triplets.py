@@ -5,59 +5,22 @@ workers, so that every rank gets the same fixed number of steps an epoch however
 stands is kept in checkpoints. Validation reads each sample once, in the same batches on every run.
 """
 
-import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import numpy as np
-import torch
-import webdataset as wds
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.samples import BadSampleError, BadSamples, OnError, Triplet, decode, read_shards
+from datamodules.caches.stamp import read_stamps
+from datamodules.samples import BadSamples
 from datamodules.shards import expand_shards, require_a_shard_each
-from moma_lightning.batch import TripletBatch
+from datamodules.streams import Batch, Position, TrainStream, TripletConfig, ValStream
 from moma_lightning.training.sharding import over_ranks
 
-Position = tuple[int, int]  # number of the pass, and how many samples of it this reader has drawn
-
-
-@dataclass
-class TripletConfig:
-    """Options of `TripletDataModule`.
-
-    train, val: shards, as a path, a glob, a `{00000..00011}` range or a list of these; URLs that webdataset can open are taken
-        as they are.
-    image_size: side of the square pictures, in pixels.
-    batch_size: samples a rank and step.
-    num_workers: loading processes a rank; 0 loads in the training process.
-    shuffle_buffer: samples (undecoded) that each reader shuffles among, on top of the order of shards.
-    steps_per_epoch: training batches a rank and epoch.
-    val_batches: validation batches a rank; None is all there are. More than one rank needs the number: every rank then gives
-        exactly as many, from its beginning again when its part is short.
-    flip: flip picture and mask together, half of the time, in training.
-    on_error: "skip" names bad samples in the log and goes on; "raise" stops at the first.
-    bad_samples: the log; None is `bad_samples.log` in the trainer's root folder.
-    """
-
-    train: str | list[str]
-    val: str | list[str]
-    image_size: int = 64
-    batch_size: int = 16
-    num_workers: int = 0
-    shuffle_buffer: int = 1000
-    steps_per_epoch: int = 500
-    val_batches: int | None = None
-    flip: bool = True
-    on_error: OnError = "skip"
-    bad_samples: str | None = None
-    seed: int = 0
+__all__ = ["TripletConfig", "TripletDataModule"]
 
 
 @dataclass
@@ -70,20 +33,21 @@ class Progress:
 
 
 class TripletDataModule(LightningDataModule):
-    """Batches of `moma_lightning.batch.TripletBatch`.
+    """Batches of `moma_lightning.batch.TripletBatch`, or of `CachedBatch` where the shards are a cache's (`datamodules/caches`).
 
     The state in a checkpoint holds where each reader of each rank stood when its last batch was handed over, so a resumed run
     goes on with the next sample, in the same batches and the same order as an undisturbed one. After a change of workers or
     ranks, reading starts with the next pass.
 
     Raises ValueError in `setup` for patterns without shards, fewer training shards than ranks x workers, and several ranks
-    without `val_batches`.
+    without `val_batches`, and for cached shards that are stale or do not belong (`caches.stamp.read_stamps`).
     """
 
     def __init__(self, config: TripletConfig):
         super().__init__()
         self.config = config
         self.progress = Progress()
+        self.made_by: dict[str, dict[str, str]] = {}  # of each cached shard; the stage holds it against its own models
 
     @property
     def rank_and_world_size(self) -> tuple[int, int]:
@@ -102,6 +66,8 @@ class TripletDataModule(LightningDataModule):
         if stage in (None, "fit"):
             self.train_shards = expand_shards(self.config.train)
             require_a_shard_each(len(self.train_shards), world_size, self.config.num_workers)
+        shards = self.val_shards + (self.train_shards if stage in (None, "fit") else [])
+        self.made_by = {shard: stamp.made_by for shard, stamp in read_stamps(shards, self.config.image_size, self.config.flip).items()}
 
     def train_dataloader(self) -> "TrainLoader":
         def build(first: int) -> DataLoader:
@@ -142,60 +108,6 @@ class TripletDataModule(LightningDataModule):
         return [self.rank_and_world_size[1], max(1, self.config.num_workers)]
 
 
-class TrainStream(IterableDataset):
-    """One reader's endless stream of (batch, worker, position after it); each iteration gives this worker's share of an epoch.
-
-    The stream goes on from one epoch to the next: a new epoch never starts again at the beginning of the shards.
-
-    first: the epoch's first batch, for the rest of an epoch. Batch k of an epoch is always worker k mod workers'; a loader asks its
-    own workers in their order, so that they take other places then.
-    """
-
-    def __init__(
-        self, config: TripletConfig, shards: list[str], bad: BadSamples, rank: int, world_size: int, start: dict[int, Position], first: int = 0
-    ):
-        self.config, self.shards, self.bad = config, shards, bad
-        self.rank, self.world_size, self.start, self.first = rank, world_size, dict(start), first
-        self._stream: Iterator[tuple[TripletBatch, int, Position]] | None = None
-
-    def __iter__(self) -> Iterator[tuple[TripletBatch, int, Position]]:
-        worker, workers = _worker()
-        if self._stream is None:
-            self._stream = self._batches((self.first + worker) % workers, workers)
-        share = len(range(self.first + worker, self.config.steps_per_epoch, workers))
-        return itertools.islice(self._stream, share)
-
-    def _batches(self, worker: int, workers: int) -> Iterator[tuple[TripletBatch, int, Position]]:
-        samples = self._samples(worker, workers)
-        while True:
-            drawn = list(itertools.islice(samples, self.config.batch_size))
-            yield collate([sample for sample, _ in drawn]), worker, drawn[-1][1]
-
-    def _samples(self, worker: int, workers: int) -> Iterator[tuple[Triplet, Position]]:
-        reader = self.rank * workers + worker
-        first, skip = self.start.get(worker, (0, 0))
-        for number in itertools.count(first):
-            found = skip > 0
-            for index, sample in enumerate(self._one_pass(number, reader, self.world_size * workers)):
-                if index < skip:
-                    continue
-                rng = np.random.default_rng([self.config.seed, number, reader, index])
-                triplet = _decode_or_report(sample, self.config, self.bad, rng)
-                if triplet is not None:
-                    found = True
-                    yield triplet, (number, index + 1)
-            if not found:
-                _require_a_good_sample(self.shards, self.config, self.bad)
-            skip = 0
-
-    def _one_pass(self, number: int, reader: int, readers: int) -> Iterator[dict[str, Any]]:
-        """This reader's undecoded samples of a pass, shuffled; a function of the seed, the pass and the reader alone."""
-        order = np.random.default_rng([self.config.seed, number]).permutation(len(self.shards))
-        samples = read_shards([self.shards[i] for i in order[reader::readers]], self.bad)
-        rng = Random(f"{self.config.seed} {number} {reader}")
-        return wds.shuffle(self.config.shuffle_buffer, initial=self.config.shuffle_buffer, rng=rng)(samples)
-
-
 class TrainLoader:
     """Gives an epoch's batches and notes in `progress` what was handed over; the first epoch of a resumed run is what was left of it.
 
@@ -216,7 +128,7 @@ class TrainLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
 
-    def __iter__(self) -> Iterator[TripletBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         first, self.progress.resume_at = self.progress.resume_at, 0
         if first == 0 and self.whole_epochs is None:
             self.whole_epochs = self.build(0)
@@ -229,56 +141,6 @@ class TrainLoader:
             yield batch
 
 
-class ValStream(IterableDataset):
-    """Every sample once, in batches cut from the shards' order: whatever the number of workers, batches are the same.
-
-    Batch k goes to rank k mod world size. A bad sample leaves its batch smaller.
-    """
-
-    def __init__(self, config: TripletConfig, shards: list[str], bad: BadSamples, rank: int, world_size: int):
-        self.config, self.shards, self.bad, self.rank, self.world_size = config, shards, bad, rank, world_size
-
-    def __iter__(self) -> Iterator[TripletBatch]:
-        worker, workers = _worker()
-        groups = itertools.islice(self._groups(), self.config.val_batches)
-        empty = True
-        for group in itertools.islice(groups, worker, None, workers):
-            drawn = [_decode_or_report(sample, self.config, self.bad) for sample in group]
-            triplets = [triplet for triplet in drawn if triplet is not None]
-            if triplets:
-                empty = False
-                yield collate(triplets)
-            elif self.world_size > 1:
-                raise BadSampleError(f"a validation batch has no good sample, ranks would go out of step: see {self.bad.path}")
-        if empty and worker == 0:
-            _require_a_good_sample(self.shards, self.config, self.bad)
-
-    def _groups(self) -> Iterator[list[dict[str, Any]]]:
-        """This rank's undecoded batches; over and over with several ranks, where the number of batches is fixed."""
-        while True:
-            groups = _batched(read_shards(self.shards, self.bad), self.config.batch_size)
-            own = itertools.islice(groups, self.rank, None, self.world_size)
-            if self.world_size == 1:
-                yield from own
-                return
-            first = next(own, None)
-            if first is None:
-                raise ValueError(f"validation has fewer batches of {self.config.batch_size} than the {self.world_size} ranks")
-            yield first
-            yield from own
-
-
-def collate(triplets: list[Triplet]) -> TripletBatch:
-    return TripletBatch(
-        pixel_values=torch.stack([t.pixel_values for t in triplets]),
-        subject_mask=torch.stack([t.subject_mask for t in triplets]),
-        caption=[t.caption for t in triplets],
-        label=[t.label for t in triplets],
-        key=[t.key for t in triplets],
-        full_caption=[t.full_caption for t in triplets],
-    )
-
-
 def _loader(stream: IterableDataset, config: TripletConfig, persistent: bool = True) -> DataLoader:
     # Workers live on between epochs: a training worker keeps its place in the shards.
     workers = config.num_workers
@@ -289,28 +151,3 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _batched(samples: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    while group := list(itertools.islice(samples, size)):
-        yield group
-
-
-def _worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)
-
-
-def _decode_or_report(
-    sample: dict[str, Any], config: TripletConfig, bad: BadSamples, rng: np.random.Generator | None = None
-) -> Triplet | None:
-    try:
-        return decode(sample, config.image_size, rng, config.flip)
-    except BadSampleError as error:
-        bad.report(sample["__url__"], sample["__key__"], str(error))
-        return None
-
-
-def _require_a_good_sample(shards: list[str], config: TripletConfig, bad: BadSamples) -> None:
-    """A part without a good sample is odd but harmless while others have some; without any, the stream would never end."""
-    decoded = map(functools.partial(_decode_or_report, config=config, bad=bad), read_shards(shards, bad))
-    if not any(triplet is not None for triplet in decoded):
-        raise BadSampleError(f"none of {len(shards)} shards ({shards[0]}, ...) has a usable sample: see {bad.path}")

@@ -18,10 +18,11 @@ from evaluation.plan import Evaluation
 from evaluation.protocols import Protocol
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
-from evaluation.stamps import content_digest, git_revision, write_beside
+from evaluation.stamps import git_revision, write_beside
 from evaluation.statistics import METRICS, above_oracle, breakdown, summarise
 from evaluation.tables import method_table, score_page
-from moma_lightning.foundation import local_path
+from moma_lightning.digests import content_digest
+from moma_lightning.hub import local_path
 
 logger = logging.getLogger(__name__)
 

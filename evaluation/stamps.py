@@ -71,19 +71,6 @@ def load_picture(path: Path) -> Image.Image:
         raise OSError(f"{path} is not a whole picture ({error}): restore it, or delete it and generate again") from error
 
 
-def content_digest(path: Path) -> str:
-    """Digest of a file, or of all files of a folder with their names. Raises FileNotFoundError."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 @cache
 def git_revision() -> str | None:
     """The checkout's commit, with `-dirty` where tracked files differ from it; None outside a git checkout."""

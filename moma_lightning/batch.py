@@ -33,6 +33,25 @@ class TripletBatch:
         return len(self.key)
 
 
+@dataclass
+class CachedBatch:
+    """Triplets whose frozen models have run before: in the picture's place stands what they made of it (`datamodules/caches`).
+
+    features: by name, [batch, ...] each: what the stage's own `features` gave when the cache was made.
+    The other fields are TripletBatch's.
+    """
+
+    features: dict[str, Tensor]
+    subject_mask: Float[Tensor, "batch 1 height width"]
+    caption: list[str]
+    label: list[str]
+    key: list[str]
+    full_caption: list[str]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
 def white_background(
     pixel_values: Float[Tensor, "batch 3 height width"], subject_mask: Float[Tensor, "batch 1 height width"]
 ) -> Float[Tensor, "batch 3 height width"]:

@@ -13,6 +13,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -123,6 +124,18 @@ def load_image_encoder(config: FoundationConfig) -> ImageEncoder:
     if not own and processor.crop_size["height"] != model.config.image_size:
         raise ValueError(f"{name} has no preprocessor_config.json, and CLIP's own is for 224 pixels, not the model's {model.config.image_size}")
     return ImageEncoder(model, processor)
+
+
+def image_embed_dim(config: FoundationConfig) -> int:
+    """Width of the image encoder's embeddings, from its config alone."""
+    with loading(config.image_encoder):
+        return CLIPVisionConfig.from_pretrained(**resolve(config.image_encoder)).projection_dim
+
+
+def vae_name(config: FoundationConfig) -> str:
+    """Where the autoencoder is: a folder, a file, or a hub name."""
+    base = local_path(config.base)
+    return config.vae or (f"{config.base}/vae" if base is not None and base.is_dir() else config.base)
 
 
 def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

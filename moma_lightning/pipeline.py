@@ -153,7 +153,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
         if len(asked) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
-        height, width = height or self._default_size(), width or self._default_size()
+        height, width = height or self.default_size(), width or self.default_size()
         device, guided = self._execution_device, guidance_scale > 1
         positive, negative = self.encode_prompt(prompts, device, num_images_per_prompt, guided, negative_prompt)
         text = torch.cat([negative, positive]) if guided else positive
@@ -197,7 +197,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         features = self.adapter.reference_features(self.unet, encoded, text)
         return Subject(pixels, white, features, foreground, tuple(encoded.shape[-2:]), label)
 
-    def _default_size(self) -> int:
+    def default_size(self) -> int:
         return self.unet.config.sample_size * self.vae_scale_factor
 
     def _pixels(self, image: Image.Image, area: int) -> Float[Tensor, "1 3 height width"]:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from datamodules.dreambooth import Subject
 from evaluation.protocols import Sampler
-from evaluation.stamps import content_digest, load_picture
+from evaluation.stamps import load_picture
 from evaluation.tasks import PictureTask
-from moma_lightning.foundation import FoundationConfig, local_path
-from moma_lightning.hub import hub_name
+from moma_lightning.digests import identity
+from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 
 
@@ -60,8 +60,7 @@ class Models:
         if path_or_id is None:
             return None
         if path_or_id not in self.digests:
-            found = local_path(path_or_id)
-            self.digests[path_or_id] = content_digest(found) if found else str(hub_name(path_or_id))
+            self.digests[path_or_id] = identity(path_or_id)
         return self.digests[path_or_id]
 
 

@@ -19,6 +19,7 @@ class DiffusionMethod(Method):
     """Shared by the methods below: scheduler, sizes, prompts and noise as the protocol's sampler says."""
 
     sampler: Sampler
+    last: tuple[Any, Any] | None = None  # a reference and its label, and what was prepared of them
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
         """Adapter and decoder to load."""
@@ -33,8 +34,20 @@ class DiffusionMethod(Method):
         return {name: models.digest(path) for name, path in used.items()}
 
     def setup(self, models: Models, sampler: Sampler) -> None:
-        self.sampler, self.pipeline = sampler, models.pipeline(*self.checkpoints(models))
+        self.sampler, self.pipeline, self.last = sampler, models.pipeline(*self.checkpoints(models)), None
         use_scheduler(self.pipeline, sampler)
+
+    def prepared(self, subject: Subject, reference: Reference) -> Any:
+        """The reference's mask, latents and features, made once for all batches of its prompts."""
+        if self.last is None or self.last[0] != (reference, subject.label):
+            sampler, size = self.sampler, self.pipeline.default_size()
+            area = (sampler.height or size) * (sampler.width or size)
+            self.last = (reference, subject.label), self.pipeline.prepare_subject(reference.image, reference.mask, subject.label, area)
+        return self.last[1]
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.last = None
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         """What the pipeline is given besides the prompts."""
@@ -123,9 +136,7 @@ class Moma(DiffusionMethod):
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         embeds = {"image_embeds": clip_embeds(self.pipeline, reference)} if self.context == "image" else {}
         return embeds | {
-            "image": reference.image,
-            "mask": reference.mask,
-            "label": subject.label,
+            "image": self.prepared(subject, reference),
             "mask_strength": self.sampler.mask_strength,
             "mask_threshold": self.mask_threshold,
             "mask_layers": self.mask_layers,

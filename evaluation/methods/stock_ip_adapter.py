@@ -43,10 +43,7 @@ class StockIpAdapter(IpAdapter):
     @torch.no_grad()
     def predicted(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> Float[Tensor, "tasks dim"]:
         """Stage 1's embedding for each prompt."""
-        pipeline, sampler = self.pipeline, self.sampler
-        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        area = (sampler.height or size) * (sampler.width or size)
-        # prepare_subject is where the pipeline makes I_wb; its pass over the reference goes unused
-        white = pipeline.prepare_subject(reference.image, reference.mask, subject.label, area).white_background
+        # `prepared` is where the pipeline makes I_wb; its pass over the reference goes unused
+        white = self.prepared(subject, reference).white_background
         prompts = [task.prompt for task in tasks]
-        return pipeline.decoder(on_white_square(white).expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)
+        return self.pipeline.decoder(on_white_square(white).expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)

@@ -22,8 +22,9 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Models, Reference
 from evaluation.methods.diffusion import DiffusionMethod
 from evaluation.protocols import Sampler
-from evaluation.stamps import content_digest, load_picture
+from evaluation.stamps import load_picture
 from evaluation.tasks import PictureTask
+from moma_lightning.digests import content_digest
 from moma_lightning.files import write_beside
 from moma_lightning.losses import noise_prediction_losses
 

@@ -32,7 +32,7 @@ class Evaluation:
 
     def batched(self) -> np.ndarray:
         """As the project evaluates: everything that the subject alone decides is made once."""
-        area = self.pipe._default_size() ** 2
+        area = self.pipe.default_size() ** 2
         subject = self.pipe.prepare_subject(self.image, None, LABEL, area)
         return np.concatenate([self.draw(self.tasks[i : i + BATCH], image=subject) for i in range(0, len(self.tasks), BATCH)])
 

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from moma_lightning import optim
+from moma_lightning.batch import TripletBatch
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations
 from moma_lightning.training.sharding import shard
@@ -35,6 +36,23 @@ class TrainedPartModule(LightningModule):
             self.compile_parts()
         if self.device_mesh is not None:
             shard(self, self.units(), shard_mesh(self.device_mesh), bf16=self.trainer.precision == "bf16-mixed")
+
+    def features(self, batch: TripletBatch) -> dict[str, Tensor]:
+        """What the frozen models make of a batch, [batch, ...] each, for a cache (`datamodules/caches`)."""
+        raise NotImplementedError
+
+    def cache_identity(self) -> dict[str, str]:
+        """What `features` depends on: digests of local models, names of the hub's, options."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Refuses, by name, cached shards that other models or options have made."""
+        made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
+        own = self.cache_identity() if made_by else {}
+        for path, other in made_by.items():
+            differing = [f"{name} ({other.get(name)}, not {own.get(name)})" for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
+            if differing:
+                raise ValueError(f"{path} was made with another {', '.join(differing)}: make the cache again, or train on the pictures")
 
     def compile_parts(self) -> None:
         raise ValueError(f"training.compile: {type(self).__name__} has no part that was seen to compile; set it to false")

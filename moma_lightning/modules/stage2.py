@@ -6,15 +6,27 @@ from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
 from moma_lightning import losses
-from moma_lightning.batch import TripletBatch, white_background
+from moma_lightning.batch import CachedBatch, TripletBatch, white_background
 from moma_lightning.checkpoints import load_into, read_adapter_file, save_adapter
+from moma_lightning.digests import identity
 from moma_lightning.files import write_beside
-from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, frozen, load_base, load_image_encoder, local_path
+from moma_lightning.foundation import (
+    Base,
+    FoundationConfig,
+    ImageEncoder,
+    frozen,
+    image_embed_dim,
+    load_base,
+    load_image_encoder,
+    local_path,
+    vae_name,
+)
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
@@ -40,6 +52,7 @@ class Stage2Config:
     num_tokens: N of section 3.2.
     subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
     min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
+    cached: the shards are a cache's (`make cache-stage2`), so the MLLM and the image encoder are not loaded at all.
     """
 
     variant: Variant = "released"
@@ -50,6 +63,7 @@ class Stage2Config:
     num_tokens: int = 4
     subject_weight: float = 0.0
     min_snr_gamma: float | None = None
+    cached: bool = False
 
 
 @dataclass
@@ -71,20 +85,21 @@ class Stage2(TrainedPartModule):
                  decoder: str | None = None, grid: GridConfig = GridConfig(),  # noqa: B008 - never changed
                  training: TrainingOptions = TrainingOptions()):  # noqa: B008
         super().__init__(optimizer, training)
-        self.config, self.grid = stage2, grid
-        base, image_encoder = load_base(foundation), load_image_encoder(foundation)
-        feature_decoder = load_decoder(decoder, foundation) if stage2.context == "decoder" else None
-        self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, image_encoder.embed_dim))
+        self.config, self.grid, self.foundation, self.decoder_name = stage2, grid, foundation, decoder
+        base = load_base(foundation)
+        image_encoder = None if stage2.cached else load_image_encoder(foundation)
+        feature_decoder = load_decoder(decoder, foundation) if stage2.context == "decoder" and not stage2.cached else None
+        self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, image_embed_dim(foundation)))
 
-    def assemble(self, base: Base, image_encoder: ImageEncoder, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:
+    def assemble(self, base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:
         """Put the loaded parts in their places."""
         self.base, self.unet, self.vae, self.text_encoder = base, base.unet, base.vae, base.text_encoder
         self.image_encoder, self.adapter = image_encoder, adapter
         self.decoder = frozen(decoder) if decoder is not None else None
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler.config)
-        self.grid_samples: TripletBatch | None = None
+        self.grid_samples: TripletBatch | CachedBatch | None = None
 
-    def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch,
+    def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch | CachedBatch,
                 image_embeds: Float[Tensor, "batch dim"], captions: list[str],
                 reference_latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """Noise prediction with both conditions; M_gen = M_ref, as always in training."""
@@ -103,13 +118,40 @@ class Stage2(TrainedPartModule):
         return self.adapter.reference_features(self.unet, latents, self.encode_text(label))
 
     @torch.no_grad()
-    def latents(self, batch: TripletBatch) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
+    def latents(self, batch: TripletBatch | CachedBatch) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
         """Two samples of the autoencoder's posterior: of the target, and of what the reference pass sees of it."""
-        target = self.vae.encode(batch.pixel_values).latent_dist
-        seen = target
-        if self.config.subject and VARIANTS[self.config.variant].white_reference:
-            seen = self.vae.encode(white_background(batch.pixel_values, batch.subject_mask)).latent_dist
+        target, seen = (DiagonalGaussianDistribution(moments.float()) for moments in self.moments(batch))
         return target.sample() * self.vae.config.scaling_factor, seen.sample() * self.vae.config.scaling_factor
+
+    def moments(self, batch: TripletBatch | CachedBatch) -> tuple[Float[Tensor, "batch two_c h w"], Float[Tensor, "batch two_c h w"]]:
+        """Mean and log-variance, in one, of the autoencoder's posterior of both pictures."""
+        if isinstance(batch, CachedBatch):
+            target = batch.features["moments"]
+            return target, batch.features["white_moments"] if self.white_reference else target
+        target = self.vae.encode(batch.pixel_values).latent_dist.parameters
+        if not self.white_reference:
+            return target, target
+        return target, self.vae.encode(white_background(batch.pixel_values, batch.subject_mask)).latent_dist.parameters
+
+    @property
+    def white_reference(self) -> bool:
+        return self.config.subject and VARIANTS[self.config.variant].white_reference
+
+    @torch.no_grad()
+    def features(self, batch: TripletBatch) -> dict[str, Tensor]:
+        """`moments`, `white_moments` where the variant's reference is on white, and `image_embeds`."""
+        target, seen = self.moments(batch)
+        white = {"white_moments": seen} if self.white_reference else {}
+        return {"moments": target, **white, "image_embeds": self.context_embeds(batch)}
+
+    def cache_identity(self) -> dict[str, str]:
+        models = {"vae": vae_name(self.foundation)}
+        if self.config.context == "decoder":
+            models |= {"decoder": str(self.decoder_name), "mllm": self.foundation.mllm}
+        else:
+            models["image_encoder"] = self.foundation.image_encoder
+        options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype}
+        return {name: identity(model) for name, model in models.items()} | options
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "batch text dim"]:
@@ -118,9 +160,13 @@ class Stage2(TrainedPartModule):
         return self.text_encoder(ids.to(self.device)).last_hidden_state
 
     @torch.no_grad()
-    def context_embeds(self, batch: TripletBatch) -> Float[Tensor, "batch dim"]:
+    def context_embeds(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch dim"]:
         """The predicted embedding of the target picture (MoMA), or CLIP's own (IP-Adapter)."""
+        if isinstance(batch, CachedBatch):
+            return batch.features["image_embeds"].float()
         if self.decoder is None:
+            if self.image_encoder is None:
+                raise ValueError("stage2.cached is true, but the shards hold pictures: point data.init_args.config.train and val at a cache")
             return self.image_encoder(batch.pixel_values)
         return self.decoder(white_background(batch.pixel_values, batch.subject_mask), batch.label, batch.caption)
 
@@ -130,7 +176,7 @@ class Stage2(TrainedPartModule):
         timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=self.device)
         return noise, timesteps, torch.rand(2, len(latents), device=self.device) if drop else None
 
-    def sample_losses(self, batch: TripletBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
+    def sample_losses(self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
         """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
         latents, reference_latents = self.latents(batch)
         noise, timesteps, chance = self.random_draws(latents, generator, drop)
@@ -145,7 +191,7 @@ class Stage2(TrainedPartModule):
         noise_pred = self(noisy_latents, timesteps, batch, embeds, captions, reference_latents)
         return self.weighted(losses.noise_prediction_losses(noise_pred, target, self.position_weight(batch, latents)), timesteps), timesteps
 
-    def position_weight(self, batch: TripletBatch, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 1 h w"] | None:
+    def position_weight(self, batch: TripletBatch | CachedBatch, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 1 h w"] | None:
         if not self.config.subject_weight:
             return None
         return 1 + self.config.subject_weight * resize_mask(batch.subject_mask, tuple(latents.shape[-2:]))
@@ -155,7 +201,7 @@ class Stage2(TrainedPartModule):
             return values
         return values * losses.min_snr_weight(self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps], self.config.min_snr_gamma)
 
-    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
         values, timesteps = self.sample_losses(batch, drop=True)
         loss = values.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -164,7 +210,7 @@ class Stage2(TrainedPartModule):
             self.log_dict({f"lambda/{i}": layer.lambda_.detach()[0] for i, layer in self.adapter.subject.items()}, batch_size=len(batch))
         return loss
 
-    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         values, _ = self.sample_losses(batch, generator, drop=False)
         self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
@@ -187,18 +233,24 @@ class Stage2(TrainedPartModule):
             self._log_grid(self.grid_samples)
 
     @torch.no_grad()
-    def _log_grid(self, batch: TripletBatch) -> None:
+    def _log_grid(self, batch: TripletBatch | CachedBatch) -> None:
         """Reference | redrawn from its caption, beside the checkpoints and to the loggers that take pictures."""
-        pipe = MoMAPipeline.from_base(self.base, self.adapter, self.decoder, self.image_encoder).to(self.device)
-        rows = []
+        pipe = MoMAPipeline.from_base(self.base, self.adapter).to(self.device)
+        pictures, embeds, rows = self.pictures(batch), self.context_embeds(batch), []
         for i in range(min(self.grid.pictures, len(batch))):
-            reference = pipe.image_processor.postprocess(batch.pixel_values[i : i + 1].cpu(), "pil")[0]
+            reference = pipe.image_processor.postprocess(pictures[i : i + 1].cpu(), "pil")[0]
             output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], beta=float(self.config.subject),
-                          guidance_scale=self.grid.guidance_scale, num_inference_steps=self.grid.num_inference_steps,
+                          image_embeds=embeds[i : i + 1], guidance_scale=self.grid.guidance_scale, num_inference_steps=self.grid.num_inference_steps,
                           generator=torch.Generator("cpu").manual_seed(i))
             rows.append([reference, output.images[0]])
         if self.trainer.is_global_zero:
             self._save_grid(picture_grid(rows))
+
+    def pictures(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch 3 height width"]:
+        """The reference pictures in [-1, 1]; from a cache as the autoencoder has kept them."""
+        if isinstance(batch, TripletBatch):
+            return batch.pixel_values
+        return self.vae.decode(DiagonalGaussianDistribution(batch.features["moments"].float()).mode()).sample
 
     def _save_grid(self, grid: Image.Image) -> None:
         write_beside(Path(self.trainer.default_root_dir) / "pictures" / f"step-{self.global_step:06d}.png", grid.save)
@@ -207,9 +259,9 @@ class Stage2(TrainedPartModule):
                 logger.log_image("val/pictures", [grid], step=self.global_step)
 
     def units(self) -> list[nn.Module]:
-        unet, decoder = self.unet, [self.decoder] if self.decoder is not None else []
+        unet, encoders = self.unet, [part for part in (self.image_encoder, self.decoder) if part is not None]
         parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet, self.vae.encoder, self.vae.decoder, self.text_encoder]
-        return [*blocks_of(self), *parts, self.image_encoder, *decoder]
+        return [*blocks_of(self), *parts, *encoders]
 
     def compile_parts(self) -> None:
         self.unet.compile()

@@ -38,6 +38,24 @@ def test_exif_turns_the_picture(tools):
     assert pictures.open_picture(tools.encode(image, "JPEG", exif=exif)).size == (4, 8)
 
 
+@pytest.mark.parametrize("at_least, size", [(200, (400, 300)), (150, (200, 150)), (151, (400, 300)), (10, (50, 38)), (500, (400, 300))])
+def test_a_jpeg_may_come_smaller_but_not_too_small(tools, at_least, size):
+    image = Image.new("RGB", (400, 300), "blue")
+    assert pictures.open_picture(tools.encode(image, "JPEG"), at_least=at_least).size == size
+    assert pictures.open_picture(tools.encode(image, "PNG"), at_least=at_least).size == (400, 300)
+
+
+def test_reduced_decoding_cannot_be_seen(tools):
+    """A picture of soft shapes, cut and resized as in training: over 40 dB between the two ways."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
+    content, side = tools.encode(image, "JPEG", quality=92), 256
+    full, reduced = (pictures.open_picture(content, at_least=least) for least in (None, side))
+    assert reduced.size == (512, 384)
+    a, b = (np.asarray(pictures.cut(p, pictures.square_box(p.size, (0, 0, 1, 1)), side), float) for p in (full, reduced))
+    assert 10 * np.log10(255**2 / ((a - b) ** 2).mean()) > 40
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not a picture", lambda b: b""])
 def test_damaged_picture_raises_a_known_error(tools, damage):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))

@@ -8,7 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.samples import BadSampleError
-from datamodules.triplets import TrainStream, TripletDataModule, ValStream
+from datamodules.streams import TrainStream, ValStream
+from datamodules.triplets import TripletDataModule
 from moma_lightning.batch import TripletBatch
 
 ALL = [f"s{row:02d}" for row in range(12)]

@@ -12,8 +12,8 @@ from evaluation.generation import generate
 from evaluation.methods import Folder, IpAdapter, Models, Moma, TextOnly
 from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler, named
-from evaluation.stamps import content_digest
 from evaluation.tasks import tasks_of
+from moma_lightning.digests import content_digest
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config, random_picture, write_data
@@ -29,6 +29,14 @@ class Recorder:
         self.calls, self.device = [], torch.device("cpu")
         self.scheduler = EulerDiscreteScheduler()
         self.clip = lambda pixels: pixels.mean((2, 3))
+        self.prepared = []
+
+    def default_size(self):
+        return 8
+
+    def prepare_subject(self, image, mask, label, area):
+        self.prepared.append(SimpleNamespace(image=image, mask=mask, label=label, area=area))
+        return self.prepared[-1]
 
     def __call__(self, prompts, **given):
         self.calls.append({"prompts": prompts, **given})
@@ -65,13 +73,28 @@ def test_every_method_gets_the_same_noise_and_sampler(evaluation):
 
 def test_moma_is_given_picture_mask_and_label(evaluation):
     given = call(Moma(), evaluation, Recorder())
-    assert given["label"] == "mug"
-    assert given["image"].size == given["mask"].size == (24, 24)
+    assert given["image"].label == "mug" and given["image"].area == 64
+    assert given["image"].image.size == given["image"].mask.size == (24, 24)
     assert (given["beta"], given["mask_strength"], given["context_scale"]) == ([0.7] * 3, 0.5, 1.0)
     assert "image_embeds" not in given
     given = call(Moma(beta=0.0, mask_strength=1.0, context_scale=0.3, num_inference_steps=5, guidance_scale=4.0), evaluation, Recorder())
     assert (given["beta"], given["mask_strength"], given["context_scale"]) == ([0.0] * 3, 1.0, 0.3)
     assert (given["num_inference_steps"], given["guidance_scale"]) == (5, 4.0)
+
+
+def test_a_reference_is_prepared_once_for_all_its_batches(evaluation):
+    method, pipeline = Moma(), Recorder()
+    call(method, evaluation, pipeline)
+    subject, other = evaluation.subjects[:2]
+    reference = evaluation.reference(subject, 0)
+    tasks = list(tasks_of(evaluation.protocol, evaluation.data, subject))
+    method.generate(subject, reference, tasks[:1])
+    method.generate(subject, reference, tasks[1:])
+    assert len(pipeline.prepared) == 1 and all(given["image"] is pipeline.prepared[0] for given in pipeline.calls)
+    method.generate(other, evaluation.reference(other, 0), list(tasks_of(evaluation.protocol, evaluation.data, other)))
+    assert [made.label for made in pipeline.prepared] == [subject.label, other.label]
+    call(method, evaluation, pipeline)
+    assert len(pipeline.prepared) == 3, "another setup may bring other weights"
 
 
 def test_texture_prompts_may_have_a_beta_of_their_own(evaluation):

@@ -1,0 +1,49 @@
+"""`python -m datamodules.caches --config experiments/<experiment>/stage2.yaml`: cache what the stage's frozen models make of its shards.
+
+Processes and devices are the YAML's trainer's. Run again, it makes what is missing or stale.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from datamodules.caches.make import CacheConfig, CacheMaker, finished
+from moma_lightning.cli import MoMACLI
+
+
+class CacheCLI(MoMACLI):
+    """A stage as `fit` builds it from its YAML, under a Trainer that does nothing but run the processes."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_dataclass_arguments(CacheConfig, "cache")
+
+    def before_instantiate_classes(self) -> None:
+        """`fit` looks here for a run to go on with; a cache's finished shards are found one by one."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        told = {name: config[name] for name in ("accelerator", "devices", "num_nodes", "precision", "default_root_dir")}
+        return Trainer(**told, strategy="auto" if config["devices"] in (1, "1") else "ddp", use_distributed_sampler=False, logger=False,
+                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    cli = CacheCLI(run=False)
+    config, data = cli._get(cli.config_init, "cache"), cli.datamodule.config
+    out = Path(config.out or Path(cli.trainer.default_root_dir) / "cache")
+    cli.trainer.predict(CacheMaker(cli.model, data, config, out), return_predictions=False)
+    if cli.trainer.is_global_zero:
+        print(f"{out}: {finished(data, out)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"cache: {error}")

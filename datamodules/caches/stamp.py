@@ -1,0 +1,83 @@
+"""What a cached shard was made from and with: a JSON file beside each, which training holds against what it would use itself.
+
+A shard of a cache is finished when this file is there, and its own length is what the file says.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from datamodules.shards import read_manifest, sha256, write_json
+
+
+@dataclass(frozen=True)
+class CacheStamp:
+    """source: the shard of pictures; source_sha256: its digest. made_by: what the features depend on, by name
+    (`TrainedPartModule.cache_identity`). image_size: side of the pictures in pixels. views: 2 where every sample is there mirrored as well.
+    samples, size: of the cached shard, size in bytes. left_out: samples of the source that could not be used.
+    """
+
+    source: str
+    source_sha256: str
+    made_by: dict[str, str]
+    image_size: int
+    views: int
+    dtype: str
+    samples: int = 0
+    left_out: int = 0
+    size: int = 0
+
+    @staticmethod
+    def path(shard: str | Path) -> Path:
+        return Path(shard).with_suffix(".json")
+
+    def write(self, shard: Path) -> None:
+        write_json(self.path(shard), asdict(self))
+
+    @classmethod
+    def read(cls, shard: str | Path) -> "CacheStamp | None":
+        """The stamp beside `shard`, or None where there is none: a shard of pictures. Raises ValueError for one that cannot be read."""
+        path = cls.path(shard)
+        if "://" in str(shard) or not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no stamp of a cached shard ({error}): remove {shard} and make the cache again") from error
+
+
+def source_digest(shard: Path) -> str:
+    """sha256 of a shard: as its folder's manifest has it, else of the file itself."""
+    listed = {name: entry for part in read_manifest(shard.parent).values() for name, entry in part.get("shards", {}).items()}
+    return listed[shard.name]["sha256"] if shard.name in listed else sha256(shard)
+
+
+def read_stamps(shards: Sequence[str], image_size: int, flip: bool) -> dict[str, CacheStamp]:
+    """Stamps by shard; empty for shards of pictures.
+
+    Raises ValueError, with the shard's name, for a mixture of both, a shard that is not the one its stamp is about, one whose source
+    has changed since, pictures of another size, and for `flip` where the mirrored view is missing.
+    """
+    stamps = {shard: CacheStamp.read(shard) for shard in shards}
+    cached = {shard: stamp for shard, stamp in stamps.items() if stamp is not None}
+    if cached and len(cached) < len(stamps):
+        raise ValueError(f"{next(s for s in stamps if s not in cached)} has no stamp beside it, {next(iter(cached))} has: shards of pictures and of a cache "
+                         "cannot be mixed, and an unfinished cache has to be finished first")  # fmt: skip
+    for shard, stamp in cached.items():
+        if (why := _unfit(shard, stamp, image_size, flip)) is not None:
+            raise ValueError(f"{shard}: {why}: make the cache again, or train on the pictures")
+    return cached
+
+
+def _unfit(shard: str, stamp: CacheStamp, image_size: int, flip: bool) -> str | None:
+    if Path(shard).stat().st_size != stamp.size:
+        return f"is {Path(shard).stat().st_size} bytes long, its stamp tells of {stamp.size}"
+    source = Path(stamp.source)
+    if source.is_file() and source_digest(source) != stamp.source_sha256:
+        return f"its source {source} has changed since"
+    if stamp.image_size != image_size:
+        return f"was made of pictures of {stamp.image_size} pixels, training wants {image_size}"
+    if flip and stamp.views < 2:
+        return "has no mirrored views, which flip=true needs"
+    return None

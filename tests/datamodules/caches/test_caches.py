@@ -1,0 +1,231 @@
+"""Caches of the mini world's own models: the same training as online, and nothing stale or foreign accepted."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from datamodules.caches import __main__ as command
+from datamodules.caches.make import CacheConfig, CacheMaker, finished
+from datamodules.caches.stamp import CacheStamp
+from datamodules.mini.export import export
+from datamodules.triplets import TripletConfig, TripletDataModule
+from moma_lightning.foundation import FoundationConfig, load_image_encoder
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
+from moma_lightning.optim import OptimizerConfig
+
+quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    export(folder, train_count=24, val_count=8, samples_per_shard=8)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> str:
+    folder, foundation = tmp_path_factory.mktemp("decoder"), FoundationConfig()
+    torch.manual_seed(0)
+    ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), load_image_encoder(foundation).embed_dim).save_pretrained(folder)
+    return str(folder)
+
+
+def config(folder: Path, **options) -> TripletConfig:
+    shards = {"train": str(folder / "train-*.tar"), "val": str(folder / "val-*.tar"), "bad_samples": str(folder / "bad.log")}
+    return TripletConfig(**shards | {"batch_size": 4, "steps_per_epoch": 6, "shuffle_buffer": 10} | options)
+
+
+def stage2(decoder: str | None, **options) -> Stage2:
+    seed_everything(0, verbose=False)
+    return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(lr=1e-3), decoder, GridConfig(pictures=1, num_inference_steps=1))
+
+
+def make(folder: Path, out: Path, stage: Stage2, **options) -> Path:
+    trainer = Trainer(default_root_dir=out, **quiet)
+    trainer.predict(CacheMaker(stage, config(folder), CacheConfig(**{"dtype": "float32"} | options), out), return_predictions=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cache(data, decoder, tmp_path_factory) -> Path:
+    return make(data, tmp_path_factory.mktemp("cache"), stage2(decoder))
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+
+    def on_validation_end(self, trainer, module):
+        self.values.append(float(trainer.callback_metrics["val/loss"]))
+
+
+def losses(module: Stage2, folder: Path, root: Path, **options) -> list[float]:
+    seed_everything(1, verbose=False)
+    kept = Losses()
+    trainer = Trainer(max_steps=6, default_root_dir=root, callbacks=[kept], num_sanity_val_steps=0, gradient_clip_val=1.0, **quiet)
+    trainer.fit(module, datamodule=TripletDataModule(config(folder, **options)))
+    return kept.values
+
+
+def test_training_from_the_cache_is_the_training_online(data, decoder, cache, tmp_path):
+    online = losses(stage2(decoder), data, tmp_path / "online")
+    module = stage2(decoder, cached=True)
+    assert module.decoder is None and module.image_encoder is None
+    offline = losses(module, cache, tmp_path / "offline")
+    assert len(online) == 6 + 1
+    torch.testing.assert_close(torch.tensor(offline), torch.tensor(online), rtol=1e-4, atol=1e-5)
+    unmirrored = losses(stage2(decoder, cached=True), cache, tmp_path / "unmirrored", flip=False)
+    assert max(abs(a - b) for a, b in zip(unmirrored, online, strict=True)) > 1e-3, "the mirrored views count"
+    assert list((tmp_path / "offline/pictures").glob("*.png")), "validation draws its grid from a cache too"
+
+
+def test_half_precision_stays_near(data, decoder, tmp_path):
+    online = losses(stage2(decoder), data, tmp_path / "online")
+    half = losses(stage2(decoder, cached=True), make(data, tmp_path / "cache", stage2(decoder), dtype="float16"), tmp_path / "offline")
+    torch.testing.assert_close(torch.tensor(half), torch.tensor(online), rtol=0.02, atol=0.005)
+
+
+def test_what_a_cache_holds(cache, data, decoder, tmp_path):
+    assert finished(config(data), cache) | {"megabytes": 0} == {"shards": 7, "samples": 32, "left_out": 0, "megabytes": 0}
+    datamodule = TripletDataModule(config(cache))
+    datamodule.setup("fit")
+    batch = next(iter(datamodule.val_dataloader()))
+    pictures = TripletDataModule(config(data))
+    pictures.setup("fit")
+    online = next(iter(pictures.val_dataloader()))
+    assert (batch.key, batch.caption, batch.label, batch.full_caption) == (online.key, online.caption, online.label, online.full_caption)
+    assert torch.equal(batch.subject_mask, online.subject_mask)
+    wanted = stage2(decoder).features(online)
+    for name, feature in wanted.items():
+        torch.testing.assert_close(batch.features[name], feature, rtol=1e-4, atol=1e-4)
+    paper = make(data, tmp_path / "paper", stage2(decoder, variant="paper"))
+    datamodule = TripletDataModule(config(paper))
+    datamodule.setup("fit")
+    white = next(iter(datamodule.val_dataloader())).features
+    assert not torch.allclose(white["white_moments"], white["moments"])
+
+
+def test_made_once_and_again_only_where_needed(data, decoder, cache):
+    def times():
+        return {path.name: path.stat().st_mtime_ns for path in cache.glob("*.tar")}
+
+    first = times()
+    make(data, cache, stage2(decoder))
+    assert times() == first
+    CacheStamp.path(cache / "train-00001.tar").unlink()  # as a kill before the end leaves it
+    make(data, cache, stage2(decoder))
+    assert {name for name, time in times().items() if time != first[name]} == {"train-00001.tar"}
+
+
+def test_processes_share_the_shards(data, decoder, tmp_path):
+    class Ranks:
+        world_size = 3
+
+    maker, seen = CacheMaker(stage2(decoder), config(data), CacheConfig(), tmp_path), []
+    for rank in range(3):
+        maker._trainer = Ranks()
+        maker._trainer.global_rank = rank
+        seen += list(maker.predict_dataloader())
+    assert sorted(seen) == list(range(7))
+
+
+def other_decoder(tmp_path: Path, decoder: str) -> Stage2:
+    torch.manual_seed(1)
+    ImageFeatureDecoder.from_foundation(FoundationConfig(), DecoderConfig(), load_image_encoder(FoundationConfig()).embed_dim).save_pretrained(tmp_path)
+    return stage2(str(tmp_path), cached=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (other_decoder, "another decoder"),
+        (lambda _, decoder: stage2(decoder, cached=True, variant="paper"), r"another reference \(whole, not white\)"),
+        (lambda _, decoder: stage2(None, cached=True, context="image_encoder"), "another decoder .* image_encoder .* mllm"),
+    ],
+)
+def test_a_cache_of_other_models_is_refused(cache, decoder, tmp_path, other, named):
+    with pytest.raises(ValueError, match=rf"00000.tar was made with {named}"):
+        losses(other(tmp_path, decoder), cache, tmp_path)
+
+
+def copied(cache: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in cache.glob("*-*.*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
+    def setup(folder: Path, **options):
+        TripletDataModule(config(folder, **options)).setup("fit")
+
+    setup(cache)
+    with pytest.raises(ValueError, match="made of pictures of 64 pixels, training wants 32"):
+        setup(cache, image_size=32)
+    cut = copied(cache, tmp_path / "cut")
+    (cut / "train-00002.tar").write_bytes((cut / "train-00002.tar").read_bytes()[:-512])
+    with pytest.raises(ValueError, match="train-00002.tar: is .* bytes long"):
+        setup(cut)
+    unstamped = copied(cache, tmp_path / "unstamped")
+    (unstamped / "train-00000.json").unlink()
+    with pytest.raises(ValueError, match="train-00000.tar has no stamp"):
+        setup(unstamped)
+    (unstamped / "train-00000.json").write_text("{}")
+    with pytest.raises(ValueError, match="train-00000.json is no stamp"):
+        setup(unstamped)
+    stale = copied(cache, tmp_path / "stale")
+    source = tmp_path / "train-00001.tar"  # a source without a manifest, changed after the cache was made
+    source.write_bytes(b"changed")
+    replace(CacheStamp.read(stale / "train-00001.tar"), source=str(source)).write(stale / "train-00001.tar")
+    with pytest.raises(ValueError, match=r"train-00001.tar: its source .* has changed since"):
+        setup(stale)
+    plain = make(data, tmp_path / "plain", stage2(decoder), mirrored=False)
+    setup(plain, flip=False)
+    with pytest.raises(ValueError, match="no mirrored views"):
+        setup(plain)
+    with pytest.raises(ValueError, match="is a cache itself"):
+        make(cache, tmp_path / "twice", stage2(decoder))
+
+
+def test_pictures_for_a_stage_that_wants_a_cache(data, decoder, tmp_path):
+    with pytest.raises(ValueError, match="cached is true, but the shards hold pictures"):
+        losses(stage2(decoder, cached=True), data, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
+def test_bad_samples_are_left_out_and_counted(data, decoder, tmp_path):
+    import tarfile
+
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in data.glob("*.tar"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with tarfile.open(folder / "train-00000.tar") as tar, tarfile.open(folder / "train-00009.tar", "w") as damaged:
+        for number, member in enumerate(tar):
+            content = tar.extractfile(member)
+            if number >= 3 or member.name.endswith("mask.png"):  # the first sample's three files are gone but for one
+                damaged.addfile(member, content)
+    (folder / "train-00000.tar").unlink()
+    out = make(folder, tmp_path / "cache", stage2(decoder))
+    assert finished(config(folder), out)["left_out"] == 1 and finished(config(folder), out)["samples"] == 31
+    assert "json is missing" in (out / "bad_samples.log").read_text()
+
+
+def test_the_command(data, decoder, tmp_path, monkeypatch, capsys):
+    shards = "--data.init_args.config"
+    arguments = ["--config", "experiments/mini/stage2.yaml", "--model.init_args.decoder", decoder, "--cache.out", str(tmp_path / "cache"),
+                 f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar", "--trainer.default_root_dir", str(tmp_path)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["caches", *arguments])
+    command.main()
+    assert "'shards': 7, 'samples': 32, 'left_out': 0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cache/train-00000.json").read_text())["dtype"] == "float16"
