@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from experiments.benchmarks import guided_step, whole_subject
+from experiments.benchmarks import growth, guided_step, loading, scoring, training_step, whole_subject
 from experiments.benchmarks.timing import Case, measure, reached
 from moma_lightning.files import write_beside
 
 
 def all_cases(full: bool) -> list[Case]:
-    return [*guided_step.cases([*guided_step.SIZES, *([guided_step.FULL] if full else [])]), *whole_subject.cases()]
+    sizes = [*guided_step.SIZES, *([guided_step.FULL] if full else [])]
+    others = (whole_subject, training_step, loading, scoring, growth)
+    return [*guided_step.cases(sizes), *(case for part in others for case in part.cases())]
 
 
 def line(name: str, entry: dict) -> str:

@@ -28,7 +28,7 @@ class CacheCLI(MoMACLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         told = {name: config[name] for name in ("accelerator", "devices", "num_nodes", "precision", "default_root_dir")}
-        return Trainer(**told, strategy="auto" if config["devices"] in (1, "1") else "ddp", use_distributed_sampler=False, logger=False,
+        return Trainer(**told, strategy="auto", use_distributed_sampler=False, logger=False,
                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.benchmarks import timing
+from experiments.benchmarks import loading, timing, training_step
 from experiments.benchmarks.guided_step import Setting, disc
 from tests.tiny import tiny_unet
 
@@ -57,3 +57,33 @@ def test_it_writes_bench_json_and_keeps_other_entries(tmp_path, monkeypatch, cap
     assert set(entries) == {"another", "this / that"}
     assert set(entries["this / that"]) == {"ratio", "lo", "hi", "goal", "a", "b", "shape"}
     assert "this / that" in capsys.readouterr().out
+
+
+def test_every_case_has_a_name_of_its_own():
+    names = [case.name for case in bench.all_cases(full=True)]
+    assert len(set(names)) == len(names)
+
+
+def test_training_steps_compare_the_same_training():
+    """From a cache the loss is the online one for the same draws; every trained parameter moves."""
+    module, batch = training_step.stage2(), training_step.batch_of(2)
+    losses = []
+    for given in (batch, training_step.cached(module, batch)):
+        torch.manual_seed(0)
+        losses.append(module.sample_losses(given, drop=True)[0].mean())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    before = [parameter.clone() for parameter in training_step.trained(module.adapter)]
+    training_step.stage2_step(module, batch)()
+    assert all(not torch.equal(a, b) for a, b in zip(before, training_step.trained(module.adapter), strict=True))
+
+
+def test_the_bare_mllm_reads_what_stage_1_reads():
+    ours, bare = training_step.stage1_against_bare_mllm(torch.device("cpu"))
+    ours(), bare()
+
+
+def test_the_loaders_bare_side_gives_as_many_samples(monkeypatch):
+    monkeypatch.setattr(loading, "SAMPLES", 4)
+    monkeypatch.setattr(loading, "BATCH", 2)
+    bare, ours = loading.bare_against_ours(torch.device("cpu"))
+    bare(), ours()

@@ -1,0 +1,104 @@
+"""Training steps of the mini world: stage 2 against an IP-Adapter's and against itself from a cache, stage 1 against the bare MLLM."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules import pictures
+from datamodules.mini import world
+from datamodules.mini.render import render
+from experiments.benchmarks.timing import Case
+from moma_lightning.batch import CachedBatch, TripletBatch, white_background
+from moma_lightning.foundation import MINI, FoundationConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage2 import Stage2, Stage2Config
+from moma_lightning.optim import OptimizerConfig
+
+LABEL, BATCH = "cat", 24
+Run = Callable[[], object]
+
+
+def batch_of(count: int) -> TripletBatch:
+    """Rendered pictures with captions of different lengths."""
+    rng = np.random.default_rng(0)
+    rendered = render([world.sample_picture(rng, world.identity("train", i, LABEL)) for i in range(count)])
+    places = ["on the beach", "in the city at night", "in the snow"]
+    texts = [f"a {LABEL} {places[i % 3]}" for i in range(count)]
+    pixels = torch.stack([pictures.to_pixel_values(Image.fromarray(picture)) for picture in rendered[0]])
+    masks = torch.stack([pictures.to_subject_mask(Image.fromarray(mask).convert("L")) for mask in rendered[1]])
+    return TripletBatch(pixels, masks, texts, [LABEL] * count, [str(i) for i in range(count)])
+
+
+def step(parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor]) -> Run:
+    """A whole step: loss, gradients, AdamW."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+
+    return run
+
+
+def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def stage2(**options) -> Stage2:
+    decoder = f"{MINI}/moma/image_feature_decoder" if options.get("context", "decoder") == "decoder" else None
+    return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(), decoder)
+
+
+def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch) -> Run:
+    return step(trained(module.adapter), lambda: module.sample_losses(batch, drop=True)[0].mean())
+
+
+def cached(module: Stage2, batch: TripletBatch) -> CachedBatch:
+    return CachedBatch(module.features(batch), batch.subject_mask, batch.caption, batch.label, batch.key, batch.full_caption)
+
+
+def against_ip_adapter(from_cache: bool) -> Callable[[torch.device], tuple[Run, Run]]:
+    def prepare(device: torch.device) -> tuple[Run, Run]:
+        batch, moma, ip_adapter = batch_of(BATCH), stage2(), stage2(context="image_encoder", subject=False)
+        return tuple(stage2_step(module, cached(module, batch) if from_cache else batch) for module in (moma, ip_adapter))  # type: ignore[return-value]
+
+    return prepare
+
+
+def online_against_cached(device: torch.device) -> tuple[Run, Run]:
+    module, batch = stage2(), batch_of(BATCH)
+    return stage2_step(module, batch), stage2_step(module, cached(module, batch))
+
+
+def stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
+    """The bare side reads the same pictures and words with the same MLLM; its loss is the mean of its last hidden states."""
+    module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()), batch_of(BATCH)
+    decoder = module.decoder
+    white = white_background(batch.pixel_values, batch.subject_mask)
+    pixels = decoder.image_processor([pictures_of(picture) for picture in white], return_tensors="pt").pixel_values
+    input_ids, mask = decoder.tokenize(batch.label, batch.caption, decoder.image_features(white).shape[1])
+
+    def bare() -> Tensor:
+        return decoder.mllm(input_ids=input_ids, pixel_values=pixels, attention_mask=mask.long(), use_cache=False).last_hidden_state.mean()
+
+    parameters = trained(module)
+    return step(parameters, lambda: module.loss(module(batch), module.target(batch))), step(parameters, bare)
+
+
+def pictures_of(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def cases() -> list[Case]:
+    shape = f"mini, batch of {BATCH}, fp32, AdamW"
+    return [
+        Case("stage 2 step / IP-Adapter step, mini", "<= 1.35", shape, against_ip_adapter(False)),
+        Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(True)),
+        Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
+        Case("stage 1 step / bare MLLM, mini", "<= 1.02", shape, stage1_against_bare_mllm),
+    ]
