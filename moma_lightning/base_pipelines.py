@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
 
 from moma_lightning.foundation import Base
-from moma_lightning.models.text import TextConditioning, sized
+from moma_lightning.models.text import TextConditioning, read_twice, sized
 
 
 class BasePipelineSD(StableDiffusionPipeline):
@@ -48,11 +49,22 @@ class BasePipelineSDXL(StableDiffusionXLPipeline):
 
     def encode_text(self, prompts: list[str], size: Sequence[int], repeats: int = 1, guided: bool = False,
                     negative: list[str] | None = None) -> TextConditioning:
-        """As BasePipelineSD's. Without a negative prompt the unconditional half is zeros where the base says `force_zeros_for_empty_prompt`."""
-        positive, unconditional, pooled, pooled_unconditional = self.encode_prompt(prompts, None, self._execution_device, repeats, guided, negative)
+        """The same bits as `encode_prompt`, which cannot read with an encoder that FSDP has wrapped.
+
+        Without a negative prompt the unconditional half is zeros where the base says `force_zeros_for_empty_prompt`.
+        """
+        read = self._read(prompts)
+        halves = [read]
         if guided:
-            positive, pooled = torch.cat([unconditional, positive]), torch.cat([pooled_unconditional, pooled])
-        return sized(positive, pooled, size)
+            zeros = negative is None and self.config.force_zeros_for_empty_prompt
+            halves.insert(0, tuple(map(torch.zeros_like, read)) if zeros else self._read(negative or [""] * len(prompts)))
+        hidden_states, pooled = (torch.cat([part.repeat_interleave(repeats, 0) for part in parts]) for parts in zip(*halves, strict=True))
+        return sized(hidden_states, pooled, size)
+
+    def _read(self, texts: list[str]) -> tuple[Tensor, ...]:
+        """Hidden states and pooled embedding; a loaded textual inversion of several tokens is spelled out, as in `encode_prompt`."""
+        texts = self.maybe_convert_prompt(texts, self.tokenizer)
+        return read_twice(texts, self.tokenizers, [self.text_encoder, self.text_encoder_2], self._execution_device)
 
     @contextmanager
     def vae_in_range(self) -> Iterator[None]:

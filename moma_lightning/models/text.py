@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from moma_lightning.training.options import blocks_of
 
 
 class TextConditioning(NamedTuple):
@@ -28,21 +30,37 @@ def sized(hidden_states: Float[Tensor, "batch text dim"], pooled: Float[Tensor, 
 def encode_text(
     texts: list[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], size: Sequence[int], device: torch.device, zeros_for_empty: bool
 ) -> TextConditioning:
-    """What `encode_prompt` of diffusers' two pipelines makes of texts, for training; `MoMAPipeline` itself uses theirs.
-
-    One encoder gives its last hidden states. SDXL's two give their penultimate ones side by side, and the second one its pooled
-    embedding; with `zeros_for_empty` an empty text is zeros there, which is what its unconditional half was trained with.
-    """
-    ids = [_ids(tokenizer, texts).to(device) for tokenizer in tokenizers]
+    """Texts for training, as sampling reads them. With `zeros_for_empty` an empty text is zeros, as SDXL's unconditional half was trained."""
     if len(text_encoders) == 1:
-        return TextConditioning(text_encoders[0](ids[0]).last_hidden_state)
-    outputs = [encoder(each, output_hidden_states=True) for encoder, each in zip(text_encoders, ids, strict=True)]
-    hidden_states, pooled = torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs[-1].text_embeds
+        return TextConditioning(text_encoders[0](token_ids(tokenizers[0], texts).to(device)).last_hidden_state)
+    hidden_states, pooled = read_twice(texts, tokenizers, text_encoders, device)
     if zeros_for_empty:
         said = torch.tensor([[float(text != "")] for text in texts], device=device, dtype=pooled.dtype)
         hidden_states, pooled = hidden_states * said[..., None], pooled * said
     return sized(hidden_states, pooled, size)
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> Tensor:
+def read_twice(
+    texts: list[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], device: torch.device
+) -> tuple[Float[Tensor, "batch text dim"], Float[Tensor, "batch pooled"]]:
+    """SDXL's reading: the two encoders' penultimate hidden states side by side, and the second one's pooled embedding."""
+    read = [penultimate(encoder, token_ids(tokenizer, texts).to(device)) for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True)]
+    return torch.cat([hidden_states for hidden_states, _ in read], -1), read[-1][1].text_embeds
+
+
+def penultimate(encoder: Any, ids: Int[Tensor, "batch text"]) -> tuple[Float[Tensor, "batch text dim"], Any]:
+    """What the last layer but one makes, and the encoder's own output.
+
+    By a hook: `output_hidden_states` is looked up by the model's class, which FSDP changes, and then gives nothing.
+    """
+    kept: list[Tensor] = []
+    hook = blocks_of(encoder)[-2].register_forward_hook(lambda layer, args, output: kept.append(output[0] if isinstance(output, tuple) else output))
+    try:
+        output = encoder(ids)
+    finally:
+        hook.remove()
+    return kept[0], output
+
+
+def token_ids(tokenizer: Any, texts: list[str]) -> Int[Tensor, "batch text"]:
     return tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids

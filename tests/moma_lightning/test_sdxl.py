@@ -129,6 +129,16 @@ def test_training_reads_a_text_as_sampling_does(make):
         assert torch.equal(value, sampled.added_cond_kwargs[name])
 
 
+def test_texts_are_read_with_encoders_whose_class_was_changed():
+    """As FSDP does; transformers then returns no hidden states."""
+    base, plain = tiny_sdxl_base(), MoMAPipeline.from_base(tiny_sdxl_base()).encode_text(PROMPTS, (64, 96), guided=True)
+    for encoder in base.text_encoders:
+        encoder.__class__ = type("Wrapped", (type(encoder),), {})
+    again = MoMAPipeline.from_base(base).encode_text(PROMPTS, (64, 96), guided=True)
+    assert torch.equal(again.encoder_hidden_states, plain.encoder_hidden_states)
+    assert torch.equal(again.added_cond_kwargs["text_embeds"], plain.added_cond_kwargs["text_embeds"])
+
+
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_a_dropped_caption_is_what_the_unconditional_half_reads(force_zeros):
     base = tiny_sdxl_base(force_zeros_for_empty_prompt=force_zeros)
