@@ -1,17 +1,18 @@
 """Where frozen base models come from: a local folder (the mini world's are shipped) or a hub id with a pinned revision."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     CLIPImageProcessor,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -19,9 +20,11 @@ from transformers import (
     LlavaProcessor,
 )
 
+from moma_lightning.families import family_of
 from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
+from moma_lightning.models.text import TextConditioning, encode_text
 from moma_lightning.single_file import is_single_file, load_single_file
 
 __all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
@@ -33,7 +36,7 @@ MINI = "experiments/mini/foundation"
 class FoundationConfig:
     """Every model is a local folder, a file, or `owner/name[@revision[/path inside]]` on the hub (moma_lightning/hub.py).
 
-    base: Stable Diffusion (unet, vae, text_encoder, tokenizer, scheduler), or a community checkpoint in one `.safetensors` file, which
+    base: Stable Diffusion or SDXL (unet, vae, text encoders and tokenizers, scheduler), or a community checkpoint in one `.safetensors` file, which
     takes configs and tokenizer from base_config. vae: another autoencoder instead of the base's.
     image_encoder: CLIP vision tower of the image embeddings. mllm: LLaVA. ip_adapter: start of the context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
@@ -52,13 +55,29 @@ class FoundationConfig:
 
 @dataclass
 class Base:
-    """The frozen text-to-image model, with MoMA's attention processors installed."""
+    """The frozen text-to-image model, with MoMA's attention processors installed.
+
+    What has a second text encoder is SDXL; force_zeros_for_empty_prompt is its word on what no text is: zeros, or an encoded "".
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: SchedulerMixin
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    force_zeros_for_empty_prompt: bool = True
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str], size: Sequence[int], device: torch.device) -> TextConditioning:
+        """Texts as the UNet reads them for pictures of `size`, (height, width) in pixels."""
+        tokenizers = [self.tokenizer, self.tokenizer_2]
+        return encode_text(texts, tokenizers[: len(self.text_encoders)], self.text_encoders, size, device, self.force_zeros_for_empty_prompt)
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -81,11 +100,14 @@ def load_base(config: FoundationConfig) -> Base:
         pipe = load_single_file(config.base, config.base_config, vae)
     else:
         with loading(config.base):
-            pipe = StableDiffusionPipeline.from_pretrained(
-                **resolve(config.base), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
-            )
+            family = family_of(config.base)
+            pipe = family.pipeline.from_pretrained(**resolve(config.base), **family.without, torch_dtype=torch.float32)
     install_processors(pipe.unet)
-    return Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
+    base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
+    if "text_encoder_2" in pipe.components:
+        base = replace(base, text_encoder_2=frozen(pipe.text_encoder_2), tokenizer_2=pipe.tokenizer_2,
+                       force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)  # fmt: skip
+    return base
 
 
 def ddim(config: Mapping[str, Any]) -> DDIMScheduler:

@@ -1,27 +1,35 @@
 """MoMAPipeline: a picture of a subject and prompts to new pictures of it. The one sampler of the project."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from moma_lightning.base_pipelines import BasePipelineSD, BasePipelineSDXL
 from moma_lightning.batch import white_background
 from moma_lightning.checkpoints import load_adapter
 from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder, local_path
-from moma_lightning.models.adapter import MoMAAdapter, Reference, Variant
+from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
-from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
-from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.segmentation import SamMasker
+from moma_lightning.subject import (
+    VARIANTS,
+    Subject,
+    SubjectGuide,
+    SubjectSettings,
+    foreground,
+    label_tokens,
+    on_white_square,
+    picture_pixels,
+)
 
 
 @dataclass
@@ -32,48 +40,10 @@ class MoMAPipelineOutput(BaseOutput):
     masks: Tensor | None = None
 
 
-@dataclass
-class VariantSettings:
-    """Where the paper's text and the authors' released code sample differently (README, "Paper and released code")."""
+class MoMAPipeline(DiffusionPipeline):
+    """Stable Diffusion with MoMA's two conditions. Without a picture it is the base's own pipeline of diffusers, bit for bit.
 
-    white_reference: bool  # the reference pass sees I_wb (paper) or the whole picture
-    mask_context: bool  # M_gen also multiplies the context attention
-    subject_below: int  # subject attention acts at timesteps below this
-    wait_for_mask: bool  # and not before a first M_gen exists
-
-
-VARIANTS: dict[Variant, VariantSettings] = {
-    "paper": VariantSettings(white_reference=True, mask_context=False, subject_below=1000, wait_for_mask=False),
-    "released": VariantSettings(white_reference=False, mask_context=True, subject_below=950, wait_for_mask=True),
-}
-
-
-@dataclass
-class SubjectSettings:
-    """How the subject attention acts in one call; the fields are `MoMAPipeline.__call__`'s arguments."""
-
-    beta: float | Sequence[float]
-    mask_strength: float
-    mask_threshold: float
-    mask_layers: Sequence[int] | None
-    guide_subject: bool
-
-
-@dataclass
-class Subject:
-    """What is made once per reference picture and shared by all its prompts, seeds and steps."""
-
-    pixels: Float[Tensor, "1 3 height width"]
-    white_background: Float[Tensor, "1 3 height width"]
-    features: Reference
-    mask: Float[Tensor, "1 1 height width"]
-    latent_size: tuple[int, int]
-    label: str
-    picture: DynamicCache | None = None  # as the MLLM has read it, once a prompt asks for it
-
-
-class MoMAPipeline(StableDiffusionPipeline):
-    """Stable Diffusion with MoMA's two conditions. Without a picture it is StableDiffusionPipeline, bit for bit.
+    What `from_base` returns is a StableDiffusionPipeline or a StableDiffusionXLPipeline as well, as the base is; the sampler is this.
 
     adapter: subject and context attention. decoder: the MLLM that predicts the context embedding. clip: CLIP's image embedding,
     IP-Adapter's context, used where there is no decoder. masker: finds M_ref when no mask is given.
@@ -92,8 +62,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         for name, part in (("decoder", decoder), ("image encoder", clip)):
             if part is not None and wanted not in (None, part.embed_dim):
                 raise ValueError(f"the {name} makes embeddings of {part.embed_dim}, the adapter's projector reads {wanted}: they do not belong together")
-        pipe = cls(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, safety_checker=None,
-                   feature_extractor=None, requires_safety_checker=False)
+        pipe = (MoMAPipelineSD if base.text_encoder_2 is None else MoMAPipelineSDXL).of(base)
         pipe.adapter, pipe.decoder, pipe.clip, pipe.masker = adapter, decoder, clip, masker
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -155,16 +124,19 @@ class MoMAPipeline(StableDiffusionPipeline):
             raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
         height, width = height or self.default_size(), width or self.default_size()
         device, guided = self._execution_device, guidance_scale > 1
-        positive, negative = self.encode_prompt(prompts, device, num_images_per_prompt, guided, negative_prompt)
-        text = torch.cat([negative, positive]) if guided else positive
+        negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
+        text = self.encode_text(prompts, (height, width), num_images_per_prompt, guided, negative)
         batch = len(prompts) * num_images_per_prompt
         subject = image if isinstance(image, Subject) or image is None else self.prepare_subject(image, mask, label, height * width)
         context = self._context(subject, asked, image_embeds, context_scale, num_images_per_prompt, guided)
-        latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, text.dtype, device, generator, latents)
+        dtype = text.encoder_hidden_states.dtype
+        latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, dtype, device, generator, latents)
         guide = None
         if subject is not None:
+            assert self.adapter is not None, "prepare_subject has seen to it"
             settings = SubjectSettings(beta, mask_strength, mask_threshold, mask_layers, guide_subject)
-            guide = SubjectGuide(self, subject, prompts, num_images_per_prompt, latents.shape[-2:], settings)
+            tokens = label_tokens(self.tokenizers, prompts, subject.label).to(device)
+            guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
         masks = []
@@ -172,7 +144,7 @@ class MoMAPipeline(StableDiffusionPipeline):
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
             conditioning = guide.conditioning(t, context, guided, recorder) if guide else Conditioning(context=context)
-            noise_pred = self.unet(doubled, t, text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
+            noise_pred = self.unet(doubled, t, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
             if guided:
                 unconditional, conditional = noise_pred.chunk(2)
                 noise_pred = unconditional + guidance_scale * (conditional - unconditional)
@@ -186,41 +158,24 @@ class MoMAPipeline(StableDiffusionPipeline):
         """Mask, white-background picture and reference features of a subject, at about `area` pixels, aspect ratio kept."""
         if self.adapter is None or label is None:
             raise ValueError("a reference picture needs an adapter (load_pipeline(..., adapter=...)) and a label, the word for its subject")
-        pixels = self._pixels(image, area)
-        foreground = self._foreground(mask, image, pixels.shape[-2:])
-        if not foreground.any():
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)  # sides that the UNet can halve
+        pixels = picture_pixels(image, area, multiple).to(self._execution_device)
+        found = foreground(self._find(image) if mask is None else mask, pixels.shape[-2:]).to(pixels.device)
+        if not found.any():
             raise ValueError(f"the mask of {label!r} is empty: no pixel is above half; give another mask or none, to let SAM find one")
-        white = white_background(pixels, foreground)
+        white = white_background(pixels, found)
         seen = white if VARIANTS[self.adapter.variant].white_reference else pixels
-        encoded = self.vae.encode(seen.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
-        text, _ = self.encode_prompt(label, self._execution_device, 1, False)
-        features = self.adapter.reference_features(self.unet, encoded, text)
-        return Subject(pixels, white, features, foreground, tuple(encoded.shape[-2:]), label)
+        encoded = self._encode(seen)
+        features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
+        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label)
 
     def default_size(self) -> int:
         return self.unet.config.sample_size * self.vae_scale_factor
 
-    def _pixels(self, image: Image.Image, area: int) -> Float[Tensor, "1 3 height width"]:
-        """The picture in [-1, 1], upright, scaled to about `area` pixels with sides that the UNet can halve."""
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        scale = (area / (image.width * image.height)) ** 0.5
-        width, height = (max(1, round(side * scale / multiple)) * multiple for side in image.size)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        array = np.array(image, dtype=np.float32)
-        return torch.from_numpy(array).permute(2, 0, 1)[None].div(127.5).sub(1).to(self._execution_device)
-
-    def _foreground(self, mask, image, size) -> Float[Tensor, "1 1 height width"]:
-        """M_ref as 0 / 1 at the picture's size; half grey decides, so that JPEG noise is not foreground."""
-        if mask is None:
-            if self.masker is None:
-                raise ValueError("no mask was given and no SAM is loaded: pass mask=..., or set foundation.sam")
-            mask = self.masker(ImageOps.exif_transpose(image).convert("RGB"))
-        if isinstance(mask, Image.Image):
-            mask = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
-        mask = mask.float().reshape(1, 1, *mask.shape[-2:]).to(self._execution_device)
-        return (nn.functional.interpolate(mask, size, mode="nearest-exact") > 0.5).float()
+    def _find(self, image: Image.Image) -> Tensor:
+        if self.masker is None:
+            raise ValueError("no mask was given and no SAM is loaded: pass mask=..., or set foundation.sam")
+        return self.masker(ImageOps.exif_transpose(image).convert("RGB"))
 
     def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
         """Image tokens' keys and values for the whole batch; the unconditional half gets projector(zeros)."""
@@ -245,63 +200,23 @@ class MoMAPipeline(StableDiffusionPipeline):
             raise ValueError("the context attention needs a decoder or a CLIP image encoder: load one, pass image_embeds, or set context_scale=0")
         return self.clip(subject.pixels)
 
+    def _encode(self, pixels: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 c h w"]:
+        with self.vae_in_range():
+            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+        return latents.to(self.unet.dtype)
+
     def _decode(self, latents, output_type):
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        with self.vae_in_range():
+            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type=output_type)
 
 
-def on_white_square(white_background: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
-    """More white on both sides of the shorter axis: the MLLM's image processor cuts a square out of the middle."""
-    height, width = white_background.shape[-2:]
-    rows, columns = max(0, width - height), max(0, height - width)
-    return nn.functional.pad(white_background, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=1.0)
+class MoMAPipelineSD(MoMAPipeline, BasePipelineSD):
+    """On a base of Stable Diffusion 1 or 2."""
 
 
-class SubjectGuide:
-    """The subject side of one call: K', V' made once, M_gen(t) carried from each step to the next (Figure 3 b)."""
-
-    def __init__(self, pipe: MoMAPipeline, subject: Subject, prompts, repeats, latent_size, settings: SubjectSettings):
-        assert pipe.adapter is not None, "prepare_subject has seen to it"
-        self.variant, self.settings, self.latent_size = VARIANTS[pipe.adapter.variant], settings, tuple(latent_size)
-        reference_mask = MaskPyramid(subject.mask, subject.latent_size, settings.mask_strength)
-        self.subject = pipe.adapter.subject_conditioning(subject.features, reference_mask)
-        self.label_tokens = pipe_label_tokens(pipe, prompts, subject.label).repeat_interleave(repeats, 0)
-        self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=self.label_tokens.device).expand(len(prompts)).repeat_interleave(repeats)
-        self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
-
-    def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
-        waiting = self.variant.wait_for_mask and self.generated_mask is None
-        acts = bool(self.beta.any()) and t < self.variant.subject_below and not waiting
-        pyramid = None
-        if self.generated_mask is not None:
-            mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
-            pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
-        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided)) if acts else None
-        if context is not None and self.variant.mask_context:
-            context.generated_mask = pyramid
-        return Conditioning(subject, context, recorder)
-
-    def _beta(self, guided: bool) -> Float[Tensor, "rows 1"]:
-        """Strength of each row of the batch; a guided subject attention is left out of the unconditional half."""
-        unconditional = torch.zeros_like(self.beta) if self.settings.guide_subject else self.beta
-        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None]
-
-    def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
-        layers = self.settings.mask_layers
-        maps = recorder.label_maps
-        if layers is not None:
-            if unknown := sorted(set(layers) - set(maps)):
-                raise ValueError(f"mask_layers {unknown} are no cross-attention layers: choose among {sorted(maps)}")
-            maps = {i: maps[i] for i in layers}
-        self.generated_mask = estimate_mask(maps, self.latent_size, self.settings.mask_threshold)
-        return self.generated_mask
-
-
-def pipe_label_tokens(pipe: StableDiffusionPipeline, prompts: Sequence[str], label: str) -> Float[Tensor, "prompts text"]:
-    """Which tokens of each prompt are the label's: as it is written, and its plural."""
-    ids = pipe.tokenizer(list(prompts), padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
-    spellings = [pipe.tokenizer(word, add_special_tokens=False).input_ids for word in (label, f"{label}s")]
-    return find_label_tokens(ids, spellings, prompts, label).to(pipe._execution_device)
+class MoMAPipelineSDXL(MoMAPipeline, BasePipelineSDXL):
+    """On an SDXL base."""
 
 
 def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | None = None, decoder: str | None = None) -> MoMAPipeline:

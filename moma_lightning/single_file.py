@@ -1,12 +1,14 @@
-"""Community checkpoints of Stable Diffusion: one `.safetensors` or `.ckpt` file in the original layout, read by diffusers' `from_single_file`."""
+"""Community checkpoints of Stable Diffusion and SDXL: one `.safetensors` or `.ckpt` file in the original layout, read by diffusers' `from_single_file`."""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
+from torch import nn
 
+from moma_lightning.families import family_of
 from moma_lightning.hub import find_file, hub_name, loading, local_path
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -16,7 +18,7 @@ def is_single_file(name: str) -> bool:
     return name.endswith(SUFFIXES)
 
 
-def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = None) -> StableDiffusionPipeline:
+def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = None) -> DiffusionPipeline:
     """The pipeline in `name`, in float32. Nothing is asked of the hub but what the two names say.
 
     config: folder or hub name of a diffusers model of the same architecture; the file holds neither configs nor a tokenizer.
@@ -26,10 +28,11 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
         raise ValueError(f"{name} is a single file, without configs and tokenizer: set foundation.base_config to a diffusers folder or hub name "
                          "of the same architecture, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5")  # fmt: skip
     path, given = find_file(name), {"vae": vae} if vae is not None else {}
+    folder = config_folder(config)
+    family = family_of(str(folder))
     try:
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(config_folder(config)), local_files_only=True, torch_dtype=torch.float32, safety_checker=None,
-            requires_safety_checker=False, feature_extractor=None, **given,
+        pipe = family.pipeline.from_single_file(
+            str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, feature_extractor=None, **family.without, **given,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         hint = "; a file without a VAE needs foundation.vae" if "AutoencoderKL" in str(error) and vae is None else ""
@@ -39,9 +42,9 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
     return pipe
 
 
-def require_all_weights(pipe: StableDiffusionPipeline, path: Path) -> None:
+def require_all_weights(pipe: DiffusionPipeline, path: Path) -> None:
     """diffusers leaves a parameter that the file lacks without memory, and says so in a warning only."""
-    parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     lacking = [f"{part}.{name}" for part, module in parts.items() for name, value in module.named_parameters() if value.is_meta]
     if lacking:
         raise ValueError(f"{path} lacks {len(lacking)} weights of the model: {', '.join(lacking[:3])}, ...")

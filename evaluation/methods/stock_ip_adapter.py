@@ -12,7 +12,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Models, Reference
 from evaluation.methods.diffusion import IpAdapter
 from evaluation.tasks import PictureTask
-from moma_lightning.pipeline import on_white_square
+from moma_lightning.subject import on_white_square
 
 
 @dataclass

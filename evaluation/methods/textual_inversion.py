@@ -43,6 +43,8 @@ class TextualInversion(TunedMethod):
     @contextmanager
     def tuned(self, label: str, weights: Weights | None = None) -> Iterator[dict[str, nn.Parameter]]:
         pipeline = self.pipeline
+        if len(pipeline.tokenizers) > 1:
+            raise ValueError("TextualInversion learns a word of one text encoder, and this base (SDXL) reads prompts with two: use DreamBoothLora")
         tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
         embedding = text_encoder.get_input_embeddings()
         pipeline.tokenizer = copy.deepcopy(tokenizer)

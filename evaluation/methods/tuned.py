@@ -138,8 +138,9 @@ def noise_prediction_loss(
     drawn, noise = (torch.randn(mean.shape, generator=generator).to(mean) for _ in range(2))
     latents = (mean + log_variance.clamp(-30, 20).div(2).exp() * drawn) * pipeline.vae.config.scaling_factor
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(mean),), generator=generator).to(mean.device)
-    text, _ = pipeline.encode_prompt(captions, pipeline.device, 1, False)
-    predicted = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+    size = [side * pipeline.vae_scale_factor for side in latents.shape[-2:]]
+    text = pipeline.encode_text(captions, size)
+    predicted = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **text._asdict()).sample
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     return noise_prediction_losses(predicted, scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise).mean()
 

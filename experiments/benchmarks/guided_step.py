@@ -15,7 +15,8 @@ from moma_lightning.foundation import MINI, FoundationConfig, load_base
 from moma_lightning.models.adapter import MoMAAdapter, install_processors
 from moma_lightning.models.attention import Recorder
 from moma_lightning.models.masks import MaskPyramid
-from moma_lightning.pipeline import MoMAPipeline, Subject, SubjectGuide, SubjectSettings
+from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.subject import Subject, SubjectGuide, SubjectSettings, label_tokens
 
 LABEL, PROMPT, T = "cat", "a cat on the beach", 500
 
@@ -62,7 +63,8 @@ class Setting:
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
         subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL)
-        self.guide = SubjectGuide(pipe, subject, [PROMPT], 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
+        tokens = label_tokens(pipe.tokenizers, [PROMPT], LABEL).to(device)
+        self.guide = SubjectGuide(self.adapter, subject, tokens, 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
 
     @torch.no_grad()
     def moma(self) -> Tensor:

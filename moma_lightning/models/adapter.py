@@ -125,14 +125,19 @@ class MoMAAdapter(nn.Module, PublishedModel):
 
     @torch.no_grad()
     def reference_features(
-        self, unet: UNet2DConditionModel, latents: Float[Tensor, "batch channels h w"], prompt_embeds: Float[Tensor, "batch text dim"]
+        self,
+        unet: UNet2DConditionModel,
+        latents: Float[Tensor, "batch channels h w"],
+        prompt_embeds: Float[Tensor, "batch text dim"],
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Reference:
-        """One pass of the frozen UNet over the clean reference at t = 0 with the label as text (section 3.2).
+        """One pass of the frozen UNet over the clean reference at t = 0 with the label as text (section 3.2; the latter two are a TextConditioning).
 
         Returns what K' and V' are made from, by layer: (h, h) for the paper's variant, (W_k h, W_v h) for the released one.
         """
         recorder = Recorder(keep_reference=True)
-        unet(latents, 0, prompt_embeds, cross_attention_kwargs={"conditioning": Conditioning(recorder=recorder)})
+        given = {"conditioning": Conditioning(recorder=recorder)}
+        unet(latents, 0, prompt_embeds, added_cond_kwargs=added_cond_kwargs, cross_attention_kwargs=given)
         return {i: (h, h) if self.variant == "paper" else (k, v) for i, (h, k, v) in recorder.reference.items()}
 
 

@@ -59,7 +59,8 @@ class Fit:
 
     @property
     def wrong(self) -> list[str]:
-        return self.missing + self.unexpected + self.reshaped
+        """What an error names, the shapes first: they tell the most where the file is another model's."""
+        return self.reshaped + self.missing + self.unexpected
 
     def __str__(self) -> str:
         counts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.reshaped, "of another dtype": self.retyped}

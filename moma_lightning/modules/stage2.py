@@ -31,10 +31,12 @@ from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.masks import MaskPyramid, resize_mask
+from moma_lightning.models.text import TextConditioning
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
-from moma_lightning.pipeline import VARIANTS, MoMAPipeline
+from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.subject import VARIANTS
 from moma_lightning.training.options import TrainingOptions, blocks_of
 from moma_lightning.training.sharding import whole_parameters
 
@@ -45,7 +47,7 @@ BANDS = 4
 class Stage2Config:
     """What stage 2 trains and on what.
 
-    variant: what K' and V' are made of and what the reference pass sees (`MoMAAdapter`, `pipeline.VARIANTS`).
+    variant: what K' and V' are made of and what the reference pass sees (`MoMAAdapter`, `subject.VARIANTS`).
     context: the context embedding's source: stage 1's decoder (MoMA) or CLIP of the whole picture (IP-Adapter).
     subject: train the subject attention; False is an IP-Adapter.
     context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
@@ -94,7 +96,7 @@ class Stage2(TrainedPartModule):
     def assemble(self, base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:
         """Put the loaded parts in their places."""
         self.base, self.unet, self.vae, self.text_encoder = base, base.unet, base.vae, base.text_encoder
-        self.image_encoder, self.adapter = image_encoder, adapter
+        self.text_encoder_2, self.image_encoder, self.adapter = base.text_encoder_2, image_encoder, adapter
         self.decoder = frozen(decoder) if decoder is not None else None
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler.config)
         self.grid_samples: TripletBatch | CachedBatch | None = None
@@ -107,15 +109,16 @@ class Stage2(TrainedPartModule):
         context, subject = self.adapter.context_conditioning(image_embeds), None
         if self.config.subject:
             mask = MaskPyramid(batch.subject_mask, latent_size)
-            subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch.label), mask, mask)
+            subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch), mask, mask)
             if VARIANTS[self.config.variant].mask_context:
                 context.generated_mask = mask
         conditioning = Conditioning(subject, context)
-        return self.unet(noisy_latents, timesteps, self.encode_text(captions), cross_attention_kwargs={"conditioning": conditioning}).sample
+        text = self.encode_text(captions, batch)
+        return self.unet(noisy_latents, timesteps, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}).sample
 
-    def reference_features(self, latents: Float[Tensor, "batch c h w"], label: list[str]):
+    def reference_features(self, latents: Float[Tensor, "batch c h w"], batch: TripletBatch | CachedBatch):
         """The frozen UNet's own features of the clean reference, with the label as text."""
-        return self.adapter.reference_features(self.unet, latents, self.encode_text(label))
+        return self.adapter.reference_features(self.unet, latents, *self.encode_text(batch.label, batch))
 
     @torch.no_grad()
     def latents(self, batch: TripletBatch | CachedBatch) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
@@ -154,10 +157,9 @@ class Stage2(TrainedPartModule):
         return {name: identity(model) for name, model in models.items()} | options
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Float[Tensor, "batch text dim"]:
-        tokenizer = self.base.tokenizer
-        ids = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state
+    def encode_text(self, texts: list[str], batch: TripletBatch | CachedBatch) -> TextConditioning:
+        """Texts as the UNet reads them for pictures of the batch's size."""
+        return self.base.encode_text(texts, batch.subject_mask.shape[-2:], self.device)
 
     @torch.no_grad()
     def context_embeds(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch dim"]:
@@ -260,7 +262,7 @@ class Stage2(TrainedPartModule):
 
     def units(self) -> list[nn.Module]:
         unet, encoders = self.unet, [part for part in (self.image_encoder, self.decoder) if part is not None]
-        parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet, self.vae.encoder, self.vae.decoder, self.text_encoder]
+        parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet, self.vae.encoder, self.vae.decoder, *self.base.text_encoders]
         return [*blocks_of(self), *parts, *encoders]
 
     def compile_parts(self) -> None:

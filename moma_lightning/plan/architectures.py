@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -78,7 +80,11 @@ def build_base(config: FoundationConfig) -> Base:
     text_encoder = CLIPTextModel(CLIPTextConfig(**read(config.base, "text_encoder")))
     install_processors(unet)
     words = Words(text_encoder.config.max_position_embeddings)
-    return Base(frozen(unet), frozen(vae), frozen(text_encoder), words, DDIMScheduler(**STABLE_DIFFUSION_SCHEDULE))
+    base = Base(frozen(unet), frozen(vae), frozen(text_encoder), words, DDIMScheduler(**STABLE_DIFFUSION_SCHEDULE))
+    if unet.config.addition_embed_type == "text_time":  # SDXL
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**read(config.base, "text_encoder_2")))
+        base = replace(base, text_encoder_2=frozen(second), tokenizer_2=words)
+    return base
 
 
 def image_processor(size: int) -> CLIPImageProcessor:

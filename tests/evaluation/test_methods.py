@@ -17,7 +17,7 @@ from moma_lightning.digests import content_digest
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config, random_picture, write_data
-from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
+from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base, tiny_sdxl_base
 
 SAMPLER = Sampler(num_inference_steps=2, guidance_scale=2.0, beta=0.7, mask_strength=0.5)
 
@@ -144,9 +144,10 @@ def test_masks_from_the_data_only_where_the_protocol_says(tmp_path, evaluation):
     assert sam.reference(sam.subjects[0], 1).mask is None
 
 
+@pytest.mark.parametrize("make", [tiny_base, tiny_sdxl_base])
 @pytest.mark.parametrize("method", [Moma(beta=1.0), IpAdapter(), TextOnly()])
-def test_the_real_pipeline_takes_what_methods_give(evaluation, method):
-    base = tiny_base()
+def test_the_real_pipeline_takes_what_methods_give(evaluation, method, make):
+    base = make()
     pipeline = MoMAPipeline.from_base(base, tiny_adapter(base) if not isinstance(method, TextOnly) else None)
     pipeline.clip = lambda pixels: torch.ones(1, EMBED_DIM) * pixels.mean()
     models = Models(FoundationConfig(), "adapter", "decoder")

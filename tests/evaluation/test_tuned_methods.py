@@ -20,7 +20,7 @@ from evaluation.tasks import PictureTask
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config, random_picture
-from tests.tiny import tiny_base
+from tests.tiny import tiny_base, tiny_sdxl_base
 
 SAMPLER = Sampler(num_inference_steps=2, guidance_scale=2.0)
 TUNED = {"ti": lambda **o: TextualInversion(steps=2, **o), "lora": lambda **o: DreamBoothLora(steps=2, **({"learning_rate": 1e-2} | o))}
@@ -79,6 +79,16 @@ def test_the_base_is_put_back(kind, pipeline, subject):
     assert state(pipeline) == before
     assert torch.equal(pixels(ready(TextOnly(), pipeline).generate(subject, Reference(subject.images[0]), [task()])), pixels(drawn))
     assert not torch.equal(pixels(tuned), pixels(drawn))
+
+
+def test_on_sdxl_lora_trains_and_textual_inversion_says_that_it_cannot(subject):
+    pipeline, given = MoMAPipeline.from_base(tiny_sdxl_base()), (subject, Reference(subject.images[0]), [task()])
+    before, drawn = state(pipeline), ready(TextOnly(), pipeline).generate(*given)
+    tuned = ready(TUNED["lora"](), pipeline).generate(*given)
+    assert not torch.equal(pixels(tuned), pixels(drawn)) and state(pipeline) == before
+    with pytest.raises(ValueError, match="SDXL.* reads prompts with two: use DreamBoothLora"):
+        ready(TUNED["ti"](), pipeline).generate(*given)
+    assert state(pipeline) == before
 
 
 @pytest.mark.parametrize("kind", TUNED)

@@ -1,10 +1,11 @@
 """Tiny random models in hub folder layout, made once a session."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -20,7 +21,7 @@ from transformers import (
 from experiments.mini.recipe import captions, llava
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
-from tests.tiny import tiny_base
+from tests.tiny import tiny_base, tiny_sdxl_base
 
 HIDDEN, EMBED, VISION_WIDTH = 24, 12, 16
 
@@ -65,6 +66,12 @@ def write_base(folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
+def write_sdxl_base(folder: Path) -> None:
+    base = tiny_sdxl_base()
+    pipe = StableDiffusionXLPipeline(base.vae, base.text_encoder, base.text_encoder_2, base.tokenizer, base.tokenizer_2, base.unet, base.scheduler)
+    pipe.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_foundation(tmp_path_factory) -> FoundationConfig:
     """LLaVA, CLIP's image encoder and (beside them, in `clip`) the whole CLIP, with random weights."""
@@ -78,6 +85,13 @@ def foundation(tiny_foundation, tmp_path_factory) -> FoundationConfig:
     folder = tmp_path_factory.mktemp("base")
     write_base(folder)
     return FoundationConfig(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
+
+
+@pytest.fixture(scope="session")
+def sdxl_foundation(foundation, tmp_path_factory) -> FoundationConfig:
+    folder = tmp_path_factory.mktemp("sdxl")
+    write_sdxl_base(folder)
+    return replace(foundation, base=str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -225,3 +225,12 @@ def test_the_mllm_is_asked_for_its_own_prompt_and_sees_the_whole_subject(base):
     assert white.shape[-1] == white.shape[-2] == width == 2 * height
     with pytest.raises(ValueError, match="2 prompts and 1 mllm_prompts"):
         run(pipe, **subject, mllm_prompt="it swims")
+
+
+def test_a_negative_prompt_is_stable_diffusions(base):
+    other = tiny_base()
+    other.unet.set_attn_processor(AttnProcessor2_0())
+    stock = StableDiffusionPipeline(other.vae, other.text_encoder, other.tokenizer, other.unet, other.scheduler, None, None, requires_safety_checker=False)
+    options = dict(guidance_scale=3.0, num_inference_steps=3, output_type="np")
+    expected = stock(PROMPTS, negative_prompt=["a dog"] * 2, generator=generators(2), **options).images
+    assert np.array_equal(run(MoMAPipeline.from_base(base), image_embeds=None, negative_prompt="a dog").images, expected)

@@ -5,17 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from experiments.mini.recipe import llava
 from experiments.true_size import TEXT, UNET, VAE, VIT_H
 from moma_lightning import losses, optim
+from moma_lightning.checkpoints import CheckpointError, adapter_state, load_into
 from moma_lightning.checkpoints.released_mllm import PASSED_OVER, renamed
-from moma_lightning.models.adapter import install_processors
+from moma_lightning.foundation import Base, FoundationConfig
+from moma_lightning.models.adapter import MoMAAdapter, install_processors
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.plan import architectures
 from tests import true_size
 from tests.true_size import count, sd15_unet
 
@@ -92,3 +96,54 @@ def test_the_measured_step_has_the_same_sizes():
                                   CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H))]  # fmt: skip
     assert [round(count(part.parameters()) / 1e6, 2) for part in parts] == [859.52, 83.65, 123.06, 632.08]
     assert count(parts[0].parameters()) == count(sd15_unet().parameters()) and count(parts[3].parameters()) == count(true_size.vit_h().parameters())
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> tuple[Base, MoMAAdapter]:
+    config = FoundationConfig(**yaml.safe_load((Path(__file__).parents[2] / "experiments/sdxl_llava7b/foundation.yaml").read_text()))
+    with torch.device("meta"):
+        base = architectures.build_base(config)
+        return base, MoMAAdapter.for_unet(base.unet, true_size.IMAGE_EMBED_DIM)
+
+
+def test_sdxl_and_its_adapter_have_their_sizes(sdxl):
+    """70 transformer blocks (4 + 20 down, 30 + 6 up, 10 in the middle), 10 of them 640 wide and 60 of them 1280."""
+    base, adapter = sdxl
+    assert [round(count(part.parameters()) / 1e6, 1) for part in (base.unet, base.vae, base.text_encoder, base.text_encoder_2)] == [2567.5, 83.7, 123.1, 694.7]
+    widths = [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10
+    assert [layer.to_k.out_features for layer in adapter.subject.values()] == [layer.to_k_ip.out_features for layer in adapter.context.values()] == widths
+    assert sorted(map(int, adapter.subject)) == list(range(0, 140, 2)) and sorted(map(int, adapter.context)) == list(range(1, 140, 2))
+    assert count(adapter.subject.parameters()) == sum(2 * h * h + 1 for h in widths) == 204_800_070
+    assert count(adapter.context.parameters()) == sum(2 * 2048 * h for h in widths) == 340_787_200
+    assert count(adapter.image_proj.parameters()) == 1024 * 4 * 2048 + 4 * 2048 + 2 * 2048 == 8_400_896
+
+
+def test_the_file_of_sdxls_ip_adapter_has_the_public_layout(sdxl):
+    """ip-adapter_sdxl_vit-h: four tokens of 2048 from ViT-H's 1024, and 349 M parameters (698 MB in float16)."""
+    state = adapter_state(sdxl[1], subject=False)
+    projector = [list(state[f"image_proj.{name}"].shape) for name in ("proj.weight", "proj.bias", "norm.weight", "norm.bias")]
+    assert projector == [[8192, 1024], [8192], [2048], [2048]]
+    assert list(state["ip_adapter.1.to_k_ip.weight"].shape) == [640, 2048] and list(state["ip_adapter.139.to_v_ip.weight"].shape) == [1280, 2048]
+    assert len(state) == 4 + 2 * 70 and round(sum(v.numel() for v in state.values()) * 2 / 1e6) == 698
+
+
+def test_an_adapter_of_stable_diffusion_15_does_not_fit_sdxl(sdxl):
+    with pytest.raises(CheckpointError) as error:
+        load_into(sdxl[1], adapter_state(true_size.sd15_adapter()), "sd15/moma.safetensors")
+    for part in ("sd15/moma.safetensors does not fit", "image_proj.proj.weight: shape [3072, 1024], expected [8192, 1024]"):
+        assert part in str(error.value)
+
+
+def test_a_stage_2_step_of_sdxl(sdxl):
+    """Both attentions of all 140 layers at 1024 x 768 pixels: gradients in the adapter alone."""
+    (base, adapter), device = sdxl, torch.device("meta")
+    with device:
+        text = base.encode_text(["a cat"] * 2, (1024, 768), device)
+        latents, mask = torch.empty(2, 4, 128, 96), MaskPyramid(torch.empty(2, 1, 1024, 768), (128, 96))
+        subject = adapter.subject_conditioning(adapter.reference_features(base.unet, latents, *text), mask, mask)
+        given = {"conditioning": Conditioning(subject, adapter.context_conditioning(torch.empty(2, 1024)))}
+        predicted = base.unet(latents, torch.empty(2), **text._asdict(), cross_attention_kwargs=given).sample
+    losses.noise_prediction_losses(predicted, torch.empty_like(predicted)).mean().backward()
+    assert text.encoder_hidden_states.shape == (2, 77, 2048) and text.added_cond_kwargs["text_embeds"].shape == (2, 1280)
+    assert predicted.shape == latents.shape and not any(p.grad is not None for p in base.unet.parameters())
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in adapter.parameters())

@@ -18,7 +18,8 @@ from moma_lightning.foundation import FoundationConfig, load_base
 from moma_lightning.models.attention import Conditioning, Recorder
 from moma_lightning.models.mask_estimation import estimate_mask
 from moma_lightning.picture_grid import picture_grid
-from moma_lightning.pipeline import MoMAPipeline, pipe_label_tokens
+from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.subject import label_tokens
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def map_iou(pipe: MoMAPipeline, timestep: int, count: int = 64) -> float:
     latents = pipe.vae.encode(to_pixels(images)).latent_dist.mode() * pipe.vae.config.scaling_factor
     noisy = scheduler().add_noise(latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([timestep]))
     captions = [world.filter_caption(world.caption(p)) for p in pictures]
-    tokens = torch.cat([pipe_label_tokens(pipe, [c], p.identity.label) for c, p in zip(captions, pictures, strict=True)])
+    tokens = torch.cat([label_tokens(pipe.tokenizers, [c], p.identity.label) for c, p in zip(captions, pictures, strict=True)])
     recorder = Recorder(label_tokens=tokens)
     text, _ = pipe.encode_prompt(captions, "cpu", 1, False)
     pipe.unet(noisy, timestep, text, cross_attention_kwargs={"conditioning": Conditioning(recorder=recorder)})

@@ -55,6 +55,21 @@ def test_what_a_rank_holds_is_its_share(foundation):
     assert four.sent > 2 * 4 * trained
 
 
+def test_sdxl_is_planned(sdxl_foundation):
+    """Sharded, with both text encoders: a rank of two holds half of everything."""
+    planned = experiment(Stage2, sdxl_foundation)
+    trained, frozen = count_parameters(planned)
+    two = measure(planned, 2)
+    assert two.parameters == pytest.approx(4 * (trained + frozen) / 2, rel=0.05) and two.gradients == pytest.approx(4 * trained / 2, rel=0.05)
+
+
+def test_sdxl_at_its_own_size():
+    """204.8 M subject, 340.8 M context, 8.4 M projector; frozen: UNet 2,567.5 M, VAE 83.7 M, text 123.1 M and 694.7 M, ViT-H 632.1 M, LLaVA 6,941 M."""
+    trained, frozen = count_parameters(read_experiment(FULL.parent / "sdxl_llava7b/stage2.yaml"))
+    assert trained == 204_800_070 + 340_787_200 + 8_400_896
+    assert frozen == pytest.approx(2567.46e6 + 83.65e6 + 123.06e6 + 694.66e6 + 632.08e6 + 6_941e6, rel=0.002)
+
+
 def test_recomputation_saves_activations(foundation):
     none, everything = (measure(experiment(Stage2, foundation, 8, 64, activation_checkpointing=p), 2) for p in ("none", "all"))
     assert everything.activations < 0.8 * none.activations

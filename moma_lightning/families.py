@@ -1,0 +1,29 @@
+"""The two families of base models, told apart by what `model_index.json` lists: Stable Diffusion (1.x, 2.x) and SDXL."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from moma_lightning.hub import resolve
+
+
+@dataclass(frozen=True)
+class Family:
+    """pipeline: diffusers' class. without: its arguments that leave out what MoMA has no use for."""
+
+    pipeline: type[DiffusionPipeline]
+    without: dict[str, Any]
+
+
+STABLE_DIFFUSION = Family(StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False})
+SDXL = Family(StableDiffusionXLPipeline, {"add_watermarker": False})
+
+
+def family_of(name: str) -> Family:
+    """The family of a folder or hub name. Raises ValueError for a model of neither, SDXL's refiner among them."""
+    index = DiffusionPipeline.load_config(**resolve(name))
+    parts = {part for part, value in index.items() if isinstance(value, list | tuple) and value[0]}
+    if not parts >= {"unet", "vae", "text_encoder"} or "text_encoder_3" in parts:
+        raise ValueError(f"{name} is neither Stable Diffusion nor SDXL: its model_index.json lists {', '.join(sorted(parts))}")
+    return SDXL if "text_encoder_2" in parts else STABLE_DIFFUSION

@@ -1,0 +1,144 @@
+"""The subject of one picture: what is prepared of it once, and how it acts in a call of the pipeline (section 3.2, Figure 3 b)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from moma_lightning.models.adapter import MoMAAdapter, Reference, Variant
+from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
+from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
+from moma_lightning.models.masks import MaskPyramid
+
+
+@dataclass
+class VariantSettings:
+    """Where the paper's text and the authors' released code sample differently (README, "Paper and released code")."""
+
+    white_reference: bool  # the reference pass sees I_wb (paper) or the whole picture
+    mask_context: bool  # M_gen also multiplies the context attention
+    subject_below: int  # subject attention acts at timesteps below this
+    wait_for_mask: bool  # and not before a first M_gen exists
+
+
+VARIANTS: dict[Variant, VariantSettings] = {
+    "paper": VariantSettings(white_reference=True, mask_context=False, subject_below=1000, wait_for_mask=False),
+    "released": VariantSettings(white_reference=False, mask_context=True, subject_below=950, wait_for_mask=True),
+}
+
+
+@dataclass
+class SubjectSettings:
+    """How the subject attention acts in one call; the fields are `MoMAPipeline.__call__`'s arguments."""
+
+    beta: float | Sequence[float]
+    mask_strength: float
+    mask_threshold: float
+    mask_layers: Sequence[int] | None
+    guide_subject: bool
+
+
+@dataclass
+class Subject:
+    """What is made once per reference picture and shared by all its prompts, seeds and steps."""
+
+    pixels: Float[Tensor, "1 3 height width"]
+    white_background: Float[Tensor, "1 3 height width"]
+    features: Reference
+    mask: Float[Tensor, "1 1 height width"]
+    latent_size: tuple[int, int]
+    label: str
+    picture: DynamicCache | None = None  # as the MLLM has read it, once a prompt asks for it
+
+
+class SubjectGuide:
+    """The subject side of one call: K', V' made once, M_gen(t) carried from each step to the next (Figure 3 b).
+
+    label_tokens: which tokens of each prompt are the label's. repeats: pictures a prompt.
+    """
+
+    def __init__(self, adapter: MoMAAdapter, subject: Subject, label_tokens: Float[Tensor, "prompts text"], repeats: int,
+                 latent_size: Sequence[int], settings: SubjectSettings):
+        self.variant, self.settings, self.latent_size = VARIANTS[adapter.variant], settings, (latent_size[0], latent_size[1])
+        reference_mask = MaskPyramid(subject.mask, subject.latent_size, settings.mask_strength)
+        self.subject = adapter.subject_conditioning(subject.features, reference_mask)
+        self.label_tokens = label_tokens.repeat_interleave(repeats, 0)
+        self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
+        self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
+
+    def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
+        waiting = self.variant.wait_for_mask and self.generated_mask is None
+        acts = bool(self.beta.any()) and t < self.variant.subject_below and not waiting
+        pyramid = None
+        if self.generated_mask is not None:
+            mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
+            pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
+        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided)) if acts else None
+        if context is not None and self.variant.mask_context:
+            context.generated_mask = pyramid
+        return Conditioning(subject, context, recorder)
+
+    def _beta(self, guided: bool) -> Float[Tensor, "rows 1"]:
+        """Strength of each row of the batch; a guided subject attention is left out of the unconditional half."""
+        unconditional = torch.zeros_like(self.beta) if self.settings.guide_subject else self.beta
+        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None]
+
+    def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
+        layers = self.settings.mask_layers
+        maps = recorder.label_maps
+        if layers is not None:
+            if unknown := sorted(set(layers) - set(maps)):
+                raise ValueError(f"mask_layers {unknown} are no cross-attention layers: choose among {sorted(maps)}")
+            maps = {i: maps[i] for i in layers}
+        self.generated_mask = estimate_mask(maps, self.latent_size, self.settings.mask_threshold)
+        return self.generated_mask
+
+
+def label_tokens(tokenizers: Sequence[Any], prompts: Sequence[str], label: str) -> Float[Tensor, "prompts text"]:
+    """Which tokens of each prompt are the label's: as it is written, and its plural.
+
+    SDXL reads a prompt with two tokenizers and lays their hidden states side by side, token by token. Raises ValueError where
+    they put the label at different places: no row of the attention would be the label's.
+    """
+    found = [_label_tokens(tokenizer, prompts, label) for tokenizer in tokenizers]
+    if any(not torch.equal(other, found[0]) for other in found[1:]):
+        raise ValueError(f"the base's two tokenizers put {label!r} at different tokens of a prompt, so that its attention map cannot be read")
+    return found[0]
+
+
+def _label_tokens(tokenizer: Any, prompts: Sequence[str], label: str) -> Float[Tensor, "prompts text"]:
+    ids = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in (label, f"{label}s")]
+    return find_label_tokens(ids, spellings, prompts, label)
+
+
+def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor, "1 3 height width"]:
+    """The picture in [-1, 1], upright, scaled to about `area` pixels with sides that are multiples of `multiple`."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    scale = (area / (image.width * image.height)) ** 0.5
+    width, height = (max(1, round(side * scale / multiple)) * multiple for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    array = np.array(image, dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1)[None].div(127.5).sub(1)
+
+
+def foreground(mask: Image.Image | Tensor, size: Sequence[int]) -> Float[Tensor, "1 1 height width"]:
+    """M_ref as 0 / 1 at the picture's size; half grey decides, so that JPEG noise is not foreground."""
+    if isinstance(mask, Image.Image):
+        mask = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
+    mask = mask.float().reshape(1, 1, *mask.shape[-2:])
+    return (nn.functional.interpolate(mask, tuple(size), mode="nearest-exact") > 0.5).float()
+
+
+def on_white_square(white_background: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
+    """More white on both sides of the shorter axis: the MLLM's image processor cuts a square out of the middle."""
+    height, width = white_background.shape[-2:]
+    rows, columns = max(0, width - height), max(0, height - width)
+    return nn.functional.pad(white_background, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=1.0)
