@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
 )
 
 from moma_lightning.hub import has_file, loading, local_path, resolve
@@ -34,7 +36,8 @@ class FoundationConfig:
 
     base: Stable Diffusion (unet, vae, text_encoder, tokenizer, scheduler), or a community checkpoint in one `.safetensors` file, which
     takes configs and tokenizer from base_config. vae: another autoencoder instead of the base's.
-    image_encoder: CLIP vision tower of the image embeddings. mllm: LLaVA. ip_adapter: start of the context attention.
+    image_encoder: CLIP vision tower of the image embeddings. mllm: multimodal LLM of a family in docs/mllms.md. ip_adapter: start of the
+    context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
     trains it in float32.
     """
@@ -125,11 +128,11 @@ def load_image_encoder(config: FoundationConfig) -> ImageEncoder:
     return ImageEncoder(model, processor)
 
 
-def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The MLLM in `dtype` and its processor."""
     with loading(config.mllm):
         where = resolve(config.mllm)
-        return LlavaForConditionalGeneration.from_pretrained(**where, torch_dtype=dtype), LlavaProcessor.from_pretrained(**where)
+        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype), AutoProcessor.from_pretrained(**where)
 
 
 def mllm_width(config: FoundationConfig) -> int:

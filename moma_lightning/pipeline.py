@@ -237,7 +237,7 @@ class MoMAPipeline(StableDiffusionPipeline):
         """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
         if self.decoder is not None:
             if subject.picture is None:
-                subject.picture = self.decoder.read_picture(on_white_square(subject.white_background))
+                subject.picture = self.decoder.read_picture(subject.white_background)
             each = list(dict.fromkeys(prompts))  # a prompt asked for under several seeds is read once
             embeds = self.decoder.predict(subject.picture, subject.label, each)
             return embeds[[each.index(prompt) for prompt in prompts]]
@@ -248,13 +248,6 @@ class MoMAPipeline(StableDiffusionPipeline):
     def _decode(self, latents, output_type):
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type=output_type)
-
-
-def on_white_square(white_background: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
-    """More white on both sides of the shorter axis: the MLLM's image processor cuts a square out of the middle."""
-    height, width = white_background.shape[-2:]
-    rows, columns = max(0, width - height), max(0, height - width)
-    return nn.functional.pad(white_background, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=1.0)
 
 
 class SubjectGuide:

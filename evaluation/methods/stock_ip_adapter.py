@@ -12,7 +12,6 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Models, Reference
 from evaluation.methods.diffusion import IpAdapter
 from evaluation.tasks import PictureTask
-from moma_lightning.pipeline import on_white_square
 
 
 @dataclass
@@ -49,4 +48,4 @@ class StockIpAdapter(IpAdapter):
         # prepare_subject is where the pipeline makes I_wb; its pass over the reference goes unused
         white = pipeline.prepare_subject(reference.image, reference.mask, subject.label, area).white_background
         prompts = [task.prompt for task in tasks]
-        return pipeline.decoder(on_white_square(white).expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)
+        return pipeline.decoder(white.expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)

@@ -2,22 +2,24 @@
 
 import copy
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
 from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
 from moma_lightning.hub import find_folder
 from moma_lightning.models.mapping import Mapping
-from moma_lightning.models.preprocess import preprocess
+from moma_lightning.models.mllm import Seen, family_of, language_inputs, picture_side, picture_start, see, where
 from moma_lightning.models.published import PublishedModel
 from moma_lightning.models.trained_weights import CONFIG, WEIGHTS, read_config, read_weights, write_folder
 
+#: Where an instruction has its picture.
+PICTURE = "<image>"
 #: The instruction's wording. The released code reads the output at its last word, `*`, and has no token of its own.
 TEMPLATES = {
     "paper": "<image>\nAn image of {label}. Describe {prompt}",
@@ -32,14 +34,15 @@ class DecoderConfig:
     template: the instruction's wording (see TEMPLATES).
     learnable_token: append one learnable token and read the output there; None: as the template has it (paper yes, released
         no). Without it the output is read at the instruction's last token.
-    trainable: regexes of the decoder's parameter names; every parameter in which none is found stays frozen.
+    trainable: regexes of the decoder's parameter names; every parameter in which none is found stays frozen. None: all but the
+        MLLM's vision tower is trained, which is language model, connector, token and mapping.
+    image_size: side in pixels of the square picture, for MLLMs that take any (Qwen-VL); None: the MLLM's own, or 448.
     """
 
     template: Literal["paper", "released"] = "paper"
     learnable_token: bool | None = None
-    trainable: list[str] = field(
-        default_factory=lambda: [r"^mllm\.language_model\.", r"^mllm\.multi_modal_projector\.", r"^token$", r"^mapping\."]
-    )
+    trainable: list[str] | None = None
+    image_size: int | None = None
 
 
 def instruction(template: str, label: str, prompt: str) -> str:
@@ -52,15 +55,16 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     """Predicts the CLIP image embedding of the picture a prompt describes, with the subject of a white-background picture.
 
     Only the inner model of `mllm` is kept: there is no language-model head, so no vocabulary logits. Parameter names begin
-    with `mllm.` (`vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
+    with `mllm.` (LLaVA: `vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
     """
 
     entries = ("read_picture", "predict")  # called from outside, beside `forward`: sharded training is told of them
 
-    def __init__(self, mllm: LlavaForConditionalGeneration, processor: LlavaProcessor, embed_dim: int, config: DecoderConfig):
+    def __init__(self, mllm: PreTrainedModel, processor: ProcessorMixin, embed_dim: int, config: DecoderConfig):
         super().__init__()
-        hidden_size = mllm.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr, index]
+        hidden_size = mllm.get_input_embeddings().weight.shape[1]
         self.config, self.embed_dim = config, embed_dim
+        self.family, self.picture_side = family_of(mllm.config), picture_side(mllm.config, config.image_size)
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.image_token = processor.image_token
         self.mllm = mllm.model
@@ -78,17 +82,23 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         return cls(mllm, processor, embed_dim, config)
 
     def _choose_trained(self) -> None:
-        for pattern in self.config.trainable:
+        patterns = self.config.trainable
+        for pattern in patterns or ():
             if pattern != r"^token$" and not any(re.search(pattern, name) for name, _ in self.named_parameters()):
                 raise ValueError(f"trainable: {pattern!r} is found in no parameter name of the image-feature decoder")
+        vision = self.vision_parameters()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.config.trainable))
+            parameter.requires_grad_(name not in vision if patterns is None else any(re.search(pattern, name) for pattern in patterns))
+
+    def vision_parameters(self) -> dict[str, nn.Parameter]:
+        """The vision tower's, without what its family calls connector."""
+        return {f"mllm.{name}": p for name, p in self.mllm.named_parameters() if re.search(self.family.vision, name)}
 
     def train(self, mode: bool = True) -> "ImageFeatureDecoder":
         """As nn.Module's, but the frozen vision tower stays in eval mode."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.mllm.vision_tower.parameters()):
-            self.mllm.vision_tower.eval()
+        if not any(parameter.requires_grad for parameter in self.vision_parameters().values()):
+            self.mllm.get_encoder("image").eval()
         return self
 
     def forward(
@@ -97,15 +107,20 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """Eq. 4's MLLM(CLIP(I_wb), P, Token), mapped; one label and one prompt for each picture in [-1, 1], of any size."""
         if not len(white_background) == len(label) == len(prompt):
             raise ValueError(f"{len(white_background)} pictures, {len(label)} labels and {len(prompt)} prompts: must be as many")
-        image_features = self.image_features(white_background)
-        input_ids, mask = (t.to(image_features.device) for t in self.tokenize(label, prompt, image_features.shape[1]))
-        embeds = self.mllm.get_input_embeddings()(input_ids)
-        is_image = (input_ids == self.mllm.config.image_token_id)[..., None]
-        embeds = embeds.masked_scatter(is_image, image_features.to(embeds.dtype))
+        seen = self.see(white_background)
+        count = seen.embeds.shape[1]
+        input_ids, mask = (t.to(seen.embeds.device) for t in self.tokenize(label, prompt, count))
+        embeds, is_image = self.mllm.get_input_embeddings()(input_ids), input_ids == self.mllm.config.image_token_id
+        embeds = embeds.masked_scatter(is_image[..., None], seen.embeds.to(embeds.dtype))
         if self.token is not None:
             embeds, mask = append_token(embeds, mask, self.token)
-        hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        return self.mapped(hidden, mask)
+            is_image = nn.functional.pad(is_image, (0, 1))
+        places = where(self.mllm, input_ids, count, embeds.shape[1])
+        return self.mapped(self._read(embeds, places, attention_mask=mask.long(), use_cache=False, **language_inputs(seen, is_image)), mask)
+
+    def _read(self, embeds: Float[Tensor, "batch tokens hidden"], places: Tensor | None, **options) -> Float[Tensor, "batch tokens hidden"]:
+        """The language model's last hidden states."""
+        return self.mllm.get_decoder()(inputs_embeds=embeds, position_ids=places, **options).last_hidden_state
 
     def mapped(self, hidden: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed_dim"]:
         """The output at each row's last real token, mapped to an embedding."""
@@ -115,12 +130,14 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     @torch.no_grad()
     def read_picture(self, white_background: Float[Tensor, "1 3 height width"]) -> DynamicCache:
         """The language model's keys and values of the instruction up to the picture's last token, which no label or prompt changes."""
-        image_features = self.image_features(white_background)
-        input_ids, _ = self.tokenize([""], [""], image_features.shape[1])
-        before = self.mllm.get_input_embeddings()(input_ids[:, : self._picture_start(input_ids)].to(image_features.device))
-        embeds = torch.cat([before, image_features.to(before.dtype)], dim=1)
-        cache = DynamicCache()
-        self.mllm.language_model(inputs_embeds=embeds, cache=cache, use_cache=True)
+        seen, cache = self.see(white_background), DynamicCache()
+        input_ids = self.tokenize([""], [""], seen.embeds.shape[1])[0].to(seen.embeds.device)
+        start = picture_start(self.mllm, input_ids)
+        before = self.mllm.get_input_embeddings()(input_ids[:, :start])
+        embeds = torch.cat([before, seen.embeds.to(before.dtype)], dim=1)
+        is_image = torch.arange(embeds.shape[1], device=embeds.device)[None] >= start
+        places = where(self.mllm, input_ids, seen.embeds.shape[1], embeds.shape[1])
+        self._read(embeds, places, cache=cache, use_cache=True, **language_inputs(seen, is_image))
         return cache
 
     @torch.no_grad()
@@ -129,22 +146,18 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         cache = copy.deepcopy(picture)  # the language model appends to it
         cache.batch_repeat_interleave(len(prompt))
         input_ids, mask = (t.to(self.mapping.down_proj.weight.device) for t in self.tokenize([label] * len(prompt), prompt, 1))
-        words = slice(self._picture_start(input_ids) + 1, None)
-        embeds, mask = self.mllm.get_input_embeddings()(input_ids[:, words]), mask[:, words]
+        start, read = picture_start(self.mllm, input_ids), picture.get_seq_length()
+        embeds, mask = self.mllm.get_input_embeddings()(input_ids[:, start + 1 :]), mask[:, start + 1 :]
         if self.token is not None:
             embeds, mask = append_token(embeds, mask, self.token)
-        attended = nn.functional.pad(mask.long(), (picture.get_seq_length(), 0), value=1)
-        hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=attended, cache=cache, use_cache=True).last_hidden_state
-        return self.mapped(hidden, mask)
+        attended = nn.functional.pad(mask.long(), (read, 0), value=1)
+        places = where(self.mllm, input_ids, read - start, attended.shape[1])
+        places = None if places is None else places[..., read:]
+        return self.mapped(self._read(embeds, places, attention_mask=attended, cache=cache, use_cache=True), mask)
 
-    def _picture_start(self, input_ids: Int[Tensor, "batch tokens"]) -> int:
-        """The picture's first place: the same in all rows, as every template brings the picture before label and prompt."""
-        return int((input_ids[0] == self.mllm.config.image_token_id).nonzero()[0])
-
-    def image_features(self, white_background: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens hidden"]:
-        """The pictures as the language model sees them: vision tower and multimodal projector."""
-        pixel_values = preprocess(white_background, self.image_processor).to(self.mllm.vision_tower.dtype)
-        return torch.stack(list(self.mllm.get_image_features(pixel_values, return_dict=True).pooler_output))
+    def see(self, white_background: Float[Tensor, "batch 3 height width"]) -> Seen:
+        """The pictures as the language model takes them: vision tower and connector."""
+        return see(self.mllm, self.image_processor, white_background, self.picture_side)
 
     def tokenize(
         self, label: list[str], prompt: list[str], image_tokens: int
@@ -152,9 +165,10 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """Instructions as right-padded token ids with `image_tokens` places for the picture, and which of them are real."""
         texts = [instruction(self.config.template, a, b) for a, b in zip(label, prompt, strict=True)]
         for text in texts:
-            if text.count(self.image_token) != 1:
-                raise ValueError(f"label and prompt must not contain {self.image_token}: {text!r}")
-        texts = [text.replace(self.image_token, self.image_token * image_tokens) for text in texts]
+            if text.count(PICTURE) != 1 or self.image_token in text.replace(PICTURE, ""):
+                raise ValueError(f"label and prompt must not contain {' or '.join({PICTURE, self.image_token})}: {text!r}")
+        picture = f"{self.family.before}{self.image_token * image_tokens}{self.family.after}"
+        texts = [text.replace(PICTURE, picture) for text in texts]
         tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return tokens.input_ids, tokens.attention_mask.bool()
 
