@@ -23,6 +23,7 @@ from transformers import (
 from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
+from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_single_file, load_single_file
 
 __all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
@@ -39,7 +40,7 @@ class FoundationConfig:
     image_encoder: CLIP vision tower of the image embeddings. mllm: multimodal LLM of a family in docs/mllms.md. ip_adapter: start of the
     context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
-    trains it in float32.
+    trains it in float32. mllm_quantization: language model in 8 or 4 bits, frozen (stage 1 then trains LoRA alone); needs a CUDA GPU.
     """
 
     base: str = f"{MINI}/base"
@@ -50,6 +51,7 @@ class FoundationConfig:
     ip_adapter: str | None = f"{MINI}/ip_adapter/ip-adapter.safetensors"
     sam: str | None = f"{MINI}/sam"
     mllm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mllm_quantization: Quantization | None = None
 
 
 @dataclass
@@ -129,10 +131,11 @@ def load_image_encoder(config: FoundationConfig) -> ImageEncoder:
 
 
 def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The MLLM in `dtype` and its processor."""
+    """The MLLM in `dtype`, quantized where the config says so, and its processor."""
+    bits = quantized(config.mllm_quantization, getattr(torch, config.mllm_dtype)) if config.mllm_quantization else {}
     with loading(config.mllm):
         where = resolve(config.mllm)
-        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype), AutoProcessor.from_pretrained(**where)
+        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, **bits), AutoProcessor.from_pretrained(**where)
 
 
 def mllm_width(config: FoundationConfig) -> int:

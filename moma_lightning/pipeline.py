@@ -21,6 +21,7 @@ from moma_lightning.models.attention import Conditioning, ContextConditioning, R
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
 from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.segmentation import SamMasker
 
 
@@ -301,15 +302,24 @@ def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | Non
     """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
 
     adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote.
+    Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings.
     """
     foundation = foundation or FoundationConfig()
     base = load_base(foundation)
     sam = foundation.sam
     masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
+    clip = load_image_encoder(foundation)
+    loaded = load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None
+    widths = {f"the image encoder {foundation.image_encoder}": clip.embed_dim}
+    if loaded is not None:
+        widths[f"the adapter {adapter}"] = loaded.image_proj.proj.in_features
+    if decoder:
+        widths[f"the decoder {decoder}"] = decoder_embed_dim(local_path(decoder) or decoder)
+    check_embed_dims(widths)
     return MoMAPipeline.from_base(
         base,
-        adapter=load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None,
+        adapter=loaded,
         decoder=ImageFeatureDecoder.from_pretrained(local_path(decoder) or Path(decoder), foundation).eval() if decoder else None,
-        clip=load_image_encoder(foundation),
+        clip=clip,
         masker=masker,
     )

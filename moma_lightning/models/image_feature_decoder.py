@@ -2,53 +2,50 @@
 
 import copy
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
-from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
+from moma_lightning.foundation import FoundationConfig, load_mllm
 from moma_lightning.hub import find_folder
+from moma_lightning.models.instruction import PICTURE, instruction
+from moma_lightning.models.lora import LoraOptions, add_adapters, is_adapter, merge_adapters
 from moma_lightning.models.mapping import Mapping
 from moma_lightning.models.mllm import Seen, family_of, language_inputs, picture_side, picture_start, see, where
 from moma_lightning.models.published import PublishedModel
 from moma_lightning.models.trained_weights import CONFIG, WEIGHTS, read_config, read_weights, write_folder
-
-#: Where an instruction has its picture.
-PICTURE = "<image>"
-#: The instruction's wording. The released code reads the output at its last word, `*`, and has no token of its own.
-TEMPLATES = {
-    "paper": "<image>\nAn image of {label}. Describe {prompt}",
-    "released": "USER: <image>\n A photo of a {label}. Describe a new image of the same {label} in: {prompt}. ASSISTANT: *",
-}
+from moma_lightning.models.widths import check_hidden_size
+from moma_lightning.quantization import refuse_quantized
 
 
 @dataclass
 class DecoderConfig:
     """Options of the image-feature decoder.
 
-    template: the instruction's wording (see TEMPLATES).
+    template: the instruction's wording (see models/instruction.py).
     learnable_token: append one learnable token and read the output there; None: as the template has it (paper yes, released
         no). Without it the output is read at the instruction's last token.
     trainable: regexes of the decoder's parameter names; every parameter in which none is found stays frozen. None: all but the
         MLLM's vision tower is trained, which is language model, connector, token and mapping.
     image_size: side in pixels of the square picture, for MLLMs that take any (Qwen-VL); None: the MLLM's own, or 448.
+    lora: train low-rank adapters in the language model's place, which stays frozen unless `trainable` names it.
     """
 
     template: Literal["paper", "released"] = "paper"
     learnable_token: bool | None = None
     trainable: list[str] | None = None
     image_size: int | None = None
+    lora: LoraOptions | None = None
 
-
-def instruction(template: str, label: str, prompt: str) -> str:
-    """The words the MLLM reads, with one `<image>` in them. The templates bring their own article and final period."""
-    label = re.sub(r"^(a|an|the)\s+", "", label.strip(), flags=re.IGNORECASE)
-    return TEMPLATES[template].format(label=label, prompt=prompt.strip().removesuffix(".").rstrip())
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> "DecoderConfig":
+        """What `asdict` gave, out of a file."""
+        return cls(**options | {"lora": LoraOptions(**options["lora"]) if options.get("lora") else None})
 
 
 class ImageFeatureDecoder(nn.Module, PublishedModel):
@@ -68,6 +65,8 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.image_token = processor.image_token
         self.mllm = mllm.model
+        if config.lora is not None:
+            add_adapters(self.mllm.get_decoder(), config.lora)
         self.mapping = Mapping(hidden_size, embed_dim)
         has_token = config.template == "paper" if config.learnable_token is None else config.learnable_token
         self.token = nn.Parameter(hidden_size**-0.5 * torch.randn(hidden_size)) if has_token else None
@@ -86,13 +85,20 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         for pattern in patterns or ():
             if pattern != r"^token$" and not any(re.search(pattern, name) for name, _ in self.named_parameters()):
                 raise ValueError(f"trainable: {pattern!r} is found in no parameter name of the image-feature decoder")
-        vision = self.vision_parameters()
+        fixed = self.vision_parameters() if self.config.lora is None else self.vision_parameters() | self.language_parameters()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name not in vision if patterns is None else any(re.search(pattern, name) for pattern in patterns))
+            chosen = name not in fixed if patterns is None else any(re.search(pattern, name) for pattern in patterns)
+            if chosen:
+                refuse_quantized([(name, parameter)], "it cannot be trained, nor take what was trained; use a decoder with decoder.lora")
+            parameter.requires_grad_(chosen or is_adapter(name))
 
     def vision_parameters(self) -> dict[str, nn.Parameter]:
         """The vision tower's, without what its family calls connector."""
         return {f"mllm.{name}": p for name, p in self.mllm.named_parameters() if re.search(self.family.vision, name)}
+
+    def language_parameters(self) -> dict[str, nn.Parameter]:
+        (part,) = (name for name, module in self.mllm.named_children() if module is self.mllm.get_decoder())
+        return {name: p for name, p in self.named_parameters() if name.startswith(f"mllm.{part}.")}
 
     def train(self, mode: bool = True) -> "ImageFeatureDecoder":
         """As nn.Module's, but the frozen vision tower stays in eval mode."""
@@ -176,6 +182,18 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """What the foundation's MLLM does not hold: the token, the mapping and whatever of the MLLM is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad or not name.startswith("mllm.")}
 
+    def merge_lora(self) -> "ImageFeatureDecoder":
+        """Add the adapters to the weights beside them: the same outputs, from a decoder whose file then holds the whole language model.
+
+        Raises ValueError for a decoder without adapters.
+        """
+        if self.config.lora is None:
+            raise ValueError("this image-feature decoder has no LoRA adapters to merge")
+        merge_adapters(self.mllm.get_decoder())
+        self.config = replace(self.config, lora=None, trainable=None)
+        self._choose_trained()
+        return self
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """`own_parameters` (`model.safetensors`) and the options (`config.json`)."""
         sizes = {"embed_dim": self.embed_dim, "hidden_size": self.mapping.gate_proj.in_features}
@@ -184,10 +202,11 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     def describe(self) -> dict[str, str]:
         own = sum(p.numel() for p in self.own_parameters().values()) / 1e6
         token = "no" if self.token is None else "one"
+        lora = f", LoRA of rank {self.config.lora.rank}" if self.config.lora else ""
         return {
             "title": "MoMA image-feature decoder",
             "details": f"Predicts a CLIP image embedding of {self.embed_dim} numbers from a picture and a prompt: {own:.2f} M parameters on top of "
-                       f"an MLLM of width {self.mapping.gate_proj.in_features}; template `{self.config.template}`, {token} learnable token.",
+                       f"an MLLM of width {self.mapping.gate_proj.in_features}; template `{self.config.template}`, {token} learnable token{lora}.",
             "usage": 'ImageFeatureDecoder.from_pretrained("owner/name@revision", foundation)  # or decoder: owner/name@revision in a YAML',
         }  # fmt: skip
 
@@ -200,19 +219,11 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """
         folder = find_folder(str(folder), [WEIGHTS, CONFIG])
         options = read_config(folder)
-        check_width(folder, options.get("hidden_size"), foundation)
+        check_hidden_size(folder, options.get("hidden_size"), foundation)
         dtype = getattr(torch, foundation.mllm_dtype)
-        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"], dtype)
+        decoder = cls.from_foundation(foundation, DecoderConfig.from_dict(options["decoder"]), options["embed_dim"], dtype)
         read_weights(folder, decoder.own_parameters())
         return decoder.eval()
-
-
-def check_width(folder: Path, hidden_size: int | None, foundation: FoundationConfig) -> None:
-    """ValueError, before gigabytes are loaded, where a decoder was trained on an MLLM of another width than the foundation's."""
-    width = mllm_width(foundation)
-    if hidden_size is not None and hidden_size != width:
-        raise ValueError(f"{folder}: its mapping reads hidden states of {hidden_size}, the MLLM {foundation.mllm} has {width}: "
-                         "set foundation.mllm to the one that stage 1 trained")  # fmt: skip
 
 
 def append_token(
