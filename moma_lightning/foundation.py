@@ -10,14 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
 )
 
 from moma_lightning.families import family_of
@@ -25,6 +27,7 @@ from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.text import TextConditioning, encode_text
+from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_single_file, load_single_file
 
 __all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
@@ -38,9 +41,10 @@ class FoundationConfig:
 
     base: Stable Diffusion or SDXL (unet, vae, text encoders and tokenizers, scheduler), or a community checkpoint in one `.safetensors` file, which
     takes configs and tokenizer from base_config. vae: another autoencoder instead of the base's.
-    image_encoder: CLIP vision tower of the image embeddings. mllm: LLaVA. ip_adapter: start of the context attention.
+    image_encoder: CLIP vision tower of the image embeddings. mllm: multimodal LLM of a family in docs/mllms.md. ip_adapter: start of the
+    context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
-    trains it in float32.
+    trains it in float32. mllm_quantization: language model in 8 or 4 bits, frozen (stage 1 then trains LoRA alone); needs a CUDA GPU.
     """
 
     base: str = f"{MINI}/base"
@@ -51,6 +55,7 @@ class FoundationConfig:
     ip_adapter: str | None = f"{MINI}/ip_adapter/ip-adapter.safetensors"
     sam: str | None = f"{MINI}/sam"
     mllm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mllm_quantization: Quantization | None = None
 
 
 @dataclass
@@ -160,11 +165,12 @@ def vae_name(config: FoundationConfig) -> str:
     return config.vae or (f"{config.base}/vae" if base is not None and base.is_dir() else config.base)
 
 
-def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The MLLM in `dtype` and its processor."""
+def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The MLLM in `dtype`, quantized where the config says so, and its processor."""
+    bits = quantized(config.mllm_quantization, getattr(torch, config.mllm_dtype)) if config.mllm_quantization else {}
     with loading(config.mllm):
         where = resolve(config.mllm)
-        return LlavaForConditionalGeneration.from_pretrained(**where, torch_dtype=dtype), LlavaProcessor.from_pretrained(**where)
+        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, **bits), AutoProcessor.from_pretrained(**where)
 
 
 def mllm_width(config: FoundationConfig) -> int:

@@ -8,16 +8,21 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from moma_lightning.quantization import require_bitsandbytes
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW's options. Warm-up is linear over `warmup_steps`; cosine and linear schedules then fall to 0 at the last step.
 
+    kind: `adamw8bit` is bitsandbytes', with moments of 8 bits; it needs a CUDA GPU and does not know sharded parameters.
     lr_multipliers: regex of parameter names -> factor on `lr`; the first regex that is found in a name counts.
     Vectors and scalars (norms, biases, tokens, lambda) are never decayed.
     """
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
@@ -41,12 +46,22 @@ def configure(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer alone. Raises ValueError as `configure`."""
+def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer alone. Raises ValueError as `configure`, and for `adamw8bit` what `require_bitsandbytes` raises."""
     trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter is trained: every one is frozen")
-    return torch.optim.AdamW(parameter_groups(trained, config), lr=config.lr, betas=config.betas)
+    make = adamw8bit(trained) if config.kind == "adamw8bit" else torch.optim.AdamW
+    return make(parameter_groups(trained, config), lr=config.lr, betas=config.betas)
+
+
+def adamw8bit(trained: list[tuple[str, nn.Parameter]]) -> type[torch.optim.Optimizer]:
+    require_bitsandbytes("optimizer.kind adamw8bit")
+    if any(isinstance(parameter, DTensor) for _, parameter in trained):
+        raise ValueError("optimizer.kind adamw8bit does not know sharded parameters: train with --trainer.strategy ddp, or with kind adamw")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load
 from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.segmentation import SamMasker
 from moma_lightning.subject import (
     VARIANTS,
@@ -27,7 +28,6 @@ from moma_lightning.subject import (
     SubjectSettings,
     foreground,
     label_tokens,
-    on_white_square,
     picture_pixels,
 )
 
@@ -192,7 +192,7 @@ class MoMAPipeline(DiffusionPipeline):
         """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
         if self.decoder is not None:
             if subject.picture is None:
-                subject.picture = self.decoder.read_picture(on_white_square(subject.white_background))
+                subject.picture = self.decoder.read_picture(subject.white_background)
             each = list(dict.fromkeys(prompts))  # a prompt asked for under several seeds is read once
             embeds = self.decoder.predict(subject.picture, subject.label, each)
             return embeds[[each.index(prompt) for prompt in prompts]]
@@ -223,15 +223,24 @@ def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | Non
     """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
 
     adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote.
+    Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings.
     """
     foundation = foundation or FoundationConfig()
     base = load_base(foundation)
     sam = foundation.sam
     masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
+    clip = load_image_encoder(foundation)
+    loaded = load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None
+    widths = {f"the image encoder {foundation.image_encoder}": clip.embed_dim}
+    if loaded is not None:
+        widths[f"the adapter {adapter}"] = loaded.image_proj.proj.in_features
+    if decoder:
+        widths[f"the decoder {decoder}"] = decoder_embed_dim(local_path(decoder) or decoder)
+    check_embed_dims(widths)
     return MoMAPipeline.from_base(
         base,
-        adapter=load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None,
+        adapter=loaded,
         decoder=ImageFeatureDecoder.from_pretrained(local_path(decoder) or Path(decoder), foundation).eval() if decoder else None,
-        clip=load_image_encoder(foundation),
+        clip=clip,
         masker=masker,
     )

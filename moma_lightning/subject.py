@@ -135,10 +135,3 @@ def foreground(mask: Image.Image | Tensor, size: Sequence[int]) -> Float[Tensor,
         mask = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
     mask = mask.float().reshape(1, 1, *mask.shape[-2:])
     return (nn.functional.interpolate(mask, tuple(size), mode="nearest-exact") > 0.5).float()
-
-
-def on_white_square(white_background: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
-    """More white on both sides of the shorter axis: the MLLM's image processor cuts a square out of the middle."""
-    height, width = white_background.shape[-2:]
-    rows, columns = max(0, width - height), max(0, height - width)
-    return nn.functional.pad(white_background, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=1.0)

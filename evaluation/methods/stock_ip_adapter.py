@@ -12,7 +12,6 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Models, Reference
 from evaluation.methods.diffusion import IpAdapter
 from evaluation.tasks import PictureTask
-from moma_lightning.subject import on_white_square
 
 
 @dataclass
@@ -46,4 +45,4 @@ class StockIpAdapter(IpAdapter):
         # `prepared` is where the pipeline makes I_wb; its pass over the reference goes unused
         white = self.prepared(subject, reference).white_background
         prompts = [task.prompt for task in tasks]
-        return self.pipeline.decoder(on_white_square(white).expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)
+        return self.pipeline.decoder(white.expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)

@@ -22,7 +22,7 @@ def larger_against_smaller(larger: tuple[int, float], smaller: tuple[int, float]
 def cases() -> list[Case]:
     shape = "guided step, SD 1.5's UNet x0.25, fp32"
     masked = f"{shape}, mask 25%"
-    resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, larger_against_smaller((a, 0.25), (b, 0.25)), pairs=3) for a, b in ((64, 32), (128, 64))]
+    resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, larger_against_smaller((a, 0.25), (b, 0.25)), 3) for a, b in ((64, 32), (128, 64))]
     masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", larger_against_smaller((64, a), (64, b)), pairs=3)
              for a, b in ((0.25, 0.05), (1.0, 0.25))]  # fmt: skip
     return resolutions + masks

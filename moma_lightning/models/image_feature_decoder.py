@@ -2,68 +2,71 @@
 
 import copy
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
-from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
+from moma_lightning.foundation import FoundationConfig, load_mllm
 from moma_lightning.hub import find_folder
+from moma_lightning.models.instruction import PICTURE, instruction
+from moma_lightning.models.lora import LoraOptions, add_adapters, is_adapter, merge_adapters
 from moma_lightning.models.mapping import Mapping
-from moma_lightning.models.preprocess import preprocess
+from moma_lightning.models.mllm import Seen, family_of, language_inputs, picture_side, picture_start, see, where
 from moma_lightning.models.published import PublishedModel
 from moma_lightning.models.trained_weights import CONFIG, WEIGHTS, read_config, read_weights, write_folder
-
-#: The instruction's wording. The released code reads the output at its last word, `*`, and has no token of its own.
-TEMPLATES = {
-    "paper": "<image>\nAn image of {label}. Describe {prompt}",
-    "released": "USER: <image>\n A photo of a {label}. Describe a new image of the same {label} in: {prompt}. ASSISTANT: *",
-}
+from moma_lightning.models.widths import check_hidden_size
+from moma_lightning.quantization import refuse_quantized
 
 
 @dataclass
 class DecoderConfig:
     """Options of the image-feature decoder.
 
-    template: the instruction's wording (see TEMPLATES).
+    template: the instruction's wording (see models/instruction.py).
     learnable_token: append one learnable token and read the output there; None: as the template has it (paper yes, released
         no). Without it the output is read at the instruction's last token.
-    trainable: regexes of the decoder's parameter names; every parameter in which none is found stays frozen.
+    trainable: regexes of the decoder's parameter names; every parameter in which none is found stays frozen. None: all but the
+        MLLM's vision tower is trained, which is language model, connector, token and mapping.
+    image_size: side in pixels of the square picture, for MLLMs that take any (Qwen-VL); None: the MLLM's own, or 448.
+    lora: train low-rank adapters in the language model's place, which stays frozen unless `trainable` names it.
     """
 
     template: Literal["paper", "released"] = "paper"
     learnable_token: bool | None = None
-    trainable: list[str] = field(
-        default_factory=lambda: [r"^mllm\.language_model\.", r"^mllm\.multi_modal_projector\.", r"^token$", r"^mapping\."]
-    )
+    trainable: list[str] | None = None
+    image_size: int | None = None
+    lora: LoraOptions | None = None
 
-
-def instruction(template: str, label: str, prompt: str) -> str:
-    """The words the MLLM reads, with one `<image>` in them. The templates bring their own article and final period."""
-    label = re.sub(r"^(a|an|the)\s+", "", label.strip(), flags=re.IGNORECASE)
-    return TEMPLATES[template].format(label=label, prompt=prompt.strip().removesuffix(".").rstrip())
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> "DecoderConfig":
+        """What `asdict` gave, out of a file."""
+        return cls(**options | {"lora": LoraOptions(**options["lora"]) if options.get("lora") else None})
 
 
 class ImageFeatureDecoder(nn.Module, PublishedModel):
     """Predicts the CLIP image embedding of the picture a prompt describes, with the subject of a white-background picture.
 
     Only the inner model of `mllm` is kept: there is no language-model head, so no vocabulary logits. Parameter names begin
-    with `mllm.` (`vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
+    with `mllm.` (LLaVA: `vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
     """
 
     entries = ("read_picture", "predict")  # called from outside, beside `forward`: sharded training is told of them
 
-    def __init__(self, mllm: LlavaForConditionalGeneration, processor: LlavaProcessor, embed_dim: int, config: DecoderConfig):
+    def __init__(self, mllm: PreTrainedModel, processor: ProcessorMixin, embed_dim: int, config: DecoderConfig):
         super().__init__()
-        hidden_size = mllm.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr, index]
+        hidden_size = mllm.get_input_embeddings().weight.shape[1]
         self.config, self.embed_dim = config, embed_dim
+        self.family, self.picture_side = family_of(mllm.config), picture_side(mllm.config, config.image_size)
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.image_token = processor.image_token
         self.mllm = mllm.model
+        if config.lora is not None:
+            add_adapters(self.mllm.get_decoder(), config.lora)
         self.mapping = Mapping(hidden_size, embed_dim)
         has_token = config.template == "paper" if config.learnable_token is None else config.learnable_token
         self.token = nn.Parameter(hidden_size**-0.5 * torch.randn(hidden_size)) if has_token else None
@@ -78,17 +81,30 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         return cls(mllm, processor, embed_dim, config)
 
     def _choose_trained(self) -> None:
-        for pattern in self.config.trainable:
+        patterns = self.config.trainable
+        for pattern in patterns or ():
             if pattern != r"^token$" and not any(re.search(pattern, name) for name, _ in self.named_parameters()):
                 raise ValueError(f"trainable: {pattern!r} is found in no parameter name of the image-feature decoder")
+        fixed = self.vision_parameters() if self.config.lora is None else self.vision_parameters() | self.language_parameters()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.config.trainable))
+            chosen = name not in fixed if patterns is None else any(re.search(pattern, name) for pattern in patterns)
+            if chosen:
+                refuse_quantized([(name, parameter)], "it cannot be trained, nor take what was trained; use a decoder with decoder.lora")
+            parameter.requires_grad_(chosen or is_adapter(name))
+
+    def vision_parameters(self) -> dict[str, nn.Parameter]:
+        """The vision tower's, without what its family calls connector."""
+        return {f"mllm.{name}": p for name, p in self.mllm.named_parameters() if re.search(self.family.vision, name)}
+
+    def language_parameters(self) -> dict[str, nn.Parameter]:
+        (part,) = (name for name, module in self.mllm.named_children() if module is self.mllm.get_decoder())
+        return {name: p for name, p in self.named_parameters() if name.startswith(f"mllm.{part}.")}
 
     def train(self, mode: bool = True) -> "ImageFeatureDecoder":
         """As nn.Module's, but the frozen vision tower stays in eval mode."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.mllm.vision_tower.parameters()):
-            self.mllm.vision_tower.eval()
+        if not any(parameter.requires_grad for parameter in self.vision_parameters().values()):
+            self.mllm.get_encoder("image").eval()
         return self
 
     def forward(
@@ -97,15 +113,20 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """Eq. 4's MLLM(CLIP(I_wb), P, Token), mapped; one label and one prompt for each picture in [-1, 1], of any size."""
         if not len(white_background) == len(label) == len(prompt):
             raise ValueError(f"{len(white_background)} pictures, {len(label)} labels and {len(prompt)} prompts: must be as many")
-        image_features = self.image_features(white_background)
-        input_ids, mask = (t.to(image_features.device) for t in self.tokenize(label, prompt, image_features.shape[1]))
-        embeds = self.mllm.get_input_embeddings()(input_ids)
-        is_image = (input_ids == self.mllm.config.image_token_id)[..., None]
-        embeds = embeds.masked_scatter(is_image, image_features.to(embeds.dtype))
+        seen = self.see(white_background)
+        count = seen.embeds.shape[1]
+        input_ids, mask = (t.to(seen.embeds.device) for t in self.tokenize(label, prompt, count))
+        embeds, is_image = self.mllm.get_input_embeddings()(input_ids), input_ids == self.mllm.config.image_token_id
+        embeds = embeds.masked_scatter(is_image[..., None], seen.embeds.to(embeds.dtype))
         if self.token is not None:
             embeds, mask = append_token(embeds, mask, self.token)
-        hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        return self.mapped(hidden, mask)
+            is_image = nn.functional.pad(is_image, (0, 1))
+        places = where(self.mllm, input_ids, count, embeds.shape[1])
+        return self.mapped(self._read(embeds, places, attention_mask=mask.long(), use_cache=False, **language_inputs(seen, is_image)), mask)
+
+    def _read(self, embeds: Float[Tensor, "batch tokens hidden"], places: Tensor | None, **options) -> Float[Tensor, "batch tokens hidden"]:
+        """The language model's last hidden states."""
+        return self.mllm.get_decoder()(inputs_embeds=embeds, position_ids=places, **options).last_hidden_state
 
     def mapped(self, hidden: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed_dim"]:
         """The output at each row's last real token, mapped to an embedding."""
@@ -115,12 +136,14 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     @torch.no_grad()
     def read_picture(self, white_background: Float[Tensor, "1 3 height width"]) -> DynamicCache:
         """The language model's keys and values of the instruction up to the picture's last token, which no label or prompt changes."""
-        image_features = self.image_features(white_background)
-        input_ids, _ = self.tokenize([""], [""], image_features.shape[1])
-        before = self.mllm.get_input_embeddings()(input_ids[:, : self._picture_start(input_ids)].to(image_features.device))
-        embeds = torch.cat([before, image_features.to(before.dtype)], dim=1)
-        cache = DynamicCache()
-        self.mllm.language_model(inputs_embeds=embeds, cache=cache, use_cache=True)
+        seen, cache = self.see(white_background), DynamicCache()
+        input_ids = self.tokenize([""], [""], seen.embeds.shape[1])[0].to(seen.embeds.device)
+        start = picture_start(self.mllm, input_ids)
+        before = self.mllm.get_input_embeddings()(input_ids[:, :start])
+        embeds = torch.cat([before, seen.embeds.to(before.dtype)], dim=1)
+        is_image = torch.arange(embeds.shape[1], device=embeds.device)[None] >= start
+        places = where(self.mllm, input_ids, seen.embeds.shape[1], embeds.shape[1])
+        self._read(embeds, places, cache=cache, use_cache=True, **language_inputs(seen, is_image))
         return cache
 
     @torch.no_grad()
@@ -129,22 +152,18 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         cache = copy.deepcopy(picture)  # the language model appends to it
         cache.batch_repeat_interleave(len(prompt))
         input_ids, mask = (t.to(self.mapping.down_proj.weight.device) for t in self.tokenize([label] * len(prompt), prompt, 1))
-        words = slice(self._picture_start(input_ids) + 1, None)
-        embeds, mask = self.mllm.get_input_embeddings()(input_ids[:, words]), mask[:, words]
+        start, read = picture_start(self.mllm, input_ids), picture.get_seq_length()
+        embeds, mask = self.mllm.get_input_embeddings()(input_ids[:, start + 1 :]), mask[:, start + 1 :]
         if self.token is not None:
             embeds, mask = append_token(embeds, mask, self.token)
-        attended = nn.functional.pad(mask.long(), (picture.get_seq_length(), 0), value=1)
-        hidden = self.mllm.language_model(inputs_embeds=embeds, attention_mask=attended, cache=cache, use_cache=True).last_hidden_state
-        return self.mapped(hidden, mask)
+        attended = nn.functional.pad(mask.long(), (read, 0), value=1)
+        places = where(self.mllm, input_ids, read - start, attended.shape[1])
+        places = None if places is None else places[..., read:]
+        return self.mapped(self._read(embeds, places, attention_mask=attended, cache=cache, use_cache=True), mask)
 
-    def _picture_start(self, input_ids: Int[Tensor, "batch tokens"]) -> int:
-        """The picture's first place: the same in all rows, as every template brings the picture before label and prompt."""
-        return int((input_ids[0] == self.mllm.config.image_token_id).nonzero()[0])
-
-    def image_features(self, white_background: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens hidden"]:
-        """The pictures as the language model sees them: vision tower and multimodal projector."""
-        pixel_values = preprocess(white_background, self.image_processor).to(self.mllm.vision_tower.dtype)
-        return torch.stack(list(self.mllm.get_image_features(pixel_values, return_dict=True).pooler_output))
+    def see(self, white_background: Float[Tensor, "batch 3 height width"]) -> Seen:
+        """The pictures as the language model takes them: vision tower and connector."""
+        return see(self.mllm, self.image_processor, white_background, self.picture_side)
 
     def tokenize(
         self, label: list[str], prompt: list[str], image_tokens: int
@@ -152,15 +171,28 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """Instructions as right-padded token ids with `image_tokens` places for the picture, and which of them are real."""
         texts = [instruction(self.config.template, a, b) for a, b in zip(label, prompt, strict=True)]
         for text in texts:
-            if text.count(self.image_token) != 1:
-                raise ValueError(f"label and prompt must not contain {self.image_token}: {text!r}")
-        texts = [text.replace(self.image_token, self.image_token * image_tokens) for text in texts]
+            if text.count(PICTURE) != 1 or self.image_token in text.replace(PICTURE, ""):
+                raise ValueError(f"label and prompt must not contain {' or '.join({PICTURE, self.image_token})}: {text!r}")
+        picture = f"{self.family.before}{self.image_token * image_tokens}{self.family.after}"
+        texts = [text.replace(PICTURE, picture) for text in texts]
         tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return tokens.input_ids, tokens.attention_mask.bool()
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the foundation's MLLM does not hold: the token, the mapping and whatever of the MLLM is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad or not name.startswith("mllm.")}
+
+    def merge_lora(self) -> "ImageFeatureDecoder":
+        """Add the adapters to the weights beside them: the same outputs, from a decoder whose file then holds the whole language model.
+
+        Raises ValueError for a decoder without adapters.
+        """
+        if self.config.lora is None:
+            raise ValueError("this image-feature decoder has no LoRA adapters to merge")
+        merge_adapters(self.mllm.get_decoder())
+        self.config = replace(self.config, lora=None, trainable=None)
+        self._choose_trained()
+        return self
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """`own_parameters` (`model.safetensors`) and the options (`config.json`)."""
@@ -170,10 +202,11 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     def describe(self) -> dict[str, str]:
         own = sum(p.numel() for p in self.own_parameters().values()) / 1e6
         token = "no" if self.token is None else "one"
+        lora = f", LoRA of rank {self.config.lora.rank}" if self.config.lora else ""
         return {
             "title": "MoMA image-feature decoder",
             "details": f"Predicts a CLIP image embedding of {self.embed_dim} numbers from a picture and a prompt: {own:.2f} M parameters on top of "
-                       f"an MLLM of width {self.mapping.gate_proj.in_features}; template `{self.config.template}`, {token} learnable token.",
+                       f"an MLLM of width {self.mapping.gate_proj.in_features}; template `{self.config.template}`, {token} learnable token{lora}.",
             "usage": 'ImageFeatureDecoder.from_pretrained("owner/name@revision", foundation)  # or decoder: owner/name@revision in a YAML',
         }  # fmt: skip
 
@@ -186,19 +219,11 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         """
         folder = find_folder(str(folder), [WEIGHTS, CONFIG])
         options = read_config(folder)
-        check_width(folder, options.get("hidden_size"), foundation)
+        check_hidden_size(folder, options.get("hidden_size"), foundation)
         dtype = getattr(torch, foundation.mllm_dtype)
-        decoder = cls.from_foundation(foundation, DecoderConfig(**options["decoder"]), options["embed_dim"], dtype)
+        decoder = cls.from_foundation(foundation, DecoderConfig.from_dict(options["decoder"]), options["embed_dim"], dtype)
         read_weights(folder, decoder.own_parameters())
         return decoder.eval()
-
-
-def check_width(folder: Path, hidden_size: int | None, foundation: FoundationConfig) -> None:
-    """ValueError, before gigabytes are loaded, where a decoder was trained on an MLLM of another width than the foundation's."""
-    width = mllm_width(foundation)
-    if hidden_size is not None and hidden_size != width:
-        raise ValueError(f"{folder}: its mapping reads hidden states of {hidden_size}, the MLLM {foundation.mllm} has {width}: "
-                         "set foundation.mllm to the one that stage 1 trained")  # fmt: skip
 
 
 def append_token(

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 #: PIL's resampling filters, by number, as torch calls them.
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}
+LANCZOS, BICUBIC = 1, 3
 
 
 def preprocess(pixel_values: Float[Tensor, "batch 3 height width"], image_processor) -> Float[Tensor, "batch 3 size size"]:
@@ -20,10 +21,32 @@ def preprocess(pixel_values: Float[Tensor, "batch 3 height width"], image_proces
         pixels = _resize(pixels, _target_size(pixels.shape[-2:], image_processor.size), int(image_processor.resample))
     if image_processor.do_center_crop:
         pixels = _center_crop(pixels, image_processor.crop_size["height"], image_processor.crop_size["width"])
-    if image_processor.do_normalize:
-        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
-        pixels = (pixels - mean) / std
-    return pixels
+    return _normalize(pixels, image_processor)
+
+
+def preprocess_square(pixel_values: Float[Tensor, "batch 3 height width"], side: int, image_processor) -> Float[Tensor, "batch 3 side side"]:
+    """The whole of each picture in [-1, 1] on a white square, resized to `side` and normalised as a multimodal LLM's `image_processor` says.
+
+    Nothing is cut off, and nothing is split in tiles. Lanczos, SmolVLM's filter, becomes bicubic, as in its own processor on GPUs.
+    Raises ValueError as `preprocess`.
+    """
+    pixels = (on_white_square(pixel_values.float()) + 1) / 2
+    resample = int(image_processor.resample)
+    return _normalize(_resize(pixels, (side, side), BICUBIC if resample == LANCZOS else resample), image_processor)
+
+
+def on_white_square(white_background: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 longer longer"]:
+    """Pictures in [-1, 1] with more white on both sides of the shorter axis."""
+    height, width = white_background.shape[-2:]
+    rows, columns = max(0, width - height), max(0, height - width)
+    return F.pad(white_background, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=1.0)
+
+
+def _normalize(pixels: Tensor, image_processor) -> Tensor:
+    if not image_processor.do_normalize:
+        return pixels
+    mean, std = (pixels.new_tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
+    return (pixels - mean) / std
 
 
 def _target_size(current: torch.Size, size) -> tuple[int, int]:

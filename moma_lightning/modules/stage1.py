@@ -1,8 +1,8 @@
 """Stage 1, multimodal generative learning: teach the image-feature decoder CLIP's embedding of the whole picture (Eq. 4)."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -127,6 +127,17 @@ class Stage1(TrainedPartModule):
         """What a checkpoint holds of the module: the decoder's own parameters and the running mean of the targets."""
         own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
         return own | {"target_sum": self.target_sum, "target_count": self.target_count}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["decoder"] = asdict(self.decoder.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also raises ValueError where the decoder's options are not those of the checkpoint (a LoRA's alpha shows in no shape)."""
+        now = asdict(self.decoder.config)
+        if other := [f"decoder.{key}: {value} in the checkpoint, {now[key]} now" for key, value in checkpoint.get("decoder", now).items() if value != now[key]]:
+            raise ValueError("\n  ".join(["the checkpoint's image-feature decoder is another:", *other]))
+        super().on_load_checkpoint(checkpoint)
 
     def units(self) -> list[nn.Module]:
         captions = [self.caption_encoder] if self.caption_encoder is not None else []

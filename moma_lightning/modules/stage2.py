@@ -32,6 +32,7 @@ from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
+from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
@@ -88,10 +89,10 @@ class Stage2(TrainedPartModule):
                  training: TrainingOptions = TrainingOptions()):  # noqa: B008
         super().__init__(optimizer, training)
         self.config, self.grid, self.foundation, self.decoder_name = stage2, grid, foundation, decoder
-        base = load_base(foundation)
+        base, embed_dim = load_base(foundation), image_embed_dim(foundation)
         image_encoder = None if stage2.cached else load_image_encoder(foundation)
-        feature_decoder = load_decoder(decoder, foundation) if stage2.context == "decoder" and not stage2.cached else None
-        self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, image_embed_dim(foundation)))
+        feature_decoder = load_decoder(decoder, foundation, embed_dim) if stage2.context == "decoder" and not stage2.cached else None
+        self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, embed_dim))
 
     def assemble(self, base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:
         """Put the loaded parts in their places."""
@@ -277,10 +278,13 @@ class Stage2(TrainedPartModule):
                 save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
 
 
-def load_decoder(folder: str | None, foundation: FoundationConfig) -> ImageFeatureDecoder:
+def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: int) -> ImageFeatureDecoder:
+    """Stage 1's result. ValueError for none, and for one whose embeddings are not as wide as `embed_dim`, the image encoder's."""
     if folder is None:
         raise ValueError("stage 2 with context=decoder needs stage 1's result: set model.init_args.decoder to its image_feature_decoder folder")
-    return ImageFeatureDecoder.from_pretrained(local_path(folder) or Path(folder), foundation)
+    path = local_path(folder) or Path(folder)
+    check_embed_dims({f"the image encoder {foundation.image_encoder}": embed_dim, f"the decoder {path}": decoder_embed_dim(path)})
+    return ImageFeatureDecoder.from_pretrained(path, foundation)
 
 
 def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config, image_embed_dim: int) -> MoMAAdapter:

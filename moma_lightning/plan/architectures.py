@@ -101,9 +101,15 @@ def build_caption_encoder(name: str) -> CaptionEncoder:
 
 
 def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: int, dtype: torch.dtype = torch.float32) -> ImageFeatureDecoder:
-    """A decoder that reads every instruction as `INSTRUCTION_TOKENS` words around the picture's tokens."""
+    """A decoder that reads every instruction as `INSTRUCTION_TOKENS` words around the picture's tokens.
+
+    Raises ValueError for MLLMs other than LLaVA, which look at values that a planned picture has not.
+    """
+    options = read(config.mllm)
+    if options.get("model_type", "llava") != "llava":
+        raise ValueError(f"{config.mllm} is of the family {options['model_type']!r}: only stages with LLaVA can be planned")
     with default_dtype(dtype):
-        mllm = LlavaForConditionalGeneration(LlavaConfig(**read(config.mllm)))
+        mllm = LlavaForConditionalGeneration(LlavaConfig(**options))
     processor = LlavaProcessor.__new__(LlavaProcessor)
     processor.tokenizer, processor.image_token = None, "<image>"
     processor.image_processor = image_processor(mllm.config.vision_config.image_size)

@@ -76,7 +76,7 @@ def build(experiment: Experiment) -> TrainedPartModule:
     TrainedPartModule.__init__(module, optimizer, experiment.training)
     encoder = architectures.build_image_encoder(foundation)
     if isinstance(module, Stage1):
-        decoder = architectures.build_decoder(foundation, DecoderConfig(**options["decoder"]), encoder.embed_dim)
+        decoder = architectures.build_decoder(foundation, DecoderConfig.from_dict(options["decoder"]), encoder.embed_dim)
         module.assemble(encoder, decoder, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None)
     elif isinstance(module, Stage2):
         config, base = Stage2Config(**options["stage2"]), architectures.build_base(foundation)

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
+from moma_lightning.quantization import refuse_quantized
+
 #: Methods of a stage that read its parameters and are not `forward`.
 ENTRIES = ("training_step", "validation_step", "on_validation_epoch_end")
 
@@ -25,6 +27,7 @@ def shard(stage: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, *, bf1
         stage itself and is gathered in float32 whatever `bf16` says; units are gathered in bfloat16 then, and gradients are
         reduced in float32 always. FSDP2 holds gradients by parameter, so frozen ones bring no gradient memory wherever they are.
     """
+    refuse_quantized(stage.named_parameters(), "it cannot be sharded; use --trainer.strategy ddp")
     # Inputs are left to autocast: casting them here would also copy the Conditioning, and with it the Recorder that is written to.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:

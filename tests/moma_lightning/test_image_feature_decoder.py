@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moma_lightning.foundation import FoundationConfig, load_mllm
-from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder, append_token, instruction
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder, append_token
+from moma_lightning.models.instruction import instruction
 
 EMBED = 12
 LABELS = ["cat", "toy robot", "mug"]
@@ -102,7 +103,7 @@ def test_paper_reads_at_the_token_after_the_instruction(mllm, decoder, pictures)
     for i in range(3):
         after = tokenizer(f"\nAn image of {LABELS[i]}. Describe {PROMPTS[i]}", add_special_tokens=False).input_ids
         words = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id, *after]]))
-        image = decoder.image_features(pictures[i : i + 1])
+        image = decoder.see(pictures[i : i + 1]).embeds
         sequence = torch.cat([words[:, :1], image, words[:, 1:], decoder.token[None, None]], dim=1)
         hidden = model.language_model(inputs_embeds=sequence).last_hidden_state[0, -1]
         torch.testing.assert_close(output[i], mapped(decoder, hidden), atol=1e-5, rtol=1e-4)
