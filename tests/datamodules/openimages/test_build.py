@@ -82,6 +82,30 @@ def test_a_dead_server_stops_the_run_and_the_next_one_goes_on(undisturbed, plain
     assert not any(path.endswith(".csv") for path, _ in bucket.requests)
 
 
+@pytest.mark.parametrize("answered", range(5))  # requests before the server fails: its size, its end, its directory, a member
+def test_a_mask_zip_that_is_not_served_stops_the_run_and_spoils_no_unit(undisturbed, plain_bucket, config_of, serve, answered):
+    """Its masks are not broken: had they been counted so, the finished unit would keep that for ever."""
+    bucket = serve(plain_bucket)
+    digit = min(path.name for path in (plain_bucket / "pictures/train").iterdir())[0]
+    bucket.faults[f"annotations/v5/train-masks/train-masks-{digit}.zip"] = [None] * answered + [503] * 4
+    config = config_of(plain_bucket, url=bucket.url)
+    with pytest.raises(UnreachableError, match=rf"train-masks-{digit}.zip: HTTP 503.*run again"):
+        build(config)
+    build(config)
+    assert digests(config) == undisturbed[1]
+
+
+def test_what_is_not_served_is_counted_where_the_user_wants_that(plain_bucket, config_of, serve, counted):
+    bucket = serve(plain_bucket)
+    digit = min(path.name for path in (plain_bucket / "pictures/train").iterdir())[0]
+    bucket.faults[f"annotations/v5/train-masks/train-masks-{digit}.zip"] = [503] * 1000
+    config = config_of(plain_bucket, url=bucket.url)
+    config.sources.fetch.on_unreachable = "skip"
+    found = counted(build(config))
+    assert found["mask_unreachable"] == sum(path.name[0] == digit for path in (plain_bucket / "pictures/train").iterdir())
+    assert found["triplets"] == 40 - found["mask_unreachable"]
+
+
 def test_finished_shards_are_not_made_again_and_damaged_ones_are(undisturbed, plain_bucket, config_of):
     config = config_of(plain_bucket)
     build(config)
