@@ -55,7 +55,7 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
     assert "stepz" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../up", "differences"])
+@pytest.mark.parametrize("name", ["../up", "differences", "title"])
 def test_method_names_must_be_folders(tmp_path, capsys, name):
     (tmp_path / "eval.yaml").write_text(f"methods: {{{name}: TextOnly}}\n")
     with pytest.raises(SystemExit):
