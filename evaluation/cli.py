@@ -77,6 +77,6 @@ def main(args: Sequence[str] | None = None) -> None:
     command, config = parse(args)
     try:
         COMMANDS[command][0](config)
-    except (KeyError, ValueError, FileNotFoundError) as error:
+    except (KeyError, ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.exit(f"evaluation {command}: {error}")

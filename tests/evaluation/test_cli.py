@@ -77,6 +77,14 @@ def test_missing_data_and_weights_are_one_clear_line(tmp_path):
               f"--foundation.ip_adapter={data}", f"--foundation.image_encoder={data}"])  # fmt: skip
 
 
+def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "dataset/tabby/01.png").write_bytes(b"no picture")
+    (tmp_path / "eval.yaml").write_text("protocol: mini\noverrides: {extra_scores: []}\nmethods: {real_images: RealImages}\n")
+    with pytest.raises(SystemExit, match="evaluation score: .*tabby/01.png is not a whole picture"):
+        main(["score", "--config", str(tmp_path / "eval.yaml"), f"--data={data}", f"--run={tmp_path / 'run'}"])
+
+
 def test_wandb_never_asks(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import constants
 from miniature_bucket import Miniature
 
 from datamodules.openimages.assemble import deal, read_light
@@ -192,6 +193,17 @@ def test_unknown_keys_are_errors(tmp_path, plain_bucket, config_of):
     run = command(config_of(plain_bucket), tmp_path / "data.yaml")
     done = subprocess.run([*run, "--select.min_aria", "0.1"], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and "min_aria" in done.stderr
+
+
+def test_a_captioner_that_is_not_there_is_named_with_the_command_that_fetches_it(tmp_path, config_of, monkeypatch):
+    """It is asked for while a unit is being written; its error is not taken for the disk's."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = config_of(Miniature.drawn(2).write(tmp_path / "bucket"), captions=False)
+    config.captions.init_args = {"model": "owner/missing@v1"}
+    with pytest.raises(FileNotFoundError, match=r"owner/missing@v1 could not be loaded .*\n.*moma_lightning fetch --models owner/missing@v1"):
+        build(config)
+    assert not list(Path(config.out).rglob(".*.parquet"))
 
 
 def test_captions_of_a_tiny_blip2(tmp_path, config_of):
