@@ -13,7 +13,7 @@ from evaluation.dreambooth import run_dreambooth, run_scoring
 from evaluation.figures import write_figures
 from evaluation.generation import generate
 from evaluation.mask_iou import run_mask_iou
-from evaluation.metrics.encoders import hub_names
+from evaluation.metrics.configs import hub_names
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
