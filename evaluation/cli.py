@@ -13,7 +13,7 @@ from evaluation.dreambooth import run_dreambooth, run_scoring
 from evaluation.figures import write_figures
 from evaluation.generation import generate
 from evaluation.mask_iou import run_mask_iou
-from evaluation.metrics.encoders import hub_names
+from evaluation.metrics.configs import hub_names
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
@@ -77,6 +77,6 @@ def main(args: Sequence[str] | None = None) -> None:
     command, config = parse(args)
     try:
         COMMANDS[command][0](config)
-    except (KeyError, ValueError, FileNotFoundError) as error:
+    except (KeyError, ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.exit(f"evaluation {command}: {error}")

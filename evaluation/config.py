@@ -81,9 +81,9 @@ class EvalConfig:
 
     def __post_init__(self):
         for name in (*self.methods, *self.ablation.methods):
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name == "differences":
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in ("differences", "title"):
                 raise ValueError(
-                    f"a method cannot be called {name!r}: its name is a folder, and `differences` is a key of summary.json"
+                    f"a method cannot be called {name!r}: its name is a folder, and `differences` and `title` are keys of the summaries"
                 )
 
     @property

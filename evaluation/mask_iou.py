@@ -64,10 +64,12 @@ def first_plans(studio: Studio, name: str, method: Moma, subject: Subject) -> li
 
 
 def mask_iou(generated: Image.Image, subject: np.ndarray) -> float:
-    """IoU of M_gen > 1/2 with the subject's mask, at M_gen's own resolution; 0 where SAM found nothing.
+    """IoU of M_gen > 1/2 with the subject's mask, at M_gen's own resolution; NaN where SAM found nothing.
 
     generated: grey levels of M_gen. subject: bool [height, width].
     """
+    if not subject.any():
+        return float("nan")
     mask = np.asarray(generated) > 127
     true = resize_mask(torch.from_numpy(subject)[None, None].float(), mask.shape)[0, 0].numpy() > 0.5
     union = (mask | true).sum()
@@ -75,11 +77,11 @@ def mask_iou(generated: Image.Image, subject: np.ndarray) -> float:
 
 
 def summarise_ious(values: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Means over subjects with bootstrap intervals, `without_subject` (IoUs of 0), and paired differences."""
-    means = {name: np.array([np.mean(ious) for ious in per_subject]) for name, per_subject in values.items()}
+    """Means over subjects with bootstrap intervals, `without_subject` (pictures whose IoU is NaN: they count as 0), and paired differences."""
+    means = {name: np.array([np.nan_to_num(ious).mean() for ious in per_subject]) for name, per_subject in values.items()}
     drawn = draws(len(next(iter(means.values()))))
     summary: dict[str, Any] = {
-        name: interval(mean.mean(), mean[drawn].mean(1)) | {"without_subject": sum(iou == 0 for ious in values[name] for iou in ious)}
+        name: interval(mean.mean(), mean[drawn].mean(1)) | {"without_subject": sum(int(np.isnan(ious).sum()) for ious in values[name])}
         for name, mean in means.items()
     }
     first, *others = means

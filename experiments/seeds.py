@@ -2,7 +2,7 @@
 
 `python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages and evaluates once a seed in runs/<exp>-seed<k>, two trainings at a time,
 then pools the scores: every method's mean is over all seeds' pictures, intervals are over subjects. Each step goes on where it
-stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}.
+stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}. Options that are not its own go to both stages' `fit`.
 """
 
 import argparse
@@ -64,17 +64,16 @@ def write_pooled(out: Path, folders: dict[int, Path]) -> None:
     print("\n".join(page))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--exp", default="mini")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, each on its share of the cores")
-    parser.add_argument("--train", nargs="*", default=[], help="extra arguments of both stages' `fit`")
     parser.add_argument("--only-train", action="store_true")
-    args = parser.parse_args()
+    args, fit = parser.parse_known_args(arguments)
     threads = max(1, (os.cpu_count() or 1) // args.at_once) if args.at_once > 1 else None
     with ThreadPoolExecutor(args.at_once) as workers:
-        list(workers.map(lambda seed: train(args.exp, seed, threads, args.train), args.seeds))
+        list(workers.map(lambda seed: train(args.exp, seed, threads, fit), args.seeds))
     if args.only_train:
         return
     for seed in args.seeds:

@@ -22,7 +22,7 @@ NOT_READ = ("safety_checker/*", "*.fp16.*", "*non_ema*", "*onnx*", "*openvino*",
 
 @dataclass(frozen=True)
 class Fetched:
-    """One file: where it came from and where it lies. sha256: of what was written, equal to the hub's own where the hub gives one."""
+    """One file: where it came from and where it lies. sha256: of what was written, which is what the hub lists (see `_checked`)."""
 
     name: str
     file: str
@@ -110,12 +110,20 @@ def wanted(files: list[str], path: str | None = None) -> list[str]:
 
 
 def _checked(hub: HubName, commit: str, listed: RepoFile, path: Path) -> Fetched:
+    """The hub lists large files by their sha256, small ones by git's digest of their content."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if listed.lfs is not None and listed.lfs.sha256 != digest:
-        raise OSError(f"{path}: its sha256 is {digest}, the hub's {listed.lfs.sha256}: delete the file and fetch again")
+    kind, found, wanted = ("git digest", git_digest(path), listed.blob_id) if listed.lfs is None else ("sha256", digest, listed.lfs.sha256)
+    if found != wanted:
+        raise OSError(f"{path}: its {kind} is {found}, the hub's {wanted}: delete the file and fetch again")
     print(f"  {digest}  {listed.path}")
     return Fetched(hub.repo_id, listed.path, commit, path.stat().st_size, digest, str(path))
+
+
+def git_digest(path: Path) -> str:
+    """What git calls a file's content: SHA-1 of a header and the bytes."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _literal(file: str) -> str:

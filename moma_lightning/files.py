@@ -11,14 +11,22 @@ from safetensors import SafetensorError
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a path beside `path` and rename what it wrote; folders are made.
 
-    Raises OSError that names `path` when the disk is full or not writable; a file of that name from before stays.
+    Raises OSError that names `path` when the disk is full or not writable; a file of that name from before stays. What else goes
+    wrong in `write` is raised as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(beside)
         beside.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk in their own ways
+    except Exception as error:
         beside.unlink(missing_ok=True)
-        number, why = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, str(error).splitlines()[0])
+        if not _is_of_the_disk(error):
+            raise
+        number, why = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, str(error).partition("\n")[0])
         raise OSError(number, f"{path} was not written ({why}); a file of that name from before is unchanged") from error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """torch and safetensors report a full disk in their own ways; an OSError without a number is a library's (of a hub, of a picture)."""
+    return error.errno is not None if isinstance(error, OSError) else type(error) in (RuntimeError, SafetensorError)

@@ -50,6 +50,8 @@ def generate(
         device: Where to compute.
         foundation: The base models.
     """
+    if label is None and "{label}" in prompt_template:
+        raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]

@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repo_id):
         entries = []
         for name, content in self.hub.repositories[repo_id].items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
             if name.endswith((".safetensors", ".bin", ".th", ".pth")):
                 entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
             entries.append(entry)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from jsonargparse import ArgumentParser
 
 from datamodules.openimages.build import BuildConfig, build
-from datamodules.openimages.fetch import UnreachableError
 from datamodules.openimages.inspect import InspectConfig, inspect
 from datamodules.openimages.validate import ValidateConfig, validate
 
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parsed.pop("config", None)
     try:
         result: object = function(config(**parsed.as_dict()))
-    except (ValueError, FileNotFoundError, UnreachableError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{command}: {error}")
     return result if isinstance(result, int) else 0
 

@@ -30,7 +30,7 @@ from datamodules.openimages.units import CaptionStage, PictureStage, write_units
 from moma_lightning.files import write_beside
 
 #: Raised when the same configuration would give other bytes: what an older version left half done is then not gone on with.
-FORMAT = 1
+FORMAT = 2
 VERSIONED = ("pillow", "numpy", "pyarrow", "pandas", "webdataset", "transformers", "torch", "ray")
 
 
@@ -81,7 +81,6 @@ class Builder:
         identity = {key: value for key, value in decides.items() if key not in ("limit", "shards")}
         identity |= {"pictures": [config.shards.max_side, config.shards.quality], "unit": config.run.unit}
         self.work = self.out / "work" / f"{config.split}-{_digest(identity)}"
-        self._last_kept = 0
 
     def build(self) -> dict[str, Any]:
         sources = Sources(self.config.sources, self.config.split, self.cache)
@@ -123,10 +122,10 @@ class Builder:
 
     def samples(self, units: int) -> tuple[assemble.Chosen, int]:
         """Work through units until the limit is reached: their samples, and how many candidates were looked at for them."""
-        config, done, wave = self.config, 0, units
+        config, done, kept, wave = self.config, 0, 0, units
         while True:
             if config.limit is not None:
-                wave = max(1, -(-(config.limit - self._last_kept) * 3 // (2 * config.run.unit)))
+                wave = max(1, -(-(config.limit - kept) * 3 // (2 * config.run.unit)))
             upto = min(units, done + wave)
             self._work_through(range(done, upto))
             done = upto
@@ -136,7 +135,7 @@ class Builder:
             chosen = assemble.choose(rows, config.limit, config.select.near_duplicate_bits)
             if done == units or (config.limit is not None and len(chosen) == config.limit):
                 return chosen, len(chosen) + sum(chosen.reasons.values())
-            self._last_kept = len(chosen)
+            kept = len(chosen)
 
     def _work_through(self, units: range) -> None:
         config = self.config

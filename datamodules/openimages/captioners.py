@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from datamodules.openimages.config import CaptionConfig
+from moma_lightning.hub import loading, resolve
 
 
 @runtime_checkable
@@ -21,18 +22,17 @@ class Captioner(Protocol):
 class Blip2Captioner:
     """BLIP-2 (the paper: OPT-6.7B) through transformers; greedy, without a text prompt unless one is given.
 
-    model: folder or hub id, `@<revision>` pins one. dtype: None is bfloat16 on a GPU (16 GB of weights for 6.7B), float32 elsewhere.
+    model: folder or hub name (moma_lightning/hub.py), `@<revision>` pins one. dtype: None is bfloat16 on a GPU (16 GB of weights for 6.7B), float32 elsewhere.
     """
 
     def __init__(self, model: str = "Salesforce/blip2-opt-6.7b", prompt: str | None = None, max_new_tokens: int = 40, num_beams: int = 1,
                  device: str | None = None, dtype: str | None = None):
-        name, _, revision = model.partition("@")
-        where: dict[str, Any] = {"revision": revision} if revision else {}
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
-        self.processor = Blip2Processor.from_pretrained(name, **where)
+        with loading(model):
+            self.processor = Blip2Processor.from_pretrained(**resolve(model))
+            self.model = Blip2ForConditionalGeneration.from_pretrained(**resolve(model), torch_dtype=getattr(torch, chosen)).to(self.device).eval()
         self.processor.tokenizer.padding_side = "left"
-        self.model = Blip2ForConditionalGeneration.from_pretrained(name, torch_dtype=getattr(torch, chosen), **where).to(self.device).eval()
         self.prompt, self.options = prompt, {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
 
     @torch.no_grad()

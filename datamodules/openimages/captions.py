@@ -80,7 +80,7 @@ def finish(raw: str | bytes, label: str, rules: CaptionRules) -> tuple[str, str]
     full = tidy(raw)
     if not full:
         raise CaptionError("caption_empty")
-    if any(word.lower() in rules.people for word in TOKEN.findall(full)):
+    if any(re.sub("['\u2019]s$", "", word.lower()) in rules.people for word in TOKEN.findall(full)):  # "a man's hat" too
         raise CaptionError("caption_has_people")
     return full, with_label(filter_words(full, label, rules.removed), label, rules)
 

@@ -11,8 +11,8 @@ class FetchConfig:
     """How files come over HTTPS. timeout, backoff and max_backoff in seconds; the wait doubles with each of the `retries`.
 
     threads: downloads at a time in each process. on_unreachable: a server that keeps failing after all retries stops the run
-    ("raise": run again later, what is there is kept), or its pictures are counted as unreachable ("skip"). A file that does
-    not exist is always counted.
+    ("raise": run again later, what is there is kept), or its pictures and masks are counted as unreachable ("skip"). One that does
+    not exist is always counted; a whole mask zip that does not exist stops the run.
     """
 
     timeout: float = 60.0

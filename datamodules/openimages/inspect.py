@@ -64,7 +64,7 @@ def render(folder: Path, split: str, part: dict[str, Any], config: InspectConfig
 
 
 def strangeness(index: pd.DataFrame) -> pd.DataFrame:
-    """How far each sample is from the middle in each respect, in median absolute deviations."""
+    """How far each sample is from the median in each respect, in the larger of the median and the mean deviation: the median's may be 0."""
     values = pd.DataFrame({
         "subject's size": np.log(index.area), "at the border": index.border, "caption's length": index.caption.str.split().str.len(),
         "words taken out": index.caption_full.str.split().str.len() - index.caption.str.split().str.len(),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.openimages.config import SourcesConfig, Split
-from datamodules.openimages.fetch import ChecksumError, Fetcher, MissingError, is_url
+from datamodules.openimages.fetch import ChecksumError, Fetcher, MissingError, UnreachableError, is_url
 from moma_lightning.files import write_beside
 
 DIGITS = "0123456789abcdef"
@@ -69,7 +69,10 @@ class Sources:
             self.tars.index()
 
     def mask(self, name: str) -> bytes:
-        """A mask's PNG by its MaskPath. Raises MissingError when its zip has no such member, zipfile.BadZipFile for a broken one."""
+        """A mask's PNG by its MaskPath.
+
+        Raises MissingError when its zip has no such member, zipfile.BadZipFile for a broken one, and as `_zip`.
+        """
         archive = self._zip(name[0].lower())
         try:
             member = archive.getinfo(name)
@@ -126,8 +129,17 @@ class Sources:
         (self.cache / "pictures" / image_id[:2] / f"{image_id}.jpg").unlink(missing_ok=True)
 
     def _zip(self, digit: str) -> zipfile.ZipFile:
+        """Raises FileNotFoundError, ValueError or UnreachableError for a whole zip that is not there, is none or is not served."""
         if digit not in self._zips:
-            self._zips[digit] = zipfile.ZipFile(self._zip_file(digit))  # type: ignore[arg-type]
+            try:
+                self._zips[digit] = zipfile.ZipFile(self._zip_file(digit))  # type: ignore[arg-type]
+            except MissingError as error:
+                raise FileNotFoundError(f"{error} (sources.mask_zip)") from error
+            except zipfile.BadZipFile as error:
+                if isinstance(error.__context__, UnreachableError):  # any OSError, while a zip's end is looked for, says to zipfile that it is none
+                    raise error.__context__ from None
+                name = self.name("mask_zip").format(digit=digit)
+                raise ValueError(f"{name} is not a whole zip ({error}): remove it and run again") from error
         return self._zips[digit]
 
     def _zip_file(self, digit: str) -> Any:

@@ -3,6 +3,7 @@
 import io
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from datamodules.openimages.fetch import ChecksumError, MissingError, Unreachabl
 from datamodules.openimages.perceptual import perceptual_hash
 from datamodules.openimages.sources import Sources
 
-#: Errors of a zip's member, besides those of the picture in it.
-ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError)
+#: Of a member that is damaged. A server or a disk that fails says nothing of the mask, and must not be counted as if it did.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 EXIF_ORIENTATION = 0x0112
 HASH_SIDE = 64
 
@@ -57,13 +58,11 @@ class Picture:
 
 
 def read_subject(row: dict[str, Any], sources: Sources, select: SelectConfig) -> Subject:
-    """A candidate's mask, within the bounds of `select`. Raises RejectedError."""
+    """A candidate's mask, within the bounds of `select`. Raises RejectedError, or UnreachableError where config says so."""
+    content = fetch_mask(row["MaskPath"], sources)
     try:
-        content = sources.mask(row["MaskPath"])
         inside = np.asarray(pictures.open_mask(content)) > 0
-    except MissingError as error:
-        raise RejectedError("mask_missing", error) from error
-    except (*ZIP_ERRORS, *pictures.PICTURE_ERRORS) as error:
+    except pictures.PICTURE_ERRORS as error:
         raise RejectedError("mask_broken", error) from error
     area = float(inside.mean())
     outline = np.concatenate([inside[0], inside[-1], inside[1:-1, 0], inside[1:-1, -1]])
@@ -81,6 +80,18 @@ def largest(subjects: Sequence[Subject], count: int) -> tuple[list[Subject], lis
     return ordered[:count], ordered[count:]
 
 
+def fetch_mask(name: str, sources: Sources) -> bytes:
+    """A mask's file. Raises RejectedError, or UnreachableError where config says so."""
+    try:
+        return sources.mask(name)
+    except MissingError as error:
+        raise RejectedError("mask_missing", error) from error
+    except ZIP_ERRORS as error:
+        raise RejectedError("mask_broken", error) from error
+    except UnreachableError as error:
+        raise unreachable("mask", error, sources) from error
+
+
 def fetch(row: dict[str, Any], sources: Sources) -> bytes:
     """A candidate's picture, checked against its metadata. Raises RejectedError, or UnreachableError where config says so."""
     try:
@@ -90,9 +101,14 @@ def fetch(row: dict[str, Any], sources: Sources) -> bytes:
     except ChecksumError as error:
         raise RejectedError("picture_checksum", error) from error
     except UnreachableError as error:
-        if sources.config.fetch.on_unreachable == "raise":
-            raise UnreachableError(f"{error}; what is there is kept, so run again, or set sources.fetch.on_unreachable to skip") from error
-        raise RejectedError("picture_unreachable", error) from error
+        raise unreachable("picture", error, sources) from error
+
+
+def unreachable(kind: str, error: UnreachableError, sources: Sources) -> Exception:
+    """What a server that keeps failing comes to: the run's end, or a picture or mask less."""
+    if sources.config.fetch.on_unreachable == "skip":
+        return RejectedError(f"{kind}_unreachable", error)
+    return UnreachableError(f"{error}; what is there is kept, so run again, or set sources.fetch.on_unreachable to skip")
 
 
 def read_picture(content: bytes, rotation: float | None, select: SelectConfig, shards: ShardConfig) -> Picture:

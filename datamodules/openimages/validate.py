@@ -14,7 +14,7 @@ from datamodules.dreambooth import DreamBooth, load_picture
 from datamodules.openimages.config import RunConfig
 from datamodules.openimages.engine import Engine, Stage
 from datamodules.openimages.perceptual import Lookalikes, perceptual_hash
-from datamodules.samples import BadSampleError, BadSamples, decode, read_shards
+from datamodules.samples import PICTURE_EXTENSIONS, BadSampleError, BadSamples, decode, read_shards
 
 SHOWN = 50
 
@@ -136,4 +136,4 @@ def _summary(shard: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(sample: dict[str, Any]) -> bytes:
-    return sample.get("jpg") or sample.get("png") or b""
+    return next((sample[extension] for extension in PICTURE_EXTENSIONS if extension in sample), b"")

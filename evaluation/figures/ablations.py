@@ -30,18 +30,17 @@ class Ablation:
 def read_ablations(config: EvalConfig) -> list[Ablation]:
     """Every `<run>/ablations/*.json` that holds a table; the paper's own two come first."""
     paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
-    found = [read_ablation(path, config.pictures) for path in paths]
-    return [ablation for ablation in found if ablation.rows]
+    summaries = {path.stem: json.loads(path.read_text()) for path in paths}
+    return [read_ablation(key, summary, config.pictures) for key, summary in summaries.items() if methods_of(summary)]
 
 
-def read_ablation(path: Path, pictures: Path) -> Ablation:
-    summary = json.loads(path.read_text())
+def read_ablation(key: str, summary: dict[str, Any], pictures: Path) -> Ablation:
     rows = methods_of(summary)
-    axis, values = varying(list(rows), [options_of(pictures / key) for key in rows], path.stem)
+    axis, values = varying(list(rows), [options_of(pictures / name) for name in rows], key)
     labels = [f"{axis_name(axis)} {value:g}" for value in values] if values else list(map(method_name, rows))
     names = dict(zip(rows, labels, strict=True))
-    title = summary.get("title") or axis_name(path.stem).capitalize()
-    return Ablation(path.stem, title, axis_name(axis), {names[key]: cells for key, cells in rows.items()}, values, difference_rows(summary, names))
+    title = summary.get("title") or axis_name(key).capitalize()
+    return Ablation(key, title, axis_name(axis), {names[name]: cells for name, cells in rows.items()}, values, difference_rows(summary, names))
 
 
 def options_of(folder: Path) -> dict[str, Any]:

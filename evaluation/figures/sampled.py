@@ -15,7 +15,6 @@ from datamodules.dreambooth import Subject
 from evaluation.figures.grids import Cell, Grid, Row, spread
 from evaluation.figures.scored import settings_of
 from evaluation.methods import Moma
-from evaluation.methods.base import Models
 from evaluation.plan import Evaluation, Planned
 from evaluation.stamps import git_revision, is_current, write_picture
 from evaluation.tasks import picture_seed
@@ -153,11 +152,7 @@ def community_grid(studio: Studio, bases: Sequence[str], subjects: int = 4) -> G
 
 def on_base(studio: Studio, base: str | None, number: int, subjects: Sequence[Subject]) -> Iterator[tuple[Subject, Planned]]:
     """A picture of each subject with `base` in the place of the foundation's (None: that one itself)."""
-    evaluation, models = studio.evaluation, studio.evaluation.models
-    if base is not None:
-        foundation = replace(models.foundation, base=base, base_config=models.foundation.base_config or models.foundation.base)
-        models = Models(foundation, models.adapter, models.decoder, models.device, digests=models.digests)
-    here = Studio(replace(evaluation, models=models), studio.folder)
+    here = Studio(replace(studio.evaluation, models=studio.evaluation.models.on_base(base)), studio.folder)
     for subject in subjects:
         method = Moma()
         plan = here.plan(f"base{number}", method, subject)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +54,16 @@ class Models:
             self.loaded = None  # frees the old one before the new one is read
             self.loaded = (key, load().to(self.device))
         return self.loaded[1]
+
+    def on_base(self, base: str | None) -> "Models":
+        """The same adapters on another fine-tune of the base model, None for the foundation's own.
+
+        A single file brings no configs and takes those of the base in whose place it stands.
+        """
+        if base is None:
+            return self
+        configs = self.foundation.base_config or self.foundation.base
+        return replace(self, foundation=replace(self.foundation, base=base, base_config=configs), loaded=None)
 
     def digest(self, path_or_id: str | None) -> str | None:
         """Digest of a file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""

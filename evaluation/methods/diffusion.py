@@ -114,19 +114,12 @@ class Moma(DiffusionMethod):
         used = {"sam": models.digest(models.foundation.sam)}
         if self.context == "image":
             used |= {"image_encoder": models.digest(models.foundation.image_encoder)}
-        return super().weights(self.models(models)) | used
-
-    def models(self, models: Models) -> Models:
-        """With this method's base in the place of the foundation's."""
-        if self.base is None:
-            return models
-        configs = models.foundation.base_config or models.foundation.base
-        return replace(models, foundation=replace(models.foundation, base=self.base, base_config=configs), loaded=None)
+        return super().weights(models.on_base(self.base)) | used
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         named: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
                  "beta": self.beta, "mask_strength": self.mask_strength}  # fmt: skip
-        super().setup(self.models(models), replace(sampler, **{key: value for key, value in named.items() if value is not None}))
+        super().setup(models.on_base(self.base), replace(sampler, **{key: value for key, value in named.items() if value is not None}))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         texture = self.sampler.beta if self.texture_beta is None else self.texture_beta

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from evaluation.metrics.encoders import EncoderConfig, ImageTextEncoder, build_encoder
+from evaluation.metrics.configs import EncoderConfig
+from evaluation.metrics.encoders import ImageTextEncoder, build_encoder
 from moma_lightning.files import write_beside
 
 

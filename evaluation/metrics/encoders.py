@@ -1,12 +1,10 @@
-"""The encoders behind every score, one interface for all of them: DINO and its successors, CLIP, SigLIP 2.
+"""The encoders behind every score, one interface for all of them: DINO and its successors, CLIP, SigLIP 2, DreamSim.
 
-Every setting that moves a score (weights, sizes, interpolation, precision) is a field of a frozen dataclass, so that a
-protocol can name it. Preprocessing starts from PIL pictures: resizing decoded arrays gives other numbers.
+Preprocessing starts from PIL pictures: resizing decoded arrays gives other numbers.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -17,73 +15,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
-from moma_lightning.foundation import local_path, resolve
-
-Precision = Literal["float32", "float16", "bfloat16"]
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class DinoConfig:
-    """A timm ViT and how pictures reach it. The defaults are DreamBooth's: ViT-S/16, resize 256 bicubic, centre crop 224.
-
-    model: a timm name, a local folder in timm's hub layout, or a hub id. pooling: the CLS token, or the mean of the patch tokens, after
-    the last norm. revision: commit of the hub's `timm/<model>`; None is whatever is there today. It is None because none could
-    be verified where this was written: pin it where the weights are at hand.
-    """
-
-    model: str = "vit_small_patch16_224.dino"
-    resize: int = 256
-    crop: int = 224
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    dtype: Precision = "float32"
-    pooling: Literal["cls", "mean"] = "cls"
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """A transformers CLIP folder or hub id; pictures go through the processor saved beside its weights.
-
-    revision: the hub's commit that others pin for this model; it means nothing to a folder.
-    """
-
-    model: str = "openai/clip-vit-base-patch32"
-    backend: Literal["pil", "torchvision"] = "pil"
-    dtype: Precision = "float32"
-    revision: str | None = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
-
-
-@dataclass(frozen=True)
-class SiglipConfig:
-    """A transformers SigLIP or SigLIP 2 of fixed resolution (model type `siglip`); the rest as in ClipConfig.
-
-    lowercase: SigLIP 2 was trained on lower-case text.
-    """
-
-    model: str = "google/siglip2-base-patch16-224"
-    backend: Literal["pil", "torchvision"] = "pil"
-    dtype: Precision = "float32"
-    lowercase: bool = True
-    revision: str | None = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
-
-
-@dataclass(frozen=True)
-class DreamsimConfig:
-    """A model of the `dreamsim` package (an extra: `pip install -e .[dreamsim]`), with the folder that it downloads weights to.
-
-    model: the ensemble of its paper (Fu et al., NeurIPS 2023), or one of its single models, such as dino_vitb16.
-    """
-
-    model: str = "ensemble"
-    folder: str = "runs/dreamsim"
-    revision: None = None
-
-
-EncoderConfig = DinoConfig | ClipConfig | SiglipConfig | DreamsimConfig
+from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, source_of
+from moma_lightning.hub import local_path, resolve
 
 
 class ImageTextEncoder(nn.Module):
@@ -128,23 +61,29 @@ class DinoEncoder(ImageTextEncoder):
         return F.normalize(pooled, dim=-1)
 
 
-class ClipEncoder(ImageTextEncoder):
-    """Both towers of CLIP, after their projections."""
+class TwoTowerEncoder(ImageTextEncoder):
+    """Both towers of one of transformers' models; pictures go through the processor saved beside its weights."""
 
-    def __init__(self, config: ClipConfig):
+    def __init__(self, model_class: Any, config: ClipConfig | SiglipConfig, **tokenizer: Any):
         super().__init__()
-        self.config = config
         self.dtype = getattr(torch, config.dtype)
         source = source_of(config)
-        self.model = CLIPModel.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
+        self.model = model_class.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
-        self.tokenizer = AutoTokenizer.from_pretrained(**source)
+        self.tokenizer = AutoTokenizer.from_pretrained(**source, **tokenizer)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
         pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         embeds = self.model.get_image_features(pixels.to(self.model.device, self.dtype)).pooler_output
         return F.normalize(embeds.float(), dim=-1)
+
+
+class ClipEncoder(TwoTowerEncoder):
+    """CLIP's towers, after their projections."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__(CLIPModel, config)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
@@ -153,30 +92,19 @@ class ClipEncoder(ImageTextEncoder):
         return F.normalize(embeds.float(), dim=-1)
 
 
-class SiglipEncoder(ImageTextEncoder):
-    """Both towers of SigLIP 2: the attention-pooled picture, and the last token of a text padded on the right to full length.
+class SiglipEncoder(TwoTowerEncoder):
+    """SigLIP 2's towers: the attention-pooled picture, and the last token of a text padded on the right to full length.
 
     The padding is seen by the text tower, as in its training; there is no attention mask.
     """
 
     def __init__(self, config: SiglipConfig):
-        super().__init__()
-        self.config = config
-        self.dtype = getattr(torch, config.dtype)
-        source = source_of(config)
-        self.model = SiglipModel.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
-        self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
-        self.tokenizer = AutoTokenizer.from_pretrained(**source, padding_side="right")
-
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
-        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        embeds = self.model.get_image_features(pixels.to(self.model.device, self.dtype)).pooler_output
-        return F.normalize(embeds.float(), dim=-1)
+        super().__init__(SiglipModel, config, padding_side="right")
+        self.lowercase = config.lowercase
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
-        given = [text.lower() if self.config.lowercase else text for text in texts]
+        given = [text.lower() if self.lowercase else text for text in texts]
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(given, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         embeds = self.model.get_text_features(tokens.input_ids.to(self.model.device)).pooler_output
@@ -202,23 +130,6 @@ class DreamsimEncoder(ImageTextEncoder):
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
         device = next(self.model.parameters()).device
         return F.normalize(self.model.embed(torch.cat([self.transform(image) for image in images]).to(device)).float(), dim=-1)
-
-
-def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: the folder, or the hub id at its revision."""
-    source = resolve(config.model)
-    is_folder = local_path(config.model) is not None
-    return source if is_folder or config.revision is None else {**source, "revision": config.revision}
-
-
-def hub_names(configs: Iterable[EncoderConfig]) -> list[str]:
-    """`owner/name@revision` of the encoders that come from the hub; DreamSim's package fetches its own."""
-    names = []
-    for config in configs:
-        if not isinstance(config, DreamsimConfig) and local_path(config.model) is None:
-            owner = "timm/" if isinstance(config, DinoConfig) and "/" not in config.model else ""
-            names.append(f"{owner}{config.model}@{config.revision or 'main'}")
-    return names
 
 
 def load_timm(name: str, revision: str | None = None) -> nn.Module:

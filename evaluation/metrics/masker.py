@@ -13,6 +13,9 @@ from evaluation.metrics.masked import Mask
 from evaluation.stamps import write_beside
 from moma_lightning.segmentation import SamMasker
 
+#: Masks in memory where a folder has them too: those of a whole evaluation at 512 pixels would be gigabytes.
+HELD = 512
+
 
 class Masker:
     """Masks by pixels, in memory and, given a folder, as PNG files between runs.
@@ -33,6 +36,8 @@ class Masker:
     def __call__(self, image: Image.Image) -> Mask:
         digest = pixel_digest(image)
         if digest not in self.known:
+            if self.folder and len(self.known) >= HELD:
+                del self.known[next(iter(self.known))]
             self.known[digest] = self._read_or_find(image, digest)
         return self.known[digest]
 

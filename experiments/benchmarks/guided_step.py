@@ -84,11 +84,11 @@ class Setting:
 
     @torch.no_grad()
     def explicit(self) -> Callable[[], Tensor]:
-        """The same step with explicit matrices, from the same parts."""
+        """The same step with explicit matrices, from the same parts; `self.given.maps` then holds the label's maps."""
         unet, size = sharing(self.unet), (self.latents.shape[-1],) * 2
         explicit.install(unet)
         m_ref, m_gen = MaskPyramid(self.mask, size), MaskPyramid(torch.cat([self.mask] * 2), size)
-        given = explicit.conditioning(self.adapter, self.reference, self.context, m_ref, m_gen, self.guide.label_tokens)
+        self.given = given = explicit.conditioning(self.adapter, self.reference, self.context, m_ref, m_gen, self.guide.label_tokens)
         return torch.no_grad()(lambda: unet(self.latents, T, self.text, cross_attention_kwargs={"explicit": given}, return_dict=False)[0])
 
 

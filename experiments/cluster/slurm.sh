@@ -7,6 +7,7 @@
 #
 # What follows the stage are options of `python -m moma_lightning fit`. Add --partition and --account as your cluster asks.
 # One task a GPU, so --ntasks-per-node and --gpus-per-node are the same number. DRY_RUN=1 prints the command.
+# The log goes to runs/, which SLURM does not make: where it is missing the job ends without a word (`make fetch` makes it).
 #
 #SBATCH --job-name=moma
 #SBATCH --nodes=1

@@ -51,7 +51,7 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
         decoder = str(beside)
     state, variant = read_source(source)
     if decoder is not None:
-        state |= read_decoder_mapping(Path(decoder))
+        state |= read_decoder(Path(decoder))
     if mllm is not None:
         state |= read_mllm(mllm)
     write = {".th": write_released, ".bin": write_ip_adapter, ".safetensors": write_ip_adapter}.get(path.suffix, write_folders)
@@ -70,12 +70,12 @@ def read_source(source: str) -> tuple[State, str]:
     return state, metadata.get("moma_variant", "released")
 
 
-def read_decoder_mapping(folder: Path) -> State:
-    """The mapping of an image-feature decoder, for the released file. Raises CheckpointError for a decoder that the file cannot describe."""
+def read_decoder(folder: Path) -> State:
+    """What an image-feature decoder trained, for the released file. Raises CheckpointError for a decoder that the file cannot describe."""
     options = read_config(folder)["decoder"]
     if options["template"] != "released" or options["learnable_token"]:
         raise CheckpointError(f"{folder}: its decoder uses the paper's template or a learnable token; the released file holds neither")
-    return {name: value for name, value in read_tensors(folder / WEIGHTS).items() if name.startswith("mapping.")}
+    return read_tensors(folder / WEIGHTS)
 
 
 def write_released(path: Path, state: State, variant: str) -> State:

@@ -82,6 +82,8 @@ def flatten(nested: Any, path: Path) -> State:
     if known is None or parts != set(known):
         expected = " or ".join(", ".join(layout) for layout in (IP_ADAPTER_PARTS, RELEASED_PARTS))
         raise CheckpointError(f"{path} holds {', '.join(sorted(map(str, parts))) or 'no dict'}; expected {expected}")
+    if wrong := [part for part in known if not isinstance(nested[part], dict)]:
+        raise CheckpointError(f"{path}: {', '.join(wrong)} hold no entries")
     flat = {f"{part}.{name}": value for part in known for name, value in nested[part].items()}
     if wrong := [name for name, value in flat.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(f"{path}: {', '.join(wrong[:5])} hold no tensors")

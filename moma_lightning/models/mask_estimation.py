@@ -47,5 +47,5 @@ def find_label_tokens(
                 if ids[start : start + len(spelling)] == list(spelling):
                     weights[row, start : start + len(spelling)] = 1
         if not weights[row].any():
-            raise ValueError(f"the subject word {label!r} does not occur in the prompt {prompts[row]!r}: name it there, or pass mask_strength=0")
+            raise ValueError(f"the subject word {label!r} does not occur in the prompt {prompts[row]!r}: name it there")
     return weights

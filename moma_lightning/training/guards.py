@@ -55,20 +55,21 @@ class StopOnNonFinite(Callback):
     Raises FloatingPointError. The last checkpoint, from before, stays; the same command goes on from it.
     """
 
+    samples: list[str] | None = None  # of the last step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.samples = getattr(batch, "key", None)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if loss is not None and not torch.isfinite(loss).all():
-            self._stop(trainer, f"the loss is {float(loss)}", batch)
-        self.batch = batch
+            self._stop(trainer, f"the loss is {float(loss)}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, tensor in checkpoint["state_dict"].items():
             if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
-                self._stop(trainer, f"{name} is not finite", getattr(self, "batch", None))
+                self._stop(trainer, f"{name} is not finite")
 
-    def _stop(self, trainer: Trainer, what: str, batch: Any) -> None:
-        keys = ", ".join(getattr(batch, "key", None) or ["unknown"])
+    def _stop(self, trainer: Trainer, what: str) -> None:
         raise FloatingPointError(
-            f"{what} after step {trainer.global_step} on rank {trainer.global_rank}. Samples of the batch: {keys}. "
+            f"{what} after step {trainer.global_step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(self.samples or ['unknown'])}. "
             "Nothing was saved since; the last checkpoint is as it was"
         )

@@ -5,6 +5,7 @@ import pytest
 from evaluation import ablations
 from evaluation.ablations import run_ablation
 from evaluation.config import AblationConfig
+from evaluation.figures.ablations import read_ablations
 from evaluation.methods import Moma
 from evaluation.sweeps import point_name
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders
@@ -21,10 +22,18 @@ def test_tables_are_written_beside_the_papers(tmp_path, name, row):
     config = fake_config(tmp_path, {})
     config.ablation = AblationConfig(name, "A title", {"full": Painter(0.2), "none": Painter(0.9)}, published=name)
     summary = run_ablation(config)
-    assert json.loads((config.ablations_folder / f"{name}.json").read_text()) == summary
+    assert json.loads((config.ablations_folder / f"{name}.json").read_text()) == {"title": "A title"} | summary
     assert list(summary) == ["full", "none", "differences"] and summary["full"]["dino"]["mean"] > summary["none"]["dino"]["mean"]
     page = (config.ablations_folder / f"{name}.md").read_text()
     assert page.startswith("# A title") and "| full |" in page and row in page and "not comparable with mini" in page
+
+
+def test_the_report_calls_it_what_the_yaml_does(tmp_path):
+    config = fake_config(tmp_path, {})
+    config.ablation = AblationConfig("steps", "Denoising steps", {"few": Painter(0.2), "many": Painter(0.1)})
+    run_ablation(config)
+    (found,) = read_ablations(config)
+    assert (found.key, found.title, len(found.rows)) == ("steps", "Denoising steps", 2)
 
 
 def test_without_published_numbers_there_is_no_such_section(tmp_path):

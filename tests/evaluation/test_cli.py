@@ -55,7 +55,7 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
     assert "stepz" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../up", "differences"])
+@pytest.mark.parametrize("name", ["../up", "differences", "title"])
 def test_method_names_must_be_folders(tmp_path, capsys, name):
     (tmp_path / "eval.yaml").write_text(f"methods: {{{name}: TextOnly}}\n")
     with pytest.raises(SystemExit):
@@ -75,6 +75,14 @@ def test_missing_data_and_weights_are_one_clear_line(tmp_path):
         main(["generate", "--config", str(MINI), f"--data={data}", "--adapter=no/such/adapter/here", f"--run={tmp_path}",
               f"--foundation.base={data}", f"--foundation.sam={data}", f"--foundation.mllm={data}", f"--decoder={data}",
               f"--foundation.ip_adapter={data}", f"--foundation.image_encoder={data}"])  # fmt: skip
+
+
+def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "dataset/tabby/01.png").write_bytes(b"no picture")
+    (tmp_path / "eval.yaml").write_text("protocol: mini\noverrides: {extra_scores: []}\nmethods: {real_images: RealImages}\n")
+    with pytest.raises(SystemExit, match="evaluation score: .*tabby/01.png is not a whole picture"):
+        main(["score", "--config", str(tmp_path / "eval.yaml"), f"--data={data}", f"--run={tmp_path / 'run'}"])
 
 
 def test_wandb_never_asks(monkeypatch):

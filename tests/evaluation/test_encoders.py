@@ -22,7 +22,8 @@ from evaluation.metrics import (
     SiglipEncoder,
 )
 from evaluation.metrics.cache import fingerprint, pixel_digest
-from evaluation.metrics.encoders import load_timm, source_of, timm_name
+from evaluation.metrics.configs import hub_names, source_of
+from evaluation.metrics.encoders import load_timm, timm_name
 from experiments.mini.recipe.captions import MAX_TOKENS, build_tokenizer
 from tests.evaluation.fakes import ColorEncoder, random_picture
 
@@ -225,6 +226,12 @@ def test_revisions_reach_the_hub_and_mean_nothing_to_folders(clip_folder):
     assert timm_name("vit_small_patch16_224.dino", "abc") == "hf-hub:timm/vit_small_patch16_224.dino@abc"
     assert timm_name("owner/name", "abc") == timm_name("owner/name@abc", None) == "hf-hub:owner/name@abc"
     assert timm_name(str(clip_folder), "abc") == f"local-dir:{clip_folder}"
+
+
+def test_encoders_are_fetched_at_the_revision_that_they_are_loaded_at(clip_folder):
+    configs = [DinoConfig(), DinoConfig("o/dino", revision="abc"), ClipConfig("o/clip", revision=None), ClipConfig("o/clip@def", revision=None),
+               ClipConfig("o/clip@def", revision="abc"), ClipConfig(str(clip_folder)), DreamsimConfig()]  # fmt: skip
+    assert hub_names(configs) == ["timm/vit_small_patch16_224.dino@main", "o/dino@abc", "o/clip@main", "o/clip@def", "o/clip@abc"]
 
 
 def test_fingerprint_changes_with_weights_and_settings(clip_folder):

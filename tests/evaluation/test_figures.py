@@ -95,6 +95,17 @@ def test_ablations_have_titles_labels_and_differences(evaluated):
     assert (start.title, list(start.rows), start.values) == ("Start", ["MoMA, beta 1", "from scratch"], None)
 
 
+def test_what_is_no_table_beside_the_ablations_is_passed_over(evaluated):
+    """As `masks` leaves it there: intervals and differences that are of no metric."""
+    interval = {"mean": 0.8, "lo": 0.7, "hi": 0.9}
+    told = {"mask 1": interval | {"without_subject": 0}, "differences": [{"a": "mask 1", "b": "mask 0", **interval}]}
+    (evaluated.ablations_folder / "mask_iou.json").write_text(json.dumps(told))
+    try:
+        assert [ablation.key for ablation in read_ablations(evaluated)] == ["noise", "start"]
+    finally:
+        (evaluated.ablations_folder / "mask_iou.json").unlink()
+
+
 def test_options_come_from_the_stamps(evaluated):
     """The fake painters differ in `noise` alone, and their names do not tell it."""
     rows = {name: {"dino": {"mean": 0, "lo": 0, "hi": 0}} for name in ("text_only", "moma_beta1")}

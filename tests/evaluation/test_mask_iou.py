@@ -22,7 +22,8 @@ def test_iou_is_intersection_over_union_at_the_masks_resolution():
     assert mask_iou(grey([[255, 0], [0, 0]]), subject) == 0.5
     assert mask_iou(grey([[255, 127], [255, 0]]), subject) == pytest.approx(1 / 3)
     assert mask_iou(grey([[0, 0], [255, 255]]), subject) == 0
-    assert mask_iou(grey([[0, 0], [0, 0]]), np.zeros((8, 8), bool)) == 0
+    assert mask_iou(grey([[0, 0], [0, 0]]), subject) == 0
+    assert np.isnan(mask_iou(grey([[0, 0], [0, 0]]), np.zeros((8, 8), bool)))
 
 
 def test_means_are_over_subjects_and_differences_are_paired():
@@ -31,7 +32,9 @@ def test_means_are_over_subjects_and_differences_are_paired():
     (difference,) = summary["differences"]
     assert (difference["a"], difference["b"]) == ("mask 1", "mask 0")
     assert [difference[key] for key in ("mean", "lo", "hi")] == pytest.approx([0.2] * 3)
-    assert summarise_ious({"mask 1": [[0.0, 0.5]]})["mask 1"]["without_subject"] == 1
+    missed = summarise_ious({"mask 1": [[float("nan"), 0.5], [0.0, 0.3]]})["mask 1"]
+    assert missed["without_subject"] == 1, "a mask beside the subject is not a picture without one"
+    assert missed["mean"] == pytest.approx(0.2)
 
 
 def test_the_command_measures_the_shipped_model_and_makes_no_picture_twice(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.metrics import Masker
+from evaluation.metrics import Masker, masker
 from moma_lightning.segmentation import SamConfig, SamMasker, build_sam
 from tests.evaluation.fakes import random_picture
 
@@ -33,6 +33,16 @@ def test_each_picture_is_segmented_once_and_masks_survive(tmp_path):
     again = Half()
     np.testing.assert_array_equal(Masker(again, tmp_path)(pictures[1]), masks[1])
     assert again.seen == 0
+
+
+def test_masks_that_a_folder_has_do_not_pile_up_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(masker, "HELD", 3)
+    sam, pictures = Half(), [random_picture(i) for i in range(8)]
+    found, kept = Masker(sam, tmp_path), Masker(sam)
+    for picture in [*pictures, *pictures]:
+        np.testing.assert_array_equal(found(picture), kept(picture))
+    assert len(found.known) == 3 and len(kept.known) == 8
+    assert sam.seen == 2 * 8, "each picture once for each of the two"
 
 
 def test_other_weights_find_masks_of_their_own(tmp_path):

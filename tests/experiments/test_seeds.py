@@ -36,15 +36,17 @@ def test_the_pooled_mean_is_the_mean_over_seeds_and_pictures(folders, tmp_path, 
     assert "ours" in (tmp_path / "out" / "table.md").read_text() and "Training seeds 0, 1, 2" in capsys.readouterr().out
 
 
-def test_each_seed_trains_both_stages_in_its_folder_and_a_failure_ends_it(monkeypatch):
+def test_each_seed_trains_both_stages_in_its_folder_with_the_options_given(monkeypatch):
     commands = []
     monkeypatch.setattr(seeds, "run", lambda module, *arguments, threads=None: commands.append((module, arguments, threads)))
-    seeds.train("mini", 3, 1, ["--trainer.max_steps", "2"])
+    seeds.main(["--seeds", "3", "--at-once", "1", "--only-train", "--trainer.max_steps", "2"])
     assert [command[1][2] for command in commands] == ["experiments/mini/stage1.yaml", "experiments/mini/stage2.yaml"]
     for _, arguments, threads in commands:
         joined = " ".join(arguments)
-        assert "--seed_everything 3" in joined and "--data.init_args.config.seed 3" in joined and "--trainer.max_steps 2" in joined and threads == 1
+        assert "--seed_everything 3" in joined and "--data.init_args.config.seed 3" in joined and "--trainer.max_steps 2" in joined and threads is None
         assert "runs/mini-seed3/stage" in joined
-    monkeypatch.undo()
+
+
+def test_a_step_that_fails_ends_it():
     with pytest.raises(seeds.subprocess.CalledProcessError):
         seeds.run("moma_lightning.there_is_no_such_module")

@@ -139,6 +139,7 @@ def test_a_truncated_file_is_named(tmp_path, name, keep):
     ({"image_proj": {}, "ip_adapter": {}, "faceid": {}}, "holds faceid, image_proj, ip_adapter"),
     ([torch.zeros(1)], "holds no dict"),
     ({"image_proj": {"proj.weight": 3}, "ip_adapter": {}}, "image_proj.proj.weight hold no tensors"),
+    ({"image_proj": torch.zeros(1), "ip_adapter": {}}, "image_proj hold no entries"),
     ({"image_proj": {"latents": torch.zeros(1)}, "ip_adapter": {}}, "not an IP-Adapter .the plain one."),
 ])  # fmt: skip
 def test_another_layout_is_named(tmp_path, content, message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moma_lightning.__main__ import main
 from moma_lightning.checkpoints import load_adapter, save_adapter
@@ -137,6 +137,23 @@ def test_what_a_format_cannot_hold_is_refused_or_told(base, released, tmp_path):
     with pytest.raises(SystemExit, match="paper variant cannot be written as a released file"):
         convert(tmp_path / "paper", tmp_path / "x.th")
     assert not (tmp_path / "x.th").exists()
+
+
+def test_a_trained_mllm_that_the_released_file_has_no_place_for_is_told(base, released, tmp_path, capsys):
+    """Its mapping was trained together with it and is of little use alone."""
+    convert(released, tmp_path / "run")
+    folder = tmp_path / "run/image_feature_decoder"
+    save_file(load_file(folder / "model.safetensors") | {"mllm.language_model.norm.weight": torch.ones(40)}, folder / "model.safetensors")
+    capsys.readouterr()
+    convert(tmp_path / "run", tmp_path / "x.th")
+    assert "left out MLLM 0.00 M (1 entries, float32): the format of x.th does not hold them" in capsys.readouterr().out
+
+
+def test_an_ip_adapter_with_another_projector_is_no_native_folder(tmp_path):
+    torch.save({"image_proj": {"latents": torch.zeros(1)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(1)}}, tmp_path / "plus.bin")
+    with pytest.raises(SystemExit, match="convert: .*holds no image_proj.norm.weight and no image_proj.proj.weight: not an IP-Adapter .the plain one."):
+        convert(tmp_path / "plus.bin", tmp_path / "native")
+    assert not (tmp_path / "native").exists()
 
 
 def test_a_decoder_that_the_released_file_cannot_describe_is_refused(base, tmp_path):

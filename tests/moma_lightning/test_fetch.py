@@ -1,6 +1,7 @@
 """Fetching from a hub on the loopback interface, and reading offline what was fetched."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub import constants
 from evaluation.cli import main as evaluation
 from moma_lightning.__main__ import main
 from moma_lightning.checkpoints import read_adapter_file
-from moma_lightning.fetch import fetch, fetch_model, named_models, wanted
+from moma_lightning.fetch import fetch, fetch_model, git_digest, named_models, wanted
 from moma_lightning.foundation import MINI, FoundationConfig, load_base, load_image_encoder, load_mllm
 from tests.fake_hub import fake_hub
 
@@ -89,10 +90,19 @@ def test_of_each_folders_weights_one_format_is_fetched():
 
 def test_a_file_that_is_not_what_the_hub_says_is_refused(hub, tmp_path):
     hub.repositories["o/m"] = {"config.json": b"{}", "model.safetensors": b"whole"}
-    blob = Path(fetch_model("o/m@main")[1].path).resolve()
-    blob.write_bytes(b"wrong")
-    with pytest.raises(OSError, match=r"model.safetensors: its sha256 is .*delete the file and fetch again"):
-        fetch_model("o/m@main")
+    for entry, kind in zip(fetch_model("o/m@main"), ("git digest", "sha256"), strict=True):
+        blob = Path(entry.path).resolve()
+        whole = blob.read_bytes()
+        blob.write_bytes(b"wrong")
+        with pytest.raises(OSError, match=rf"{entry.file}: its {kind} is .*delete the file and fetch again"):
+            fetch_model("o/m@main")
+        blob.write_bytes(whole)
+
+
+def test_small_files_are_known_by_gits_own_digest(tmp_path):
+    (tmp_path / "a").write_bytes(b"what is up, doc?")
+    told = subprocess.run(["git", "hash-object", "--no-filters", tmp_path / "a"], capture_output=True, text=True, check=True).stdout.strip()
+    assert git_digest(tmp_path / "a") == told
 
 
 @pytest.mark.parametrize("options, message", [

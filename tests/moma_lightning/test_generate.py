@@ -44,6 +44,7 @@ def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (("--label", "dog"), "'dog' does not occur in the prompt"),
     ((), "needs an adapter .* and a label"),
+    (("--prompt_template", "photo of a {label}. {prompt}"), "asks for a label: give --label"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(cat, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):

@@ -20,6 +20,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from experiments.mini.recipe.captions import caption_style
 from experiments.mini.recipe.common import FOUNDATION, WORK, optimize, rendered, to_pixels, training_steps
 from moma_lightning.files import write_beside
+from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE
+from moma_lightning.losses import min_snr_weight
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.attention import Conditioning, Recorder
 from moma_lightning.models.mask_estimation import average_maps, find_label_tokens
@@ -37,7 +39,7 @@ def build() -> UNet2DConditionModel:
 
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion 1.5's schedule."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(**STABLE_DIFFUSION_SCHEDULE)
 
 
 @torch.no_grad()
@@ -51,12 +53,6 @@ def encoded(count: int) -> tuple[torch.Tensor, torch.Tensor, list]:
         write_beside(path, lambda p: torch.save(torch.cat(chunks).half(), p))
     coverage = F.adaptive_avg_pool2d(torch.from_numpy(masks)[:, None] / 255, 8)
     return torch.load(path, weights_only=True), coverage, pictures
-
-
-def min_snr_weight(alphas: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """min(SNR, gamma) / SNR: the min-SNR weight of an epsilon loss."""
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / snr
 
 
 class Losses:
@@ -81,7 +77,7 @@ class Losses:
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, text, cross_attention_kwargs={"conditioning": Conditioning(recorder=recorder)}).sample
         alphas = self.schedule.alphas_cumprod[timesteps]
-        weight = min_snr_weight(alphas)[:, None, None, None] * (1 + 3 * masks)
+        weight = min_snr_weight(alphas, gamma=5.0)[:, None, None, None] * (1 + 3 * masks)
         maps = average_maps(recorder.label_maps, latents.shape[-2:])
         dice = 1 - 2 * (maps * masks).sum((1, 2, 3)) / (maps + masks).sum((1, 2, 3)).clamp(min=1e-6)
         coverage = (dice * alphas.sqrt() * ~dropped).mean()

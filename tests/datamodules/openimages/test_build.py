@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import constants
 from miniature_bucket import Miniature
 
 from datamodules.openimages.assemble import deal, read_light
@@ -80,6 +81,30 @@ def test_a_dead_server_stops_the_run_and_the_next_one_goes_on(undisturbed, plain
     build(config)
     assert digests(config) == undisturbed[1]
     assert not any(path.endswith(".csv") for path, _ in bucket.requests)
+
+
+@pytest.mark.parametrize("answered", [0, 1, 4])  # requests before the server fails: at the size of the zip, at its end, at a member
+def test_a_mask_zip_that_is_not_served_stops_the_run_and_spoils_no_unit(undisturbed, plain_bucket, config_of, serve, answered):
+    """Its masks are not broken: had they been counted so, the finished unit would keep that for ever."""
+    bucket = serve(plain_bucket)
+    digit = min(path.name for path in (plain_bucket / "pictures/train").iterdir())[0]
+    bucket.faults[f"annotations/v5/train-masks/train-masks-{digit}.zip"] = [None] * answered + [503] * 4
+    config = config_of(plain_bucket, url=bucket.url)
+    with pytest.raises(UnreachableError, match=rf"train-masks-{digit}.zip: HTTP 503.*run again"):
+        build(config)
+    build(config)
+    assert digests(config) == undisturbed[1]
+
+
+def test_what_is_not_served_is_counted_where_the_user_wants_that(plain_bucket, config_of, serve, counted):
+    bucket = serve(plain_bucket)
+    digit = min(path.name for path in (plain_bucket / "pictures/train").iterdir())[0]
+    bucket.faults[f"annotations/v5/train-masks/train-masks-{digit}.zip"] = [503] * 1000
+    config = config_of(plain_bucket, url=bucket.url)
+    config.sources.fetch.on_unreachable = "skip"
+    found = counted(build(config))
+    assert found["mask_unreachable"] == sum(path.name[0] == digit for path in (plain_bucket / "pictures/train").iterdir())
+    assert found["triplets"] == 40 - found["mask_unreachable"]
 
 
 def test_finished_shards_are_not_made_again_and_damaged_ones_are(undisturbed, plain_bucket, config_of):
@@ -168,6 +193,17 @@ def test_unknown_keys_are_errors(tmp_path, plain_bucket, config_of):
     run = command(config_of(plain_bucket), tmp_path / "data.yaml")
     done = subprocess.run([*run, "--select.min_aria", "0.1"], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and "min_aria" in done.stderr
+
+
+def test_a_captioner_that_is_not_there_is_named_with_the_command_that_fetches_it(tmp_path, config_of, monkeypatch):
+    """It is asked for while a unit is being written; its error is not taken for the disk's."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = config_of(Miniature.drawn(2).write(tmp_path / "bucket"), captions=False)
+    config.captions.init_args = {"model": "owner/missing@v1"}
+    with pytest.raises(FileNotFoundError, match=r"owner/missing@v1 could not be loaded .*\n.*moma_lightning fetch --models owner/missing@v1"):
+        build(config)
+    assert not list(Path(config.out).rglob(".*.parquet"))
 
 
 def test_captions_of_a_tiny_blip2(tmp_path, config_of):

@@ -102,6 +102,25 @@ def test_one_mask_does_not_fetch_its_whole_zip(plain_bucket, serve, tmp_path):
         sources.mask(name[0] + "nothing.png")
 
 
+def test_a_zip_that_is_not_there_or_is_none_is_no_reason_to_drop_its_masks(tmp_path):
+    zips = tmp_path / "v5/train-masks"
+    zips.mkdir(parents=True)
+    (zips / "train-masks-0.zip").write_bytes(b"<html>moved</html>" * 10)
+    sources = Sources(SourcesConfig(str(tmp_path), ""), "train", tmp_path / "cache")
+    with pytest.raises(ValueError, match="train-masks-0.zip is not a whole zip .*run again"):
+        sources.mask("0123_m_1.png")
+    with pytest.raises(FileNotFoundError, match="train-masks-1.zip is missing: sources.mask_zip") as error:
+        sources.mask("1123_m_1.png")
+    assert not isinstance(error.value, MissingError)
+
+
+def test_a_zip_that_the_server_does_not_have_is_told_apart_from_a_mask_that_it_lacks(plain_bucket, serve, tmp_path):
+    sources = Sources(SourcesConfig(f"{serve(plain_bucket).url}/annotations", "", mask_zip="v5/nothing-{digit}.zip"), "train", tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing-0.zip: HTTP 404 .sources.mask_zip") as error:
+        sources.mask("0123_m_1.png")
+    assert not isinstance(error.value, MissingError)
+
+
 def _mask_names(root):
     for path in sorted(root.glob("annotations/v5/train-masks/*.zip")):
         yield from zipfile.ZipFile(path).namelist()

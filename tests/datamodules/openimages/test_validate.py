@@ -76,6 +76,15 @@ def test_bad_members_are_named(built, capsys):
     assert code == 1 and lines[-1] == "BAD: 40 samples in 3 shards, 4 problems"
 
 
+@pytest.mark.parametrize("extension", ["jpeg", "webp"])
+def test_every_picture_that_training_takes_is_checked(built, capsys, extension):
+    def change(files):
+        return [(name.replace(".jpg", f".{extension}"), content) for name, content in files]
+
+    rewrite(built / "train-00000.tar", change)
+    assert verdict(built, capsys) == (0, "GOOD: 40 samples in 3 shards, 0 problems\n")
+
+
 def test_pictures_of_the_evaluation_are_found_among_the_samples(built, plain_bucket, capsys, tmp_path):
     picture = Image.open(sorted((plain_bucket / "pictures/train").iterdir())[7])
     (tmp_path / "dataset/cat").mkdir(parents=True)

@@ -64,7 +64,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     """A gradient may overflow where the loss, 0 * inf aside, does not show it before the next step."""
     module = Poisoned()
     module.on_after_backward = lambda: module.weight.grad.fill_(float("inf")) if module.global_step == 2 else None
-    with pytest.raises(FloatingPointError, match="weight is not finite after step 3"):
+    with pytest.raises(FloatingPointError, match="weight is not finite after step 3 on rank 0. Samples of the batch: 2-0, 2-1"):
         fit(tmp_path, module, StopOnNonFinite())
     assert saved(tmp_path)["global_step"] == 2
 
