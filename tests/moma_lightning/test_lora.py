@@ -3,9 +3,11 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import load_file
 
@@ -13,10 +15,12 @@ from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeat
 from moma_lightning.models.lora import LoraOptions
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.plan.stages import read_experiment
 from moma_lightning.training.options import blocks_of
 from tests import tiny_mllms
 from tests.moma_lightning.test_stage1 import batch, loader
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 EMBED, HIDDEN, MLP, LAYERS, RANK = 12, 24, 32, 2, 4
 LORA = LoraOptions(rank=RANK, alpha=8)
 INPUTS = ["cat", "mug"], ["a cat on a lake", "a mug"]
@@ -178,6 +182,13 @@ def test_blocks_to_shard_are_the_layers_with_their_adapters(tiny_foundation):
     assert [type(block) for block in adapted] == [type(block) for block in plain]
     inside = [name for block in adapted for name, _ in block.named_parameters() if "lora_A" in name]
     assert len(inside) == LAYERS * 7, "all of them lie in a block"
+
+
+def test_a_yaml_names_the_adapters(tmp_path):
+    given = yaml.safe_load((EXPERIMENTS / "mini/stage1.yaml").read_text())
+    given["model"]["init_args"]["decoder"] = {"lora": {"rank": 4, "alpha": 8}}
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(given))
+    assert DecoderConfig.from_dict(read_experiment(tmp_path / "stage1.yaml").model["decoder"]) == DecoderConfig(lora=LORA)
 
 
 @pytest.mark.parametrize("family", tiny_mllms.MLLMS)

@@ -52,10 +52,18 @@ def test_says_that_there_is_no_gpu(bitsandbytes, tiny_foundation):
 
 def asked(given, monkeypatch) -> dict:
     """What `load_mllm` calls transformers with."""
-    calls = {}
-    monkeypatch.setattr(foundation.AutoModelForImageTextToText, "from_pretrained", lambda **options: calls.update(options))
-    foundation.load_mllm(given, torch.bfloat16)
-    return calls
+
+    def stop(**options):
+        raise Asked(options)
+
+    monkeypatch.setattr(foundation.AutoModelForImageTextToText, "from_pretrained", stop)
+    with pytest.raises(Asked) as caught:
+        foundation.load_mllm(given, torch.bfloat16)
+    return caught.value.args[0]
+
+
+class Asked(Exception):
+    """Nothing is loaded: the options are its argument."""
 
 
 def test_asks_for_nf4_of_the_language_model_on_this_processs_gpu(gpu, tiny_foundation, monkeypatch):
