@@ -5,6 +5,8 @@ workers, so that every rank gets the same fixed number of steps an epoch however
 stands is kept in checkpoints. Validation reads each sample once, in the same batches on every run.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +38,8 @@ class TripletDataModule(LightningDataModule):
     """Batches of `moma_lightning.batch.TripletBatch`, or of `CachedBatch` where the shards are a cache's (`datamodules/caches`).
 
     The state in a checkpoint holds where each reader of each rank stood when its last batch was handed over, so a resumed run
-    goes on with the next sample, in the same batches and the same order as an undisturbed one. After a change of workers or
-    ranks, reading starts with the next pass.
+    goes on with the next sample, in the same batches and the same order as an undisturbed one. After a change of workers,
+    ranks, shards, seed or shuffling, reading starts with the next pass.
 
     Raises ValueError in `setup` for patterns without shards, fewer training shards than ranks x workers, and several ranks
     without `val_batches`, and for cached shards that are stale or do not belong (`caches.stamp.read_stamps`).
@@ -47,6 +49,7 @@ class TripletDataModule(LightningDataModule):
         super().__init__()
         self.config = config
         self.progress = Progress()
+        self.train_shards: list[str] = []
         self.made_by: dict[str, dict[str, str]] = {}  # of each cached shard; the stage holds it against its own models
 
     @property
@@ -90,6 +93,7 @@ class TripletDataModule(LightningDataModule):
         ranks = over_ranks({first + worker: position for worker, position in self.progress.positions.items()})
         return {
             "readers": self._readers(),
+            "order": self._order(),
             "positions": {reader: position for positions in ranks for reader, position in positions.items()},
             "given": self.progress.given % self.config.steps_per_epoch,
         }
@@ -100,9 +104,14 @@ class TripletDataModule(LightningDataModule):
         positions = {reader: (number, drawn) for reader, (number, drawn) in state_dict["positions"].items()}
         self.progress = Progress({reader - first: at for reader, at in positions.items() if first <= reader < first + workers})
         self.progress.given = self.progress.resume_at = state_dict.get("given", 0)
-        if state_dict["readers"] != self._readers() and positions:
+        if positions and (state_dict["readers"] != self._readers() or state_dict.get("order", self._order()) != self._order()):
             next_pass = max(number for number, _ in positions.values()) + 1
             self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0))
+
+    def _order(self) -> str:
+        """Digest of what decides which sample comes when, the number of readers apart."""
+        told = [[Path(shard).name for shard in self.train_shards], self.config.seed, self.config.shuffle_buffer]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def _readers(self) -> list[int]:
         return [self.rank_and_world_size[1], max(1, self.config.num_workers)]

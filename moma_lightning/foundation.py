@@ -106,7 +106,8 @@ def load_base(config: FoundationConfig) -> Base:
     else:
         with loading(config.base):
             family = family_of(config.base)
-            pipe = family.pipeline.from_pretrained(**resolve(config.base), **family.without, torch_dtype=torch.float32)
+            other = {"vae": vae} if vae is not None else {}
+            pipe = family.pipeline.from_pretrained(**resolve(config.base), **family.without, **other, torch_dtype=torch.float32)
     install_processors(pipe.unet)
     base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
     if "text_encoder_2" in pipe.components:

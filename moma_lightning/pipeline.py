@@ -160,7 +160,7 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError("a reference picture needs an adapter (load_pipeline(..., adapter=...)) and a label, the word for its subject")
         multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)  # sides that the UNet can halve
         pixels = picture_pixels(image, area, multiple).to(self._execution_device)
-        found = foreground(self._find(image) if mask is None else mask, pixels.shape[-2:]).to(pixels.device)
+        found = foreground(self._find(image) if mask is None else mask, ImageOps.exif_transpose(image).size, pixels.shape[-2:]).to(pixels.device)
         if not found.any():
             raise ValueError(f"the mask of {label!r} is empty: no pixel is above half; give another mask or none, to let SAM find one")
         white = white_background(pixels, found)

@@ -129,9 +129,17 @@ def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor
     return torch.from_numpy(array).permute(2, 0, 1)[None].div(127.5).sub(1)
 
 
-def foreground(mask: Image.Image | Tensor, size: Sequence[int]) -> Float[Tensor, "1 1 height width"]:
-    """M_ref as 0 / 1 at the picture's size; half grey decides, so that JPEG noise is not foreground."""
+def foreground(mask: Image.Image | Tensor, shown: tuple[int, int], size: Sequence[int]) -> Float[Tensor, "1 1 height width"]:
+    """M_ref as 0 / 1 at `size`, (height, width); `shown` is the picture's own (width, height), upright.
+
+    Half grey decides, so that JPEG noise is not foreground; a mask that is a picture is turned as its EXIF says.
+
+    Raises ValueError where the proportions differ by over 5 %: it is another picture's mask, or the same one's lying on its side.
+    """
     if isinstance(mask, Image.Image):
-        mask = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
-    mask = mask.float().reshape(1, 1, *mask.shape[-2:])
+        mask = torch.from_numpy(np.array(ImageOps.exif_transpose(mask).convert("L"), dtype=np.float32) / 255)
+    height, width = mask.shape[-2:]
+    if not 0.95 < width * shown[1] / (height * shown[0]) < 1.05:
+        raise ValueError(f"a mask of {width}x{height} does not fit a picture that is shown at {shown[0]}x{shown[1]}: give one of the picture as it is shown")
+    mask = mask.float().reshape(1, 1, height, width)
     return (nn.functional.interpolate(mask, tuple(size), mode="nearest-exact") > 0.5).float()

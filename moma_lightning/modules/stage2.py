@@ -8,14 +8,12 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 
 from moma_lightning import losses
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
 from moma_lightning.checkpoints import load_into, read_adapter_file, save_adapter
 from moma_lightning.digests import identity
-from moma_lightning.files import write_beside
 from moma_lightning.foundation import (
     Base,
     FoundationConfig,
@@ -33,7 +31,9 @@ from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
+from moma_lightning.modules import grid
 from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.modules.grid import GridConfig
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
 from moma_lightning.pipeline import MoMAPipeline
@@ -67,15 +67,6 @@ class Stage2Config:
     subject_weight: float = 0.0
     min_snr_gamma: float | None = None
     cached: bool = False
-
-
-@dataclass
-class GridConfig:
-    """The picture grid of validation: the first `pictures` validation samples, redrawn from their own captions. 0: none."""
-
-    pictures: int = 8
-    num_inference_steps: int = 12
-    guidance_scale: float = 3.0
 
 
 class Stage2(TrainedPartModule):
@@ -122,10 +113,12 @@ class Stage2(TrainedPartModule):
         return self.adapter.reference_features(self.unet, latents, *self.encode_text(batch.label, batch))
 
     @torch.no_grad()
-    def latents(self, batch: TripletBatch | CachedBatch) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
+    def latents(
+        self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
         """Two samples of the autoencoder's posterior: of the target, and of what the reference pass sees of it."""
         target, seen = (DiagonalGaussianDistribution(moments.float()) for moments in self.moments(batch))
-        return target.sample() * self.vae.config.scaling_factor, seen.sample() * self.vae.config.scaling_factor
+        return target.sample(generator) * self.vae.config.scaling_factor, seen.sample(generator) * self.vae.config.scaling_factor
 
     def moments(self, batch: TripletBatch | CachedBatch) -> tuple[Float[Tensor, "batch two_c h w"], Float[Tensor, "batch two_c h w"]]:
         """Mean and log-variance, in one, of the autoencoder's posterior of both pictures."""
@@ -181,7 +174,7 @@ class Stage2(TrainedPartModule):
 
     def sample_losses(self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
         """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
-        latents, reference_latents = self.latents(batch)
+        latents, reference_latents = self.latents(batch, generator)
         noise, timesteps, chance = self.random_draws(latents, generator, drop)
         embeds, captions = self.context_embeds(batch), batch.caption
         if chance is not None:
@@ -209,7 +202,7 @@ class Stage2(TrainedPartModule):
         loss = values.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self._log_bands("train", values.detach(), timesteps)
-        if self.config.subject and self.trainer._logger_connector.should_update_logs:
+        if self.config.subject and self.global_step % self.trainer.log_every_n_steps == 0:
             self.log_dict({f"lambda/{i}": layer.lambda_.detach()[0] for i, layer in self.adapter.subject.items()}, batch_size=len(batch))
         return loss
 
@@ -237,29 +230,16 @@ class Stage2(TrainedPartModule):
 
     @torch.no_grad()
     def _log_grid(self, batch: TripletBatch | CachedBatch) -> None:
-        """Reference | redrawn from its caption, beside the checkpoints and to the loggers that take pictures."""
         pipe = MoMAPipeline.from_base(self.base, self.adapter).to(self.device)
-        pictures, embeds, rows = self.pictures(batch), self.context_embeds(batch), []
-        for i in range(min(self.grid.pictures, len(batch))):
-            reference = pipe.image_processor.postprocess(pictures[i : i + 1].cpu(), "pil")[0]
-            output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], beta=float(self.config.subject),
-                          image_embeds=embeds[i : i + 1], guidance_scale=self.grid.guidance_scale, num_inference_steps=self.grid.num_inference_steps,
-                          generator=torch.Generator("cpu").manual_seed(i))
-            rows.append([reference, output.images[0]])
+        rows = grid.redrawn(pipe, batch, self.pictures(batch), self.context_embeds(batch), float(self.config.subject), self.grid)
         if self.trainer.is_global_zero:
-            self._save_grid(picture_grid(rows))
+            grid.save(self, picture_grid(rows))
 
     def pictures(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch 3 height width"]:
         """The reference pictures in [-1, 1]; from a cache as the autoencoder has kept them."""
         if isinstance(batch, TripletBatch):
             return batch.pixel_values
         return self.vae.decode(DiagonalGaussianDistribution(batch.features["moments"].float()).mode()).sample
-
-    def _save_grid(self, grid: Image.Image) -> None:
-        write_beside(Path(self.trainer.default_root_dir) / "pictures" / f"step-{self.global_step:06d}.png", grid.save)
-        for logger in self.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("val/pictures", [grid], step=self.global_step)
 
     def units(self) -> list[nn.Module]:
         unet, encoders = self.unet, [part for part in (self.image_encoder, self.decoder) if part is not None]

@@ -278,3 +278,16 @@ def test_log_stands_in_the_trainers_folder(shards_with_bad, tools, tmp_path):
     data = tools.datamodule(shards_with_bad, prepared=False, bad_samples=None, steps_per_epoch=9)
     fit(tmp_path / "run", Recorder(), data)
     assert "mask is empty" in (tmp_path / "run" / "bad_samples.log").read_text()
+
+
+@pytest.mark.parametrize("changed", [{"seed": 3}, {"shuffle_buffer": 2}])
+def test_a_changed_order_starts_with_the_next_pass(shards, tools, changed):
+    """A position in one order means nothing in another: samples would be seen twice or never."""
+    first = tools.datamodule(shards)
+    iterator = iter(first.train_dataloader())
+    next(iterator), next(iterator)
+    state = first.state_dict()
+    same, other = tools.datamodule(shards), tools.datamodule(shards, **changed)
+    same.load_state_dict(state)
+    other.load_state_dict(state)
+    assert same.progress.positions == {0: (0, 4)} and other.progress.positions == {0: (1, 0)}

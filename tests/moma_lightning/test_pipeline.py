@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +236,22 @@ def test_a_negative_prompt_is_stable_diffusions(base):
     options = dict(guidance_scale=3.0, num_inference_steps=3, output_type="np")
     expected = stock(PROMPTS, negative_prompt=["a dog"] * 2, generator=generators(2), **options).images
     assert np.array_equal(run(MoMAPipeline.from_base(base), image_embeds=None, negative_prompt="a dog").images, expected)
+
+
+def test_a_mask_of_other_proportions_is_refused_and_exif_turns_masks_too(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn
+    file = io.BytesIO()
+    picture(96, 48).save(file, "JPEG", exif=exif)
+    portrait = Image.open(file)  # shown at 48 x 96
+    with pytest.raises(ValueError, match="a mask of 96x48 does not fit a picture that is shown at 48x96"):
+        pipe.prepare_subject(portrait, torch.ones(48, 96), "cat", 64 * 64)
+    lying = Image.new("L", (96, 48), 0)
+    lying.paste(255, (0, 0, 48, 48))
+    lying.getexif()[0x0112] = 6
+    stored = io.BytesIO()
+    lying.save(stored, "PNG", exif=exif)
+    turned = pipe.prepare_subject(portrait, Image.open(stored), "cat", 64 * 64).mask[0, 0]
+    upper, lower = turned.chunk(2)
+    assert upper.mean() > 0.9 and lower.mean() < 0.1

@@ -32,7 +32,7 @@ class SameNoise(Stage2):
     """Stage 2 whose random numbers belong to the samples: drawn for the global batch, cut to the rank's part."""
 
     @torch.no_grad()
-    def latents(self, batch):
+    def latents(self, batch, generator=None):
         target = self.vae.encode(batch.pixel_values).latent_dist.mode() * self.vae.config.scaling_factor
         return target, target
 
