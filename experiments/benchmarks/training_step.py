@@ -14,6 +14,7 @@ from experiments.benchmarks.timing import Case
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
 from moma_lightning.foundation import MINI, FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.models.preprocess import preprocess_square
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
@@ -80,18 +81,14 @@ def stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
     module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()), batch_of(BATCH)
     decoder = module.decoder
     white = white_background(batch.pixel_values, batch.subject_mask)
-    pixels = decoder.image_processor([pictures_of(picture) for picture in white], return_tensors="pt").pixel_values
-    input_ids, mask = decoder.tokenize(batch.label, batch.caption, decoder.image_features(white).shape[1])
+    pixels = preprocess_square(white, decoder.picture_side, decoder.image_processor)
+    input_ids, mask = decoder.tokenize(batch.label, batch.caption, decoder.see(white).embeds.shape[1])
 
     def bare() -> Tensor:
         return decoder.mllm(input_ids=input_ids, pixel_values=pixels, attention_mask=mask.long(), use_cache=False).last_hidden_state.mean()
 
     parameters = trained(module)
     return step(parameters, lambda: module.loss(module(batch), module.target(batch))), step(parameters, bare)
-
-
-def pictures_of(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def cases() -> list[Case]:

@@ -4,9 +4,11 @@ import importlib.util
 import sys
 from dataclasses import replace
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from moma_lightning import foundation, optim
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
@@ -112,4 +114,4 @@ def test_a_quantized_language_model_is_not_trained_and_not_sharded(tiny_foundati
     decoder = with_bytes(tiny_foundation, lora=LoraOptions(target=r"layers\.\d+\.self_attn\.q_proj"))
     assert sum("lora_" in name for name in decoder.own_parameters()) == 4
     with pytest.raises(ValueError, match=r"up_proj\.weight is quantized .*--trainer\.strategy ddp"):
-        shard(decoder, [], None, bf16=False)
+        shard(decoder, [], Mock(spec=DeviceMesh), bf16=False)
