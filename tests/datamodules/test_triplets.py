@@ -225,7 +225,8 @@ def test_each_rank_goes_on_where_it_stood(shards, tools, monkeypatch):
 def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     killed = tools.datamodule(shards)
     epochs(killed, 2)
-    assert killed.state_dict() == {"readers": [1, 1], "positions": {0: (1, 4)}, "given": 0}
+    state = killed.state_dict()
+    assert state == {"readers": [1, 1], "order": state["order"], "positions": {0: (1, 4)}, "given": 0}
     resumed = tools.datamodule(shards, num_workers=2)
     resumed.load_state_dict(killed.state_dict())
     assert resumed.progress.positions == {0: (2, 0), 1: (2, 0)}

@@ -98,12 +98,22 @@ def test_the_loss_can_weigh_the_subject_and_the_timesteps(build):
     module, one = build(subject_weight=3.0, min_snr_gamma=5.0), batch(0)
     module.forward = lambda noisy_latents, *rest: torch.zeros_like(noisy_latents)
     values, timesteps = module.sample_losses(one, torch.Generator().manual_seed(4), drop=False)
-    noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    _, _, noise = (torch.randn(3, 4, 4, 4, generator=generator) for _ in range(3))  # two samples of the posterior come first
     for i, t in enumerate(timesteps.tolist()):
         weight = 1 + 3 * one.subject_mask[i, 0].reshape(4, 8, 4, 8).mean((1, 3))
         snr = module.noise_scheduler.alphas_cumprod[t] / (1 - module.noise_scheduler.alphas_cumprod[t])
         expected = (noise[i] ** 2 * weight / weight.mean()).mean() * min(snr, torch.tensor(5.0)) / snr
         torch.testing.assert_close(values[i], expected)
+
+
+def test_validation_draws_the_same_for_the_same_seed(build):
+    """Whatever the state of the global generator: equal weights have an equal validation loss."""
+    module, losses_ = build(), []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        losses_.append(module.sample_losses(batch(0), torch.Generator().manual_seed(4), drop=False)[0])
+    assert torch.equal(*losses_)
 
 
 def test_the_reference_pass_and_the_target_are_two_samples_of_one_posterior(build):
