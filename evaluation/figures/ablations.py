@@ -9,6 +9,7 @@ from typing import Any
 from evaluation.config import EvalConfig
 from evaluation.figures.names import NUMBER, axis_name, method_name, methods_of
 from evaluation.figures.tables import Cells, difference_rows, metrics_in
+from evaluation.stamps import read_stamp
 
 
 @dataclass
@@ -45,8 +46,8 @@ def read_ablation(key: str, summary: dict[str, Any], pictures: Path) -> Ablation
 
 def options_of(folder: Path) -> dict[str, Any]:
     """A method's options as the stamp of one of its pictures has them, the sampler's where it leaves them open; empty without pictures."""
-    for path in sorted(folder.rglob("*.json")):
-        settings = json.loads(path.read_text()).get("settings", {})
+    for path in sorted(folder.rglob("*.png")):
+        settings = (read_stamp(path) or {}).get("settings", {})
         return settings.get("sampler", {}) | {key: value for key, value in settings.get("method", {}).items() if value is not None}
     return {}
 

@@ -106,14 +106,20 @@ class Stage1(TrainedPartModule):
     @torch.no_grad()
     def baselines(self, batch: TripletBatch) -> dict[str, Float[Tensor, "batch embed_dim"]]:
         """What could be had without stage 1, by the names in BASELINES."""
-        mean = self.target_sum / self.target_count.clamp(min=1)
         embeds = {
             "white_background": self.image_encoder(white_background(batch.pixel_values, batch.subject_mask)),
-            "mean": mean.expand(len(batch), -1),
+            "mean": self.mean_target().expand(len(batch), -1),
         }
         if self.caption_encoder is not None:
             embeds["caption"] = self.caption_encoder(batch.caption)
         return embeds
+
+    def mean_target(self) -> Float[Tensor, " embed_dim"]:
+        """The mean of what all ranks have seen in training; every rank must call this."""
+        sums = torch.cat([self.target_sum, self.target_count[None]])
+        if self._trainer is not None:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return sums[:-1] / sums[-1].clamp(min=1)
 
     def on_validation_epoch_end(self) -> None:
         scores = {name: match.compute() for name, match in self.matches.items()}

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from dataclasses import replace
+import tarfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from datamodules.caches.stamp import CacheStamp
 from datamodules.mini.export import export
 from datamodules.triplets import TripletConfig, TripletDataModule
+from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
@@ -204,8 +206,6 @@ def test_pictures_for_a_stage_that_wants_a_cache(data, decoder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*It is skipped")
 def test_bad_samples_are_left_out_and_counted(data, decoder, tmp_path):
-    import tarfile
-
     folder = tmp_path / "shards"
     folder.mkdir()
     for path in data.glob("*.tar"):
@@ -221,11 +221,20 @@ def test_bad_samples_are_left_out_and_counted(data, decoder, tmp_path):
     assert "json is missing" in (out / "bad_samples.log").read_text()
 
 
-def test_the_command(data, decoder, tmp_path, monkeypatch, capsys):
-    shards = "--data.init_args.config"
-    arguments = ["--config", "experiments/mini/stage2.yaml", "--model.init_args.decoder", decoder, "--cache.out", str(tmp_path / "cache"),
-                 f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar", "--trainer.default_root_dir", str(tmp_path)]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["caches", *arguments])
+@pytest.mark.parametrize("experiment", ["mini", "sd15_llava7b"])
+def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, experiment):
+    """`make cache-stage2`, then `make stage2` with the experiment's cached YAML; full size with the mini world's models."""
+    shards, folder = "--data.init_args.config", Path("experiments") / experiment
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    arguments = ["--config", str(folder / "stage2.yaml"), "--model.init_args.decoder", decoder,
+                 "--model.init_args.foundation", json.dumps(asdict(FoundationConfig())),
+                 "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
+                 "--trainer.precision", "32-true", f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]  # fmt: skip
+    pictures = [f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]
+    monkeypatch.setattr(sys, "argv", ["caches", *arguments, *pictures])
     command.main()
     assert "'shards': 7, 'samples': 32, 'left_out': 0" in capsys.readouterr().out
     assert json.loads((tmp_path / "cache/train-00000.json").read_text())["dtype"] == "float16"
+    cached = [f"{shards}.train", f"{tmp_path}/cache/train-*.tar", f"{shards}.val", f"{tmp_path}/cache/val-*.tar", "--trainer.fast_dev_run", "true"]
+    monkeypatch.setattr(sys, "argv", ["moma_lightning", "fit", *arguments, "--config", str(folder / "cached/stage2.yaml"), *cached])
+    assert main(sys.argv[1:]) == 0
