@@ -104,8 +104,8 @@ class CacheMaker(LightningModule):
 def sources(data: TripletConfig) -> list[Path]:
     """The local shards of pictures that training and validation read. Raises ValueError for URLs and for two of the same name."""
     paths = [Path(shard) for shard in expand_shards(data.train) + expand_shards(data.val)]
-    if any(CacheStamp.read(path) for path in paths):
-        raise ValueError(f"{paths[0]} is a cache itself: name the shards of pictures")
+    if caches := [path for path in paths if CacheStamp.read(path)]:
+        raise ValueError(f"{caches[0]} is a cache itself: name the shards of pictures")
     if remote := [path for path in paths if not path.is_file()]:
         raise ValueError(f"{remote[0]}: only local shards can be cached")
     if len({path.name for path in paths}) < len(paths):

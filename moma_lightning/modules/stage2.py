@@ -147,7 +147,8 @@ class Stage2(TrainedPartModule):
             models |= {"decoder": str(self.decoder_name), "mllm": self.foundation.mllm}
         else:
             models["image_encoder"] = self.foundation.image_encoder
-        options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype}
+        options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype,
+                   "mllm_quantization": str(self.foundation.mllm_quantization)}  # fmt: skip
         return {name: identity(model) for name, model in models.items()} | options
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from moma_lightning.foundation import FoundationConfig, load_base
-from tests.moma_lightning.test_single_file import RESNET, renamed, same, small_vae, vae_names
+from tests.moma_lightning.test_single_file import RESNET, level_names, renamed, same, small_vae, vae_names
 from tests.tiny import POOLED_DIM, TEXT_DIM, TEXT_DIM_2, tiny_sdxl_base
 
 OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
@@ -34,13 +34,7 @@ def unet_names() -> dict[str, str]:
              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
     for level in range(3):
-        for layer in range(2):
-            block = f"input_blocks.{1 + 3 * level + layer}"
-            names |= {f"down_blocks.{level}.resnets.{layer}": f"{block}.0", f"down_blocks.{level}.attentions.{layer}": f"{block}.1"}
-        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 + 3 * level}.0.op"
-        for layer in range(3):
-            block = f"output_blocks.{3 * level + layer}"
-            names |= {f"up_blocks.{level}.resnets.{layer}": f"{block}.0", f"up_blocks.{level}.attentions.{layer}": f"{block}.1"}
+        names |= level_names(level)
         names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"
     return names
 

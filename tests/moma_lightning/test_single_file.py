@@ -27,19 +27,24 @@ def small_vae() -> AutoencoderKL:
                          layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=64)  # fmt: skip
 
 
+def level_names(level: int) -> dict[str, str]:
+    """A level's layers: diffusers' module -> the original's; its upsampler's place depends on the attention before it."""
+    names = {f"down_blocks.{level}.downsamplers.0.conv": f"input_blocks.{3 + 3 * level}.0.op"}
+    for layer in range(3):
+        for side, first, count in (("down", "input_blocks", 2), ("up", "output_blocks", 3)):
+            block = f"{first}.{3 * level + layer + (side == 'down')}"
+            parts = {f"{side}_blocks.{level}.resnets.{layer}": f"{block}.0", f"{side}_blocks.{level}.attentions.{layer}": f"{block}.1"}
+            names |= parts if layer < count else {}
+    return names
+
+
 def unet_names() -> dict[str, str]:
     """diffusers' module -> the original's."""
     names = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
              "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
     for level in range(4):
-        for layer in range(2):
-            block = f"input_blocks.{1 + 3 * level + layer}"
-            names |= {f"down_blocks.{level}.resnets.{layer}": f"{block}.0", f"down_blocks.{level}.attentions.{layer}": f"{block}.1"}
-        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{3 + 3 * level}.0.op"
-        for layer in range(3):
-            block = f"output_blocks.{3 * level + layer}"
-            names |= {f"up_blocks.{level}.resnets.{layer}": f"{block}.0", f"up_blocks.{level}.attentions.{layer}": f"{block}.1"}
+        names |= level_names(level)
         names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.conv"
     return names
 

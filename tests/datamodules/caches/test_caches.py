@@ -160,6 +160,15 @@ def test_a_cache_of_other_models_is_refused(cache, decoder, tmp_path, other, nam
         losses(other(tmp_path, decoder), cache, tmp_path)
 
 
+def test_what_moves_the_embedding_is_in_the_stamp(decoder):
+    """A foundation whose MLLM is quantized predicts other embeddings from the same files."""
+    module = stage2(decoder, cached=True)
+    own = module.cache_identity()
+    for change in ({"mllm_quantization": "4bit"}, {"mllm_dtype": "bfloat16"}):
+        module.foundation = replace(FoundationConfig(), **change)
+        assert module.cache_identity() != own
+
+
 def copied(cache: Path, folder: Path) -> Path:
     folder.mkdir()
     for path in cache.glob("*-*.*"):
