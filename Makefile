@@ -20,7 +20,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style clean
+.PHONY: $(STEPS) cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style views clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -107,6 +107,9 @@ mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about
 
 style: $(INSTALLED) ## a mini base in another drawing style, for Figure 10's community checkpoints
 	$(RUN) experiments.mini.recipe.style $(ARGS)
+
+views: $(INSTALLED) ## a mini base that knows poses and camera distances, for Figure 10's upper panel (experiments/mini/views.yaml)
+	$(RUN) experiments.mini.recipe.views $(ARGS)
 
 clean: ## remove runs/EXP
 	rm -rf runs/$(EXP)

@@ -1,7 +1,7 @@
 """Exports the mini world as the data sets everything else reads: triplet shards and two DreamBooth-like folders.
 
     <out>/shards/{train,val,heldout}-{00000..}.tar, manifest.json
-    <out>/dreambooth/dataset/<subject>/00.png ..., prompts_and_classes.txt, texture_prompts.txt
+    <out>/dreambooth/dataset/<subject>/00.png ..., prompts_and_classes.txt, {texture,pose,camera}_prompts.txt
     <out>/dreambooth/masks/<subject>/00.png ...
     <out>/dreambooth-dev/...                    the same with training-split subjects: settings are chosen on these
 """
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.mini import world
-from datamodules.mini.prompts import prompts_and_classes, texture_prompts
+from datamodules.mini.prompts import prompts_and_classes, texture_prompts, view_prompts
 from datamodules.mini.render import render
 from datamodules.shards import ShardSample, write_json, write_shards
 
@@ -119,7 +119,8 @@ def export_dreambooth(folder: Path, size: int = 64, seed: int = 0) -> None:
         _write_pictures(beside / "masks" / name, masks)
     labels = {name: identity.label for name, identity in identities.items()}
     (beside / "dataset" / "prompts_and_classes.txt").write_text(prompts_and_classes(labels))
-    (beside / "dataset" / "texture_prompts.txt").write_text(texture_prompts())
+    for kind, text in {"texture": texture_prompts(), **view_prompts()}.items():
+        (beside / "dataset" / f"{kind}_prompts.txt").write_text(text)
     write_json(beside / "manifest.json", manifest)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

@@ -3,6 +3,7 @@
 The mini CLIP and the mini base know the words of `world.caption` only, in that order, and always with a scene.
 """
 
+from datamodules.mini.views import CAMERAS, POSES
 from datamodules.mini.world import ACCESSORIES, LIGHTS, SCENES
 
 #: (accessory, scene) of the live prompts that replace some of the objects' lit scenes.
@@ -38,6 +39,13 @@ def prompts_and_classes(labels: dict[str, str]) -> str:
 def texture_prompts() -> str:
     """The text of `texture_prompts.txt`: our 5 materials and 5 colours, as one list."""
     return _listing(list(TEXTURES))
+
+
+def view_prompts() -> dict[str, str]:
+    """The texts of `pose_prompts.txt` and `camera_prompts.txt`, by kind: each view in four scenes."""
+    scenes = [SCENES[scene] for scene in ("beach", "snow", "city", "meadow")]
+    return {kind: _listing([f"a {{0}} {{1}} {words} {scene}" for words in views for scene in scenes])
+            for kind, views in (("pose", POSES), ("camera", CAMERAS))}
 
 
 def _context(scene: str, light: str = "day") -> str:

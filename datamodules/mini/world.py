@@ -4,7 +4,7 @@ A picture is described by a `Picture`; `render.render` turns a list of them into
 a seed, so identities, and with them the train / held-out split, can be enumerated without drawing anything.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -149,10 +149,6 @@ def filter_caption(text: str) -> str:
         if word in ("a", "an"):
             words[i] = _article(words[i + 1])
     return " ".join(words)
-
-
-def without_subject_edits(picture: Picture) -> Picture:
-    return replace(picture, material=None, accessory=None)
 
 
 def _article(word: str) -> str:

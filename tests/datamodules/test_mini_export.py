@@ -9,6 +9,8 @@ import webdataset as wds
 from datamodules.dreambooth import DreamBooth, load_mask, load_picture
 from datamodules.mini import export, world
 from datamodules.mini.prompts import TEXTURES, live_prompts, object_prompts
+from datamodules.mini.render import render
+from datamodules.mini.views import VIEWS, say, seen
 from datamodules.samples import contains_label
 from datamodules.triplets import TripletConfig, TripletDataModule
 from experiments.mini.recipe.common import sample_world
@@ -126,3 +128,23 @@ def test_command(tmp_path):
     command = [sys.executable, "-m", "datamodules.mini", "--out", str(tmp_path), "--train_count=2", "--val_count=1"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "train: 2 triplets in 1 shards" in result.stdout and (tmp_path / "dreambooth/dataset/fish3/03.png").exists()
+
+
+def test_pose_and_camera_prompts_name_a_view_each(exported):
+    data = DreamBooth(exported / "dreambooth")
+    robot = next(subject for subject in data.subjects if subject.label == "toy robot")
+    poses, cameras = data.prompts_of("pose", robot), data.prompts_of("camera", robot)
+    assert "a toy robot upside down in the snow" in poses and "a toy robot far away in the city" in cameras
+    assert {words for words in VIEWS for prompt in poses + cameras if f" {words} " in prompt} == set(VIEWS)
+
+
+def test_views_turn_and_frame_the_subject():
+    picture = world.Picture(world.Identity("hat", "red", "blue", "plain", (0.5, 0.5, 0.5)), "snow", center=(0.0, 0.0))
+    plain, over, side, close, far = (mask > 0 for mask in render([picture, *(seen(picture, words) for words in VIEWS)])[1])
+    assert np.mean(over == plain[::-1, ::-1]) > 0.98
+    assert np.mean(side == np.rot90(plain, -1)) > 0.98  # clockwise
+    assert close.sum() > 2 * plain.sum() > 4 * far.sum()
+
+
+def test_a_view_is_said_behind_the_last_label():
+    assert say("far away", "photo of a cat. a red cat in the snow", "cat") == "photo of a cat. a red cat far away in the snow"

@@ -19,6 +19,7 @@ for part, *options in (
     ("unet", "--pictures", "32", "--batch", "2"),
     ("llava", "--pictures", "32", "--batch", "2"),
     ("style", "--pictures", "32", "--batch", "2", "--out", os.environ["MINI_WORK"] + "/pastel"),
+    ("views", "--pictures", "32", "--batch", "2", "--out", os.environ["MINI_WORK"] + "/views"),
 ):
     sys.argv = [part, "--steps", "1", *options]
     import_module(f"experiments.mini.recipe.{part}").main()

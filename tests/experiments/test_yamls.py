@@ -12,9 +12,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from datamodules.mini.export import export
+from datamodules.mini.views import VIEWS
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.figures.names import methods_of
+from experiments.mini.recipe.check_views import measure
 from experiments.sweep import read, run_grid
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
@@ -111,6 +113,19 @@ def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
     evaluation(["dreambooth", "--config", str(MINI / "seeds.yaml"), *options, f"--run={tmp_path}"])
     summary = json.loads((tmp_path / "eval/summary.json").read_text())
     assert {"text_only", "ip_adapter", "moma", "beta_0.5", "mask_0", "clip_embedding"} <= set(summary)
+
+
+def test_poses_and_distances_are_drawn_and_measured(trained, options, tmp_path):
+    """The shipped base stands in for the fine-tuned one: the words mean nothing to it, the way through is the same."""
+    small = {"subjects": ["cat"], "context_prompts": 0, "texture_prompts": 0, "pose_prompts": 2, "camera_prompts": 1, "sampler": {"num_inference_steps": 4}}
+    only = [f"--foundation.base={FoundationConfig().base}", f"--run={tmp_path}", f"--overrides={json.dumps(small)}"]
+    for command in ("dreambooth", "report"):
+        evaluation([command, "--config", str(MINI / "views.yaml"), *options[:-1], *only])
+    rows = json.loads((tmp_path / "figures/figure10_settings.json").read_text())["rows"]
+    assert [row["title"] for row in rows] == ["Pose", "Camera"]
+    table = measure(parse(["score", "--config", str(MINI / "views.yaml"), *options[:-1], *only])[1])
+    assert {"text_only", "ip_adapter", "moma_beta1"} <= set(table)
+    assert all(0 < view["share"] < 1 and set(table["moma_beta1"]) <= set(VIEWS) for view in table["moma_beta1"].values())
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")) + [MINI / "ablations/mask_layers.yaml"], ids=lambda p: p.stem)

@@ -4,19 +4,13 @@ Not shipped: `python -m experiments.mini.recipe.style` makes it in some minutes.
 base, still carry the subject over (`make report ARGS='--report.bases ["runs/mini/bases/pastel"]'`).
 """
 
-import argparse
-import shutil
-from pathlib import Path
-
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.mini.recipe.common import optimize, rendered, to_pixels
-from experiments.mini.recipe.unet import BASE, Losses
-from moma_lightning.foundation import FoundationConfig, load_base
+from experiments.mini.recipe.common import rendered, to_pixels
+from experiments.mini.recipe.finetune import arguments, finetune
 
 
 def pastel(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
@@ -25,31 +19,10 @@ def pastel(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batc
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--pictures", type=int, default=4000)
-    parser.add_argument("--out", type=Path, default=Path("runs/mini/bases/pastel"))
-    args = parser.parse_args()
+    args = arguments(__doc__, "runs/mini/bases/pastel", steps=400)
     images, masks, pictures = rendered(args.pictures)
     coverage = F.adaptive_avg_pool2d(torch.from_numpy(masks)[:, None] / 255, 8)
-    base = load_base(FoundationConfig(base=str(BASE)))
-    unet, vae, losses = base.unet.requires_grad_(True), base.vae, Losses(base.text_encoder, base.tokenizer)
-    optimizer = torch.optim.AdamW(unet.parameters(), args.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, args.steps)
-    for step in range(args.steps):
-        rng = np.random.default_rng([9, step])
-        rows = rng.integers(0, len(images), args.batch)
-        with torch.no_grad():
-            latents = vae.encode(pastel(to_pixels(images[rows]))).latent_dist.mode() * vae.config.scaling_factor
-        noise_loss, maps_loss = losses(unet, latents, coverage[rows], [pictures[i] for i in rows], rng)
-        optimize(noise_loss + 0.05 * maps_loss, optimizer)
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{args.steps} noise {noise_loss:.4f}", flush=True)
-    shutil.copytree(BASE, args.out, dirs_exist_ok=True)
-    unet.half().save_pretrained(args.out / "unet")
+    finetune(args, lambda rows: pastel(to_pixels(images[rows])), coverage, pictures)
 
 
 if __name__ == "__main__":

@@ -56,13 +56,13 @@ def encoded(count: int) -> tuple[torch.Tensor, torch.Tensor, list]:
 
 
 class Losses:
-    """Noise prediction and label-map coverage of one batch."""
+    """Noise prediction and label-map coverage of one batch. word: a picture's caption, drawn with a generator."""
 
-    def __init__(self, text_encoder, tokenizer):
-        self.text_encoder, self.tokenizer, self.schedule = text_encoder, tokenizer, scheduler()
+    def __init__(self, text_encoder, tokenizer, word=caption_style):
+        self.text_encoder, self.tokenizer, self.word, self.schedule = text_encoder, tokenizer, word, scheduler()
 
     def __call__(self, unet, latents, masks, pictures, rng) -> tuple[torch.Tensor, torch.Tensor]:
-        captions = [caption_style(p, rng) for p in pictures]
+        captions = [self.word(p, rng) for p in pictures]
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         labels = torch.cat([
             find_label_tokens(ids[i : i + 1], [self.tokenizer(p.identity.label, add_special_tokens=False).input_ids], captions[i:], p.identity.label)

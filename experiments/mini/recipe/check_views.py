@@ -1,0 +1,90 @@
+"""Do pictures of `experiments/mini/views.yaml` show the pose or distance that was asked for, and still the subject?
+
+By SAM's subject in each picture: its share of the picture (more up close, less far away), and which turn of the reference it resembles most by DINO, both
+cut out, put on white and scaled to the same size. Writes `check_views.json` beside the evaluation.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from datamodules.dreambooth import load_mask
+from datamodules.mini.views import VIEWS
+from evaluation.cli import parse
+from evaluation.config import EvalConfig
+from evaluation.dreambooth import write_json
+from evaluation.figures.tables import read_scores
+from evaluation.metrics import CachedEncoder, Masker, build_encoders
+from evaluation.metrics.masked import subject_alone
+from evaluation.stamps import load_picture
+
+SIDE = 64
+#: The turns a subject is compared with, in degrees, clockwise on screen.
+TURNS = {"upright": 0, "on its side": 90, "upside down": 180}
+
+
+def cut(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The subject on white, in the middle, its longer side filling nine tenths."""
+    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+    subject = subject_alone(image, mask).crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    scale = 0.9 * SIDE / max(subject.size)
+    subject = subject.resize([max(1, round(side * scale)) for side in subject.size], Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (SIDE, SIDE), "white")
+    canvas.paste(subject, ((SIDE - subject.width) // 2, (SIDE - subject.height) // 2))
+    return canvas
+
+
+def words_of(prompt: str) -> str:
+    return next((words for words in VIEWS if f" {words} " in prompt), "none")
+
+
+def measure(config: EvalConfig) -> dict[str, dict[str, Any]]:
+    """Method -> view -> number of pictures, mean share of the subject, how often the turn asked for is the likeliest, DINO to the reference so turned."""
+    protocol, device = config.resolved_protocol(), config.resolved_device()
+    dino = build_encoders({"dino": protocol.dino}, config.eval_folder / "cache", device)["dino"]
+    masker = Masker.from_pretrained(protocol.segmenter, config.eval_folder / "cache", device)
+    scores, found = read_scores(config), defaultdict(list)
+    for row in scores[scores["prompt_kind"] != "real"].itertuples():
+        image, reference = load_picture(Path(row.path)), Path(row.reference)
+        mask = masker(image)
+        if mask.any():
+            own = np.asarray(load_mask(Path(config.data) / "masks" / row.subject / f"{reference.stem}.png")) > 0
+            found[row.method, words_of(row.prompt)].append((mask.mean(), likeness(dino, cut(image, mask), cut(load_picture(reference), own))))
+    table: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (method, words), values in found.items():
+        table[method][words] = summary(words, *map(np.stack, zip(*values, strict=True)))
+    return dict(table)
+
+
+def likeness(dino: CachedEncoder, subject: Image.Image, reference: Image.Image) -> Float[np.ndarray, "turns"]:
+    """Cosine of a subject with the reference in each of TURNS."""
+    embeds = dino.encode_images([subject, *(reference.rotate(-degrees) for degrees in TURNS.values())])
+    return (embeds[1:] @ embeds[0]).numpy()
+
+
+def summary(words: str, shares: np.ndarray, cosines: Float[np.ndarray, "pictures turns"]) -> dict[str, Any]:
+    asked = list(TURNS).index(words) if words in TURNS else 0
+    return {"pictures": len(shares), "share": round(float(shares.mean()), 3), "turn_is_likeliest": round(float((cosines.argmax(1) == asked).mean()), 3),
+            "dino": round(float(cosines[:, asked].mean()), 3)}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("experiments/mini/views.yaml"))
+    parser.add_argument("--run", help="instead of the config's own")
+    args = parser.parse_args()
+    config = parse(["score", "--config", str(args.config), *([f"--run={args.run}"] if args.run else [])])[1]
+    table = measure(config)
+    write_json(config.eval_folder / "check_views.json", table)
+    for method, views in table.items():
+        for words, values in views.items():
+            print(f"{method:12} {words:12} {values}")
+
+
+if __name__ == "__main__":
+    main()
