@@ -11,9 +11,9 @@ from evaluation.generation import generate
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
-from evaluation.stamps import write_beside
 from evaluation.statistics import summarise
 from evaluation.tables import difference_table, method_table, protocol_line, published_table
+from moma_lightning.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,6 @@ def run_ablation(config: EvalConfig) -> dict:
     if ablation.published is not None:
         page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(PUBLISHED[ablation.published], ablation.published)]
     write_json(config.ablations_folder / f"{ablation.name}.json", {"title": title, **summary})
-    write_beside(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
+    write_bytes(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
     logger.info("%s\n%s", title, method_table(summary))
     return summary

@@ -18,10 +18,11 @@ from evaluation.plan import Evaluation
 from evaluation.protocols import Protocol
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
-from evaluation.stamps import git_revision, write_beside
+from evaluation.stamps import git_revision
 from evaluation.statistics import METRICS, above_oracle, breakdown, summarise
 from evaluation.tables import method_table, score_page
 from moma_lightning.digests import content_digest
+from moma_lightning.files import write_bytes
 from moma_lightning.hub import local_path
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,14 @@ def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
         warnings.warn(sentence, stacklevel=2)
     buffer = io.BytesIO()
     scores.to_parquet(buffer, index=False)
-    write_beside(folder / "scores.parquet", buffer.getvalue())
+    write_bytes(folder / "scores.parquet", buffer.getvalue())
     write_json(folder / "summary.json", summary)
     for by in ("subject", "prompt"):
-        write_beside(folder / f"per_{by}.csv", breakdowns(scores, by).to_csv(index=False, float_format="%.6f").encode())
+        write_bytes(folder / f"per_{by}.csv", breakdowns(scores, by).to_csv(index=False, float_format="%.6f").encode())
     about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "protocol": asdict(protocol)}
     about |= {"weights": weights_of(protocol)}
     write_json(folder / "protocol.json", about)
-    write_beside(folder / "table.md", score_page(summary, protocol, len(evaluation.subjects), found).encode())
+    write_bytes(folder / "table.md", score_page(summary, protocol, len(evaluation.subjects), found).encode())
     logger.info("%s\n%s", folder / "table.md", method_table(summary))
 
 
@@ -73,7 +74,7 @@ def weights_of(protocol: Protocol) -> dict[str, str]:
 
 
 def write_json(path, content) -> None:
-    write_beside(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def run_dreambooth(config: EvalConfig) -> None:

@@ -20,9 +20,10 @@ from evaluation.figures.sampled import STRENGTHS, Studio, mask_path
 from evaluation.methods import Moma
 from evaluation.metrics import Masker
 from evaluation.plan import Evaluation, Planned
-from evaluation.stamps import load_picture, write_beside
+from evaluation.stamps import load_picture
 from evaluation.statistics import draws, interval
 from evaluation.tables import markdown, signed_interval, with_interval
+from moma_lightning.files import write_bytes
 from moma_lightning.models.masks import resize_mask
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def run_mask_iou(config: EvalConfig) -> dict[str, Any]:
     lines = markdown(["Masking", "IoU of M_gen(0) with SAM's subject", "pictures without a subject"], rows)
     pairs = [[f"{row['a']} - {row['b']}", signed_interval(row)] for row in summary["differences"]]
     write_json(config.ablations_folder / "mask_iou.json", summary)
-    write_beside(config.ablations_folder / "mask_iou.md", f"{lines}\n{markdown(['Difference', 'IoU'], pairs)}".encode())
+    write_bytes(config.ablations_folder / "mask_iou.md", f"{lines}\n{markdown(['Difference', 'IoU'], pairs)}".encode())
     logger.info("%s", lines)
     return summary
 

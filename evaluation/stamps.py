@@ -8,7 +8,6 @@ wrong score.
 import hashlib
 import io
 import json
-import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -16,23 +15,11 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from moma_lightning.files import write_bytes
+
 
 def stamp_path(picture: Path) -> Path:
     return picture.with_suffix(".json")
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Write to a hidden neighbour, then rename: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"{path} could not be written ({error.strerror}): free space there, then run the same command again"
-        ) from error
 
 
 def write_picture(path: Path, image: Image.Image, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -42,8 +29,8 @@ def write_picture(path: Path, image: Image.Image, settings: dict[str, Any], prov
     content = buffer.getvalue()
     stamp = {"settings": settings, "sha256": hashlib.sha256(content).hexdigest(), "provenance": provenance}
     stamp_path(path).unlink(missing_ok=True)
-    write_beside(path, content)
-    write_beside(stamp_path(path), json.dumps(stamp, indent=1, sort_keys=True).encode())
+    write_bytes(path, content)
+    write_bytes(stamp_path(path), json.dumps(stamp, indent=1, sort_keys=True).encode())
 
 
 def read_stamp(picture: Path) -> dict[str, Any] | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from evaluation.dreambooth import write_json
-from evaluation.stamps import write_beside
 from evaluation.statistics import summarise
 from evaluation.tables import difference_table, method_table
+from moma_lightning.files import write_bytes
 
 #: Methods of seeds.yaml that use nothing the stages trained.
 UNTRAINED = ("text_only", "ip_adapter")
@@ -60,7 +60,7 @@ def write_pooled(out: Path, folders: dict[int, Path]) -> None:
     summary = summarise(pool(list(folders.values())))
     page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", method_table(summary), difference_table(summary)]
     write_json(out / "summary.json", summary)
-    write_beside(out / "table.md", "\n".join(page).encode())
+    write_bytes(out / "table.md", "\n".join(page).encode())
     print("\n".join(page))
 
 

@@ -27,6 +27,11 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(number, f"{path} was not written ({why}); a file of that name from before is unchanged") from error
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_beside` of what is in memory."""
+    write_beside(path, lambda beside: beside.write_bytes(content))
+
+
 def _is_of_the_disk(error: Exception) -> bool:
     """torch and safetensors report a full disk in their own ways; an OSError without a number is a library's (of a hub, of a picture)."""
     return error.errno is not None if isinstance(error, OSError) else type(error) in (RuntimeError, SafetensorError)

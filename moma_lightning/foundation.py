@@ -1,7 +1,7 @@
 """Where frozen base models come from: a local folder (the mini world's are shipped) or a hub id with a pinned revision."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -30,8 +30,6 @@ from moma_lightning.models.text import TextConditioning, encode_text
 from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_single_file, load_single_file
 
-__all__ = ["MINI", "Base", "FoundationConfig", "ImageEncoder", "frozen", "load_base", "load_image_encoder", "load_mllm", "mllm_width", "local_path", "resolve"]
-
 MINI = "experiments/mini/foundation"
 
 
@@ -56,6 +54,12 @@ class FoundationConfig:
     sam: str | None = f"{MINI}/sam"
     mllm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mllm_quantization: Quantization | None = None
+
+    def __post_init__(self):
+        # jsonargparse hands a class's option over as "None" where the command line says null.
+        for option in fields(self):
+            if getattr(self, option.name) == "None":
+                setattr(self, option.name, None)
 
 
 @dataclass

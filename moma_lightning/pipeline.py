@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moma_lightning.base_pipelines import BasePipelineSD, BasePipelineSDXL
 from moma_lightning.batch import white_background
 from moma_lightning.checkpoints import load_adapter
-from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder, local_path
+from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder
+from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder

@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.openimages.config import SourcesConfig, Split
 from datamodules.openimages.fetch import ChecksumError, Fetcher, MissingError, UnreachableError, is_url
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_bytes
 
 DIGITS = "0123456789abcdef"
 MAX_MASK_BYTES = 32 << 20  # of one unpacked mask: a zip bomb is refused, not unpacked
@@ -122,7 +122,7 @@ class Sources:
         if path.is_file():
             return path.read_bytes()
         content = self.fetcher.read(f"{self.config.pictures}/{self.split}/{image_id}.jpg")
-        write_beside(path, lambda beside: beside.write_bytes(content))
+        write_bytes(path, content)
         return content
 
     def forget(self, image_id: str) -> None:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation.stamps import write_beside
+from moma_lightning.files import write_bytes
 
 INK, SOFT, LINE = "#1c1f24", "#667085", "#e4e7ec"
 #: Told apart by people who do not tell red from green (Okabe and Ito's palette, darkened for thin lines on white).
@@ -87,7 +87,7 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """`<folder>/<name>.png` and `.svg`."""
     forms: tuple[Literal["png"], Literal["svg"]] = ("png", "svg")
     for form in forms:
-        write_beside(folder / f"{name}.{form}", encoded(figure, form))
+        write_bytes(folder / f"{name}.{form}", encoded(figure, form))
     return [folder / f"{name}.{form}" for form in forms]
 
 

@@ -16,8 +16,8 @@ from evaluation.figures.names import method_name
 from evaluation.figures.style import colors_of, write_figure
 from evaluation.figures.tables import difference_rows, metrics_in, named_rows, read_scores, read_summary
 from evaluation.plan import Evaluation
-from evaluation.stamps import write_beside
 from evaluation.statistics import oracles
+from moma_lightning.files import write_bytes
 
 #: Grids whose pictures are sampled for them.
 MADE = ("figure8", "figure9", "figure10_community")
@@ -40,7 +40,7 @@ def write_figures(config: EvalConfig, bases: Sequence[str] = ()) -> list[Path]:
     for name, figure in charts(config, scores):
         paths += write_figure(figure, folder, name)
     for grid in (*scored_grids(config, scores), *made_grids(config, bases)):
-        write_beside(folder / f"{grid.name}.json", to_json(grid))
+        write_bytes(folder / f"{grid.name}.json", to_json(grid))
         paths += write_figure(draw_grid(grid), folder, grid.name)
     logger.info("%s: %d files", folder, len(paths))
     return paths

@@ -15,7 +15,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference, use_scheduler
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
-from moma_lightning.foundation import local_path, resolve
+from moma_lightning.hub import local_path, resolve
 
 Source = Literal["prompt", "label", "image", "mask"]
 

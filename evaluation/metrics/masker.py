@@ -10,7 +10,7 @@ from torch import nn
 
 from evaluation.metrics.cache import pixel_digest, weights_digest
 from evaluation.metrics.masked import Mask
-from evaluation.stamps import write_beside
+from moma_lightning.files import write_bytes
 from moma_lightning.segmentation import SamMasker
 
 #: Masks in memory where a folder has them too: those of a whole evaluation at 512 pixels would be gigabytes.
@@ -49,7 +49,7 @@ class Masker:
         if path:
             buffer = io.BytesIO()
             Image.fromarray(mask).save(buffer, format="PNG")
-            write_beside(path, buffer.getvalue())
+            write_bytes(path, buffer.getvalue())
         return mask
 
     @torch.no_grad()

@@ -25,8 +25,8 @@ from evaluation.figures.tables import Cells, difference_rows, means_by, metrics_
 from evaluation.figures.write import MADE, read_grid, scored_grids
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
-from evaluation.stamps import write_beside
 from evaluation.statistics import LEVEL, METRICS, oracles
+from moma_lightning.files import write_bytes
 
 CURVES = ("train/loss", "val/")
 
@@ -43,9 +43,9 @@ def write_report(config: EvalConfig) -> Path:
     """Write report/index.html and report/grid.png from what `score`, `ablate` and `figures` left. Raises FileNotFoundError before `score`."""
     scores = read_scores(config)
     if compared := comparison(scores, config.report.subjects, config.report.prompts):
-        write_beside(config.report_folder / "grid.png", encoded(draw_grid(compared, inches=0.8), "png"))
+        write_bytes(config.report_folder / "grid.png", encoded(draw_grid(compared, inches=0.8), "png"))
     path = config.report_folder / "index.html"
-    write_beside(path, render(context(config, scores, compared)).encode())
+    write_bytes(path, render(context(config, scores, compared)).encode())
     return path
 
 

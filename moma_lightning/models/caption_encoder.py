@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
-from moma_lightning.foundation import frozen, resolve
+from moma_lightning.foundation import frozen
+from moma_lightning.hub import resolve
 
 
 class CaptionEncoder(nn.Module):

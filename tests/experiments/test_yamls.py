@@ -145,6 +145,22 @@ def test_ablations_that_train_name_what_their_commands_write(path):
     assert {root.rstrip("0123456789") for root in roots} == {root.rstrip("0123456789") for root in named}
 
 
+def commands(stage: str) -> list[str]:
+    """The options of every `make <stage>` that the ablations' comments name."""
+    lines = [line for path in sorted(MINI.glob("ablations/*.yaml")) for line in path.read_text().splitlines()]
+    return [line.partition("ARGS='")[2].rstrip("'") for line in lines if line.startswith(f"# make {stage} ")]
+
+
+@pytest.mark.parametrize(("stage", "given"), [(stage, given) for stage in ("stage1", "stage2") for given in commands(stage)])
+def test_commands_in_the_comments_of_ablations_train(stage, given, fit, decoder, tmp_path):
+    words = given.split()
+    if "--model.init_args.decoder" in words:
+        words[words.index("--model.init_args.decoder") + 1] = str(decoder)
+    elif stage == "stage2":
+        words += ["--model.init_args.decoder", str(decoder)]
+    fit(MINI / f"{stage}.yaml", tmp_path, *words, "--trainer.fast_dev_run", "1", "--trainer.default_root_dir", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["beta", "masking"])
 def test_sweeps_run_offline_and_can_be_read_back(name, trained, options, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
