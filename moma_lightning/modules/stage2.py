@@ -22,9 +22,9 @@ from moma_lightning.foundation import (
     image_embed_dim,
     load_base,
     load_image_encoder,
-    local_path,
     vae_name,
 )
+from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder

@@ -35,8 +35,8 @@ def test_summary_counts_the_turn_asked_for():
     assert summary("far away", np.asarray([0.2, 0.4]), cosines)["dino"] == 0.6
 
 
-def test_half_of_the_pictures_to_learn_from_are_in_a_view_that_the_caption_says():
-    pictures, rng = viewed(40), np.random.default_rng(0)
+def test_two_thirds_of_the_pictures_to_learn_from_are_in_a_view_that_the_caption_says():
+    pictures, rng = viewed(30), np.random.default_rng(0)
     assert sum(bool(picture.words) for picture in pictures) == 20
     assert all(picture.words in caption(picture, rng) for picture in pictures)
     assert pictures[0].identity == sample_world(40_000_000, 1)[0].identity
