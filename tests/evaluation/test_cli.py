@@ -25,12 +25,12 @@ def test_minis_config_names_the_rows_of_table_1():
     assert config.resolved_protocol().name == "mini"
 
 
-def test_minis_work_fits_six_minutes():
-    """About 8 pictures a second; the oracle makes none."""
+def test_the_mini_evaluation_stays_small():
+    """2,000 pictures are about four minutes of sampling on two cores (experiments/LOG.md); the oracle makes none."""
     config = parse(["generate", "--config", str(MINI)])[1]
     protocol = config.resolved_protocol()
     pictures = 30 * (protocol.context_prompts + protocol.texture_prompts) * protocol.pictures_per_prompt
-    assert pictures * sum(not method.is_oracle for method in config.methods.values()) / 8 < 360
+    assert pictures * sum(not method.is_oracle for method in config.methods.values()) <= 2000
 
 
 def test_options_on_the_command_line_win():
