@@ -13,6 +13,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference, use_scheduler
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
+from moma_lightning.foundation import FoundationConfig
 
 
 class DiffusionMethod(Method):
@@ -31,7 +32,8 @@ class DiffusionMethod(Method):
         used = {"base": foundation.base, "vae": foundation.vae, "adapter": adapter, "decoder": decoder}
         if decoder is not None:
             used |= {"mllm": foundation.mllm}
-        return {name: models.digest(path) for name, path in used.items()}
+        digests = {name: models.digest(path) for name, path in used.items()}
+        return digests if decoder is None else digests | precision_of(foundation)
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler, self.pipeline, self.last = sampler, models.pipeline(*self.checkpoints(models)), None
@@ -159,6 +161,12 @@ class IpAdapter(DiffusionMethod):
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         return {"image_embeds": clip_embeds(self.pipeline, reference), "beta": 0.0, "context_scale": self.scale}
+
+
+def precision_of(foundation: FoundationConfig) -> dict[str, str | None]:
+    """The MLLM's type and quantization where they are not the default, so that pictures made before either was told stay current."""
+    default = FoundationConfig()
+    return {name: getattr(foundation, name) for name in ("mllm_dtype", "mllm_quantization") if getattr(foundation, name) != getattr(default, name)}
 
 
 def clip_embeds(pipeline: Any, reference: Reference) -> Float[Tensor, "1 dim"]:

@@ -11,6 +11,13 @@ Precision = Literal["float32", "float16", "bfloat16"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+#: Commits of the hub that others pin for these models, too.
+PINNED = {
+    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    "google/siglip2-base-patch16-224": "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2",
+}
+
+
 @dataclass(frozen=True)
 class DinoConfig:
     """A timm ViT and how pictures reach it. The defaults are DreamBooth's: ViT-S/16, resize 256 bicubic, centre crop 224.
@@ -35,13 +42,16 @@ class DinoConfig:
 class ClipConfig:
     """A transformers CLIP folder or hub id; pictures go through the processor saved beside its weights.
 
-    revision: the hub's commit that others pin for this model; it means nothing to a folder.
+    revision: a commit of the hub; it means nothing to a folder. ValueError for the default model's with another one.
     """
 
     model: str = "openai/clip-vit-base-patch32"
     backend: Literal["pil", "torchvision"] = "pil"
     dtype: Precision = "float32"
-    revision: str | None = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+    revision: str | None = PINNED["openai/clip-vit-base-patch32"]
+
+    def __post_init__(self):
+        refuse_foreign_revision(self.model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,10 @@ class SiglipConfig:
     backend: Literal["pil", "torchvision"] = "pil"
     dtype: Precision = "float32"
     lowercase: bool = True
-    revision: str | None = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
+    revision: str | None = PINNED["google/siglip2-base-patch16-224"]
+
+    def __post_init__(self):
+        refuse_foreign_revision(self.model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,13 @@ class DreamsimConfig:
 
 
 EncoderConfig = DinoConfig | ClipConfig | SiglipConfig | DreamsimConfig
+
+
+def refuse_foreign_revision(model: str, revision: str | None) -> None:
+    """Whoever names another model of the hub says its revision too, or would get the default model's."""
+    owner = {commit: name for name, commit in PINNED.items()}.get(revision or "")
+    if owner not in (None, model) and local_path(model) is None:
+        raise ValueError(f"revision {revision} is {owner}'s, not {model}'s: set `revision` with `model`, to a commit of its own or to null")
 
 
 def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:

@@ -181,6 +181,15 @@ def test_weights_are_named_by_their_content(tmp_path):
     assert before[Moma]["adapter"] == content_digest(tmp_path / "adapter")
 
 
+def test_an_mllm_of_other_precision_makes_other_pictures(tmp_path):
+    def told(foundation: FoundationConfig) -> dict:
+        return Moma().weights(Models(foundation, str(tmp_path), str(tmp_path)))
+
+    plain, half, four = (told(f) for f in (FoundationConfig(), FoundationConfig(mllm_dtype="bfloat16"), FoundationConfig(mllm_quantization="4bit")))
+    assert half == plain | {"mllm_dtype": "bfloat16"} and four == plain | {"mllm_quantization": "4bit"}
+    assert TextOnly().weights(Models(FoundationConfig())) == TextOnly().weights(Models(FoundationConfig(mllm_dtype="bfloat16")))
+
+
 def test_missing_checkpoints_are_named():
     with pytest.raises(ValueError, match="`adapter` .* and `decoder`"):
         Moma().weights(Models(FoundationConfig(), None, None))

@@ -54,6 +54,13 @@ def test_wrong_overrides_are_refused(overrides):
         named("mini", overrides)
 
 
+def test_another_clip_is_not_looked_for_at_the_default_ones_revision(tmp_path):
+    with pytest.raises(ValueError, match="is openai/clip-vit-base-patch32's, not openai/clip-vit-large-patch14's: set `revision`"):
+        named("dreambooth", {"clip": {"model": "openai/clip-vit-large-patch14"}})
+    assert named("dreambooth", {"clip": {"model": "openai/clip-vit-large-patch14", "revision": None}}).clip.revision is None
+    assert named("dreambooth", {"clip": {"model": str(tmp_path)}}).clip.model == str(tmp_path)
+
+
 def test_unknown_preset_is_refused():
     with pytest.raises(KeyError, match="dreambooth, moma-paper, mini"):
         named("dreambench")
