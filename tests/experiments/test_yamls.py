@@ -16,6 +16,7 @@ from datamodules.mini.views import VIEWS
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.figures.names import methods_of
+from evaluation.protocols import PRESETS
 from experiments.mini.recipe.check_views import measure
 from experiments.sweep import read, run_grid
 from moma_lightning.__main__ import main
@@ -181,6 +182,20 @@ def test_evaluation_is_parsed(path):
     assert command == "dreambooth"
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(config.methods)
     assert config.resolved_protocol().name == ("mini" if path.parent == MINI else "moma-paper, modified")
+
+
+def test_the_papers_evaluation_runs_with_stand_ins(trained, options, tmp_path):
+    """Its protocol with the mini world's models and encoders in place of the hub's, one subject, two prompts, four steps."""
+    path, mini = EXPERIMENTS / "sd15_llava7b/eval.yaml", asdict(PRESETS["mini"])
+    own = yaml.safe_load(path.read_text())["overrides"]["sampler"]
+    small = {"subjects": ["cat"], "context_prompts": 1, "texture_prompts": 1, "pictures_per_prompt": 1, "dino": mini["dino"], "clip": mini["clip"],
+             "segmenter": mini["segmenter"], "sampler": own | {"num_inference_steps": 4}}  # fmt: skip
+    evaluation(["dreambooth", "--config", str(path), *options[:-1], f"--run={tmp_path}", f"--foundation={json.dumps(asdict(FoundationConfig()))}",
+                f"--overrides={json.dumps(small)}"])  # fmt: skip
+    summary = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
+    pictures = [picture.name for picture in (tmp_path / "eval/pictures/moma_beta1/cat").glob("*.png")]
+    assert len({name.partition("-")[0] for name in pictures}) == len(pictures) // 2 > 3, "every real picture is a reference in turn"
 
 
 def test_the_released_checkpoint_is_sampled_as_its_authors_do(capsys):
