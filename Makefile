@@ -20,7 +20,7 @@ STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
 
-.PHONY: $(STEPS) cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style views clean
+.PHONY: $(STEPS) cache-stage1 cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style views clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -53,6 +53,9 @@ stage1: $(INSTALLED) ## train the image-feature decoder; goes on from its last c
 
 stage2: $(INSTALLED) ## train the subject and context attention; goes on from its last checkpoint
 	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage2.yaml $(ARGS)
+
+cache-stage1: $(INSTALLED) ## run stage 1's frozen models over its shards once (mini: ARGS='--model.init_args.edits.rate 0')
+	$(RUN) datamodules.caches --config experiments/$(EXP)/stage1.yaml $(ARGS)
 
 cache-stage2: $(INSTALLED) ## run stage 2's frozen models over its shards once (docs/data.md, "Caches for training")
 	$(RUN) datamodules.caches --config experiments/$(EXP)/stage2.yaml $(ARGS)

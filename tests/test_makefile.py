@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["fetch", "plan", "data", "validate-data", "inspect", "stage1", "stage2", "cache-stage2", "eval-dreambooth", "report",
+TARGETS = ["fetch", "plan", "data", "validate-data", "inspect", "stage1", "stage2", "cache-stage1", "cache-stage2", "eval-dreambooth", "report",
            "reproduce", "ablate", "ablate-beta", "ablate-masking", "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench",
            "mini-foundation", "style", "views", "clean", "help"]
 

@@ -1,4 +1,4 @@
-"""`python -m datamodules.caches --config experiments/<experiment>/stage2.yaml`: cache what the stage's frozen models make of its shards.
+"""`python -m datamodules.caches --config experiments/<experiment>/stage1.yaml` (or stage2.yaml): cache what the stage's frozen models make of its shards.
 
 Processes and devices are the YAML's trainer's. Run again, it makes what is missing or stale.
 """

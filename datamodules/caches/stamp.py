@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from datamodules.shards import read_manifest, sha256, write_json
 
@@ -42,9 +43,14 @@ class CacheStamp:
         if "://" in str(shard) or not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
+            return cls(**_of_before(json.loads(path.read_text())))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no stamp of a cached shard ({error}): remove {shard} and make the cache again") from error
+
+
+def _of_before(content: dict[str, Any]) -> dict[str, Any]:
+    """An option at None is not in a stamp now; it once was there as "None"."""
+    return content | {"made_by": {name: value for name, value in content["made_by"].items() if value != "None"}}
 
 
 def source_digest(shard: Path) -> str:

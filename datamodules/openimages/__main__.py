@@ -6,6 +6,7 @@ from collections.abc import Callable
 from jsonargparse import ArgumentParser
 
 from datamodules.openimages.build import BuildConfig, build
+from datamodules.openimages.engine import MENDABLE
 from datamodules.openimages.inspect import InspectConfig, inspect
 from datamodules.openimages.validate import ValidateConfig, validate
 
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parsed.pop("config", None)
     try:
         result: object = function(config(**parsed.as_dict()))
-    except (ValueError, OSError, ImportError) as error:
+    except MENDABLE as error:
         sys.exit(f"{command}: {error}")
     return result if isinstance(result, int) else 0
 

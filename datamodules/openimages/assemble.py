@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules import shards as sharding
 from datamodules.openimages.perceptual import Lookalikes
-from datamodules.openimages.units import HEAVY, SCHEMA, path_of, read_rows
+from datamodules.openimages.units import path_of, read_rows
 from moma_lightning.files import write_beside
 
 SOURCE = "openimages-v7"
-LIGHT = [name for name in SCHEMA.names if name not in HEAVY and name != "given_caption"]
+#: What choosing needs of every row; there are as many in memory at once as there are masks.
+LIGHT = ["key", "image_id", "reason", "hash", "note"]
 OFFSETS = {"jpg": "picture_offset", "mask.png": "mask_offset", "json": "json_offset"}
 
 
@@ -36,7 +38,7 @@ class Chosen:
 
 
 def read_light(samples: Path, units: int) -> pd.DataFrame:
-    """Everything but pictures and masks of the first units. Hashes stay whole numbers: as floats they would lose their last bits."""
+    """`LIGHT` of the first units. Hashes stay whole numbers: as floats they would lose their last bits."""
     tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(integer_object_nulls=True).assign(unit=unit) for unit in range(units))
     return pd.concat(tables, ignore_index=True)
 
@@ -133,10 +135,17 @@ def member_offsets(path: Path) -> dict[str, dict[str, int]]:
 
 
 def write_index(work: Path, out: Path, split: str, names: list[str]) -> None:
-    """`<out>/<split>-index.parquet`: one row a triplet, in the shards' order."""
-    tables = [pd.read_parquet(work / "index" / f"{name}.parquet") for name in names]
-    whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    write_beside(out / f"{split}-index.parquet", lambda beside: whole.to_parquet(beside, index=False))
+    """`<out>/<split>-index.parquet`: one row a triplet, in the shards' order, a shard at a time."""
+    paths = [work / "index" / f"{name}.parquet" for name in names]
+    # A shard without any box, say, has a column of no type.
+    schema = pa.unify_schemas([pa.schema([]), *(pq.read_schema(path).remove_metadata() for path in paths)], promote_options="permissive")
+
+    def write(beside: Path) -> None:
+        with pq.ParquetWriter(beside, schema) as writer:
+            for path in paths:
+                writer.write_table(pq.read_table(path).cast(schema))
+
+    write_beside(out / f"{split}-index.parquet", write)
 
 
 def _digest(row: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from datamodules import shards as sharding
 from datamodules.openimages import assemble
@@ -113,8 +114,9 @@ class Builder:
         """How many units and how many candidates there are."""
         done = self.work / "units.json"
         if not done.exists():
-            parts = [pd.read_parquet(self.work / "candidates" / f"{digit}.parquet") for digit in DIGITS]
-            candidates = in_order(pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True), self.config.seed)
+            parts = [pq.read_table(self.work / "candidates" / f"{digit}.parquet") for digit in DIGITS]
+            parts = [part for part in parts if len(part)] or parts[:1]  # empty ones do not know their columns' types
+            candidates = in_order(pa.concat_tables(parts, promote_options="permissive"), self.config.seed)
             counts = [write_units(candidates, self.work / "units", self.config.run.unit), len(candidates)]
             write_beside(done, lambda beside: beside.write_text(json.dumps(counts)))
         units, count = json.loads(done.read_text())

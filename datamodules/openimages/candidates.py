@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from datamodules.openimages.config import SelectConfig
 from datamodules.openimages.hierarchy import class_names, descendants
@@ -105,11 +107,11 @@ def with_box(masks: pd.DataFrame, boxes: pd.DataFrame, tolerance: float) -> pd.D
     return masks.merge(nearest[["MaskPath", *BOX, "IsGroupOf", "IsDepiction", "IsInside"]], on="MaskPath", how="left")
 
 
-def in_order(candidates: pd.DataFrame, seed: int) -> pd.DataFrame:
+def in_order(candidates: pa.Table, seed: int) -> pa.Table:
     """Pictures shuffled by a digest of seed and ImageID: the same order whatever was read first, masks of a picture together."""
-    order = {i: hashlib.sha256(f"{seed} {i}".encode()).hexdigest() for i in candidates.ImageID.unique()}
-    keyed = candidates.assign(order=candidates.ImageID.map(order))
-    return keyed.sort_values(["order", "MaskPath"], ignore_index=True).drop(columns="order")
+    order = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in candidates["ImageID"].to_pylist()]
+    keyed = pa.table({"order": pa.array(order, pa.binary()), "MaskPath": candidates["MaskPath"]})
+    return candidates.take(pc.sort_indices(keyed, [("order", "ascending"), ("MaskPath", "ascending")]))
 
 
 def _is_mask_name(path: str, image_id: str) -> bool:

@@ -4,13 +4,18 @@ An item is a dictionary of short values (a unit's number, a shard's name): pictu
 with the data set, and what is finished survives any crash.
 """
 
+import functools
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Item = dict[str, Any]
+Row = dict[str, Any]  # Ray's: an item and a pickled error, or b""
+#: What a command ends with one line for; everything else keeps its traceback.
+MENDABLE = (ValueError, OSError, ImportError)
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Engine:
         import ray
         from ray.data import ActorPoolStrategy
 
-        dataset: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
+        dataset: Any = ray.data.from_items([{"item": item, "error": b""} for item in items], override_num_blocks=len(items))
         for stage in stages:
             if stage.processes is None:
                 dataset = dataset.map(_apply, fn_args=(stage.make, stage.arguments))
@@ -74,28 +79,53 @@ class Engine:
             dataset = dataset.map(_Apply, fn_constructor_args=(stage.make, stage.arguments), num_gpus=gpus, num_cpus=0.5,
                                   compute=ActorPoolStrategy(size=min(stage.processes, len(items))))
         for row in dataset.iter_rows():
-            yield row["item"]
+            yield _item_of(row)
+
+
+def _carried(row: Row, function: Callable[[Item], Item]) -> Row:
+    """`function` of a row's item; in its place, where something is wrong that a person can mend, the error itself.
+
+    It travels as a value: raised in a worker, it would come back as one of Ray's own, amid its logs and tracebacks.
+    """
+    if row["error"]:
+        return row
+    try:
+        return {"item": function(row["item"]), "error": b""}
+    except MENDABLE as error:
+        return {"item": row["item"], "error": pickle.dumps(error)}
+
+
+def _item_of(row: Row) -> Item:
+    """Raises the error that a worker met, as it was."""
+    if row["error"]:
+        raise pickle.loads(row["error"])
+    return row["item"]
 
 
 _made: dict[str, Callable[[Item], Item]] = {}
 
 
-def _apply(row: dict[str, Any], make: Callable[..., Callable[[Item], Item]], arguments: tuple[Any, ...]) -> dict[str, Any]:
+def _apply(row: Row, make: Callable[..., Callable[[Item], Item]], arguments: tuple[Any, ...]) -> Row:
     """In a worker process, which lives for many tasks: open zips and connections live with it."""
-    name = repr((make, arguments))
-    if name not in _made:
-        if len(_made) > 3:  # of stages that are over
-            _made.clear()
-        _made[name] = make(*arguments)
-    return {"item": _made[name](row["item"])}
+    def function(item: Item) -> Item:
+        name = repr((make, arguments))
+        if name not in _made:
+            if len(_made) > 3:  # of stages that are over
+                _made.clear()
+            _made[name] = make(*arguments)
+        return _made[name](item)
+
+    return _carried(row, function)
 
 
 class _Apply:
-    def __init__(self, make: Callable[..., Callable[[Item], Item]], arguments: tuple[Any, ...]):
-        self.function = make(*arguments)
+    """In an actor, which keeps what `make` gave for as long as it lives."""
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"item": self.function(row["item"])}
+    def __init__(self, make: Callable[..., Callable[[Item], Item]], arguments: tuple[Any, ...]):
+        self.make = functools.cache(functools.partial(make, *arguments))
+
+    def __call__(self, row: Row) -> Row:
+        return _carried(row, lambda item: self.make()(item))
 
 
 def _start_ray(workers: int | None, address: str | None) -> bool:

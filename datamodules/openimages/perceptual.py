@@ -44,8 +44,9 @@ class Lookalikes:
         return next((name for other, name in near if distance(value, other) <= self.bits), None)
 
     def add(self, value: int, name: str) -> None:
+        entry = value, name
         for key in self._keys(value):
-            self.seen[key].append((value, name))
+            self.seen[key].append(entry)
 
     def _keys(self, value: int) -> Iterable[tuple[int, int]]:
         return ((start, value >> start & (1 << stop - start) - 1) for start, stop in self.bands)

@@ -9,11 +9,10 @@ What a unit becomes depends on it alone, so neither processes nor crashes change
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -41,14 +40,14 @@ def path_of(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.parquet"
 
 
-def write_units(candidates: pd.DataFrame, folder: Path, pictures_each: int) -> int:
+def write_units(candidates: pa.Table, folder: Path, pictures_each: int) -> int:
     """Cut ordered candidates into units of `pictures_each` pictures (the last one may be smaller); returns how many there are."""
-    new = (candidates.ImageID != candidates.ImageID.shift()).cumsum().to_numpy() - 1
-    count = -(-(int(new[-1]) + 1) // pictures_each) if len(new) else 0
-    for number in range(count):
-        part = candidates[new // pictures_each == number]
-        write_beside(path_of(folder, number), lambda beside, part=part: part.to_parquet(beside, index=False))  # type: ignore[misc]
-    return count
+    masks = [len(list(same)) for _, same in groupby(candidates["ImageID"].to_pylist())]
+    counts = [sum(masks[first : first + pictures_each]) for first in range(0, len(masks), pictures_each)]
+    for number, (start, count) in enumerate(zip([0, *accumulate(counts)], counts, strict=False)):
+        part = candidates.slice(start, count)
+        write_beside(path_of(folder, number), lambda beside, part=part: pq.write_table(part, beside))  # type: ignore[misc]
+    return len(counts)
 
 
 class PictureStage:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
 from moma_lightning.foundation import FoundationConfig, load_mllm
 from moma_lightning.hub import find_folder
+from moma_lightning.models import mllm as mllms
 from moma_lightning.models.instruction import PICTURE, instruction
 from moma_lightning.models.lora import LoraOptions, add_adapters, is_adapter, merge_adapters
 from moma_lightning.models.mapping import Mapping
@@ -55,7 +56,7 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
     with `mllm.` (LLaVA: `vision_tower`, `multi_modal_projector`, `language_model`), `token` or `mapping.`.
     """
 
-    entries = ("read_picture", "predict")  # called from outside, beside `forward`: sharded training is told of them
+    entries = ("read_picture", "predict", "vision_features", "from_features")  # called from outside, beside `forward`: sharded training is told of them
 
     def __init__(self, mllm: PreTrainedModel, processor: ProcessorMixin, embed_dim: int, config: DecoderConfig):
         super().__init__()
@@ -111,10 +112,23 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         self, white_background: Float[Tensor, "batch 3 height width"], label: list[str], prompt: list[str]
     ) -> Float[Tensor, "batch embed_dim"]:
         """Eq. 4's MLLM(CLIP(I_wb), P, Token), mapped; one label and one prompt for each picture in [-1, 1], of any size."""
-        if not len(white_background) == len(label) == len(prompt):
-            raise ValueError(f"{len(white_background)} pictures, {len(label)} labels and {len(prompt)} prompts: must be as many")
-        seen = self.see(white_background)
-        count = seen.embeds.shape[1]
+        return self._of_seen(self.see(white_background), label, prompt)
+
+    @torch.no_grad()
+    def vision_features(self, white_background: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches channels"]:
+        """What a frozen vision tower makes of pictures, for `from_features`. Raises ValueError for a trained tower, and where `connector_of` does."""
+        if any(parameter.requires_grad for parameter in self.vision_parameters().values()):
+            raise ValueError("decoder.trainable names the vision tower: what it makes of pictures changes in training and cannot be cached")
+        return mllms.vision_features(self.mllm, self.image_processor, white_background, self.picture_side)
+
+    def from_features(self, features: Float[Tensor, "batch patches channels"], label: list[str], prompt: list[str]) -> Float[Tensor, "batch embed_dim"]:
+        """As `forward`, of pictures whose `vision_features` these are."""
+        return self._of_seen(mllms.connected(self.mllm, features), label, prompt)
+
+    def _of_seen(self, seen: Seen, label: list[str], prompt: list[str]) -> Float[Tensor, "batch embed_dim"]:
+        pictures, count = seen.embeds.shape[:2]
+        if not pictures == len(label) == len(prompt):
+            raise ValueError(f"{pictures} pictures, {len(label)} labels and {len(prompt)} prompts: must be as many")
         input_ids, mask = (t.to(seen.embeds.device) for t in self.tokenize(label, prompt, count))
         embeds, is_image = self.mllm.get_input_embeddings()(input_ids), input_ids == self.mllm.config.image_token_id
         embeds = embeds.masked_scatter(is_image[..., None], seen.embeds.to(embeds.dtype))

@@ -25,12 +25,15 @@ class Family:
     vision: regex of the vision tower's parameters, by their names in the inner model; the others are connector and language model.
     layout: what `get_image_features` takes, of normalised pictures [batch, 3, side, side] and the image processor.
     before, after: the words that the model was trained to read around a picture's places.
+    connector: name of the inner model's module that makes the picture's places of the vision tower's features, and of nothing else; None where
+        it is part of the tower (Qwen-VL) or more comes between (LLaVA-OneVision's line ends).
     """
 
     vision: str
     layout: Callable[[Tensor, Any], dict[str, Any]]
     before: str = ""
     after: str = ""
+    connector: str | None = None
 
 
 def whole(pixels: Float[Tensor, "batch 3 side side"], image_processor: Any) -> dict[str, Any]:
@@ -56,12 +59,12 @@ def patches(pixels: Float[Tensor, "batch 3 side side"], image_processor: Any) ->
 
 
 _LLAVA = r"^vision_tower\."
-_IDEFICS = Family(r"^vision_model\.", one_each, "<fake_token_around_image><global-img>", "<fake_token_around_image>")
+_IDEFICS = Family(r"^vision_model\.", one_each, "<fake_token_around_image><global-img>", "<fake_token_around_image>", "connector")
 _QWEN = Family(r"^visual\.(?!merger\.|deepstack_merger_list\.)", patches, "<|vision_start|>", "<|vision_end|>")
 #: By `model_type` of the model's config. Others may want something else of a picture (attention that is not causal on it, sizes), and
 #: would be trained on nonsense without a word.
 FAMILIES = {
-    "llava": Family(_LLAVA, whole), "llava_onevision": Family(_LLAVA, untiled),
+    "llava": Family(_LLAVA, whole, connector="multi_modal_projector"), "llava_onevision": Family(_LLAVA, untiled),
     "idefics3": _IDEFICS, "smolvlm": _IDEFICS, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN,
 }  # fmt: skip
 
@@ -104,6 +107,35 @@ def see(mllm: nn.Module, image_processor: Any, white_background: Float[Tensor, "
     inputs = family_of(mllm.config).layout(pixels, image_processor)
     output = mllm.get_image_features(**inputs, return_dict=True)
     return Seen(torch.stack(list(output.pooler_output)), [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", [])])
+
+
+def connector_of(mllm: nn.Module) -> nn.Module:
+    """Raises ValueError where the family has none that could be run alone."""
+    name = family_of(mllm.config).connector
+    if name is None:
+        can = ", ".join(kind for kind, family in FAMILIES.items() if family.connector)
+        raise ValueError(f"what the vision tower makes of pictures cannot be cached for MLLMs of the family {mllm.config.model_type!r}, only for {can}: "
+                         "train on the pictures")  # fmt: skip
+    return mllm.get_submodule(name)
+
+
+def vision_features(
+    mllm: nn.Module, image_processor: Any, white_background: Float[Tensor, "batch 3 height width"], side: int
+) -> Float[Tensor, "batch patches channels"]:
+    """What `see`'s connector reads. Taken there by a hook: which layers and tokens of the tower those are, is the model's own affair."""
+    kept: list[Tensor] = []
+    hook = connector_of(mllm).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    try:
+        see(mllm, image_processor, white_background, side)
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+def connected(mllm: nn.Module, features: Float[Tensor, "batch patches channels"]) -> Seen:
+    """What `see` gives of the pictures whose `vision_features` these are."""
+    connector = connector_of(mllm)
+    return Seen(connector(features.to(next(connector.parameters()).dtype)))
 
 
 def picture_start(mllm: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> int:

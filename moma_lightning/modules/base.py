@@ -1,5 +1,6 @@
 """What both stages share: checkpoints that hold trained parameters only, and the optimizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,6 +12,11 @@ from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations
 from moma_lightning.training.sharding import shard
 from moma_lightning.training.strategy import shard_mesh
+
+
+def stated(options: Mapping[str, str | None]) -> dict[str, str]:
+    """The options that are not None: a cache made before an option was there is as good as one made with it at None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class TrainedPartModule(LightningModule):
@@ -42,7 +48,10 @@ class TrainedPartModule(LightningModule):
         raise NotImplementedError
 
     def cache_identity(self) -> dict[str, str]:
-        """What `features` depends on: digests of local models, names of the hub's, options."""
+        """What `features` depends on: digests of local models, names of the hub's, options that are set (`stated`).
+
+        Raises ValueError where options do not allow a cache.
+        """
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -50,7 +59,8 @@ class TrainedPartModule(LightningModule):
         made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
         own = self.cache_identity() if made_by else {}
         for path, other in made_by.items():
-            differing = [f"{name} ({other.get(name)}, not {own.get(name)})" for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
+            names = [name for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
+            differing = [f"{name} ({other.get(name, 'none')}, not {own.get(name, 'none')})" for name in names]
             if differing:
                 raise ValueError(f"{path} was made with another {', '.join(differing)}: make the cache again, or train on the pictures")
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from moma_lightning import losses, optim
-from moma_lightning.batch import TripletBatch, white_background
-from moma_lightning.foundation import FoundationConfig, ImageEncoder, load_image_encoder
+from moma_lightning.batch import CachedBatch, TripletBatch, white_background
+from moma_lightning.digests import identity
+from moma_lightning.foundation import FoundationConfig, ImageEncoder, image_embed_dim, load_image_encoder
 from moma_lightning.metrics import EmbeddingMatch
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
-from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.modules.base import TrainedPartModule, stated
 from moma_lightning.training.options import TrainingOptions, blocks_of
 from moma_lightning.training.sharding import whole_parameters
 
@@ -49,7 +50,7 @@ class Stage1(TrainedPartModule):
 
     clip: folder or hub id of the whole CLIP model whose vision tower is the foundation's image encoder; only for the caption
     baseline in validation, which is left out without it. loss: Eq. 4's squared distance, or 1 - cosine (an ablation).
-    edits: see EditConfig.
+    edits: see EditConfig. cached: the shards are a cache's (`make cache-stage1`), so the image encoder is not loaded.
     Checkpoints hold what is trained; the rest is the foundation's.
     """
 
@@ -60,35 +61,65 @@ class Stage1(TrainedPartModule):
         self, foundation: FoundationConfig, decoder: DecoderConfig, optimizer: optim.OptimizerConfig, clip: str | None = None,
         loss: Literal["mse", "cosine"] = "mse", edits: EditConfig = EditConfig(),  # noqa: B008 - never changed
         training: TrainingOptions = TrainingOptions(),  # noqa: B008
+        cached: bool = False,
     ):  # fmt: skip
         super().__init__(optimizer, training)
-        self.edits = edits
-        image_encoder = load_image_encoder(foundation)
-        feature_decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, image_encoder.embed_dim)
+        self.edits, self.foundation = edits, foundation
+        image_encoder = None if cached else load_image_encoder(foundation)
+        feature_decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, image_embed_dim(foundation))
         self.assemble(image_encoder, feature_decoder, CaptionEncoder.from_pretrained(clip) if clip else None, loss)
 
-    def assemble(self, image_encoder: ImageEncoder, decoder: ImageFeatureDecoder, caption_encoder: CaptionEncoder | None, loss: str = "mse") -> None:
+    def assemble(
+        self, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder, caption_encoder: CaptionEncoder | None, loss: str = "mse"
+    ) -> None:
         """Put the loaded parts in their places."""
-        embed_dim = image_encoder.embed_dim
         self.loss, self.image_encoder, self.decoder, self.caption_encoder = LOSSES[loss], image_encoder, decoder.train(), caption_encoder
         names = ["decoder", *(name for name in BASELINES if caption_encoder is not None or name != "caption")]
         self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})  # type: ignore[assignment]
-        self.register_buffer("target_sum", torch.zeros(embed_dim))
+        self.register_buffer("target_sum", torch.zeros(decoder.embed_dim))
         self.register_buffer("target_count", torch.zeros(()))
 
-    def forward(self, batch: TripletBatch) -> Float[Tensor, "batch embed_dim"]:
+    def forward(self, batch: TripletBatch | CachedBatch, edit_rate: float = 0.0) -> Float[Tensor, "batch embed_dim"]:
         """Predicted CLIP(I_ref) of each sample."""
-        subject = white_background(batch.pixel_values, batch.subject_mask)
-        return self.decoder(subject, batch.label, batch.caption)
+        if isinstance(batch, CachedBatch):
+            return self.decoder.from_features(batch.features["vision"], batch.label, batch.caption)
+        subject, caption = edited(batch, edit_rate)
+        return self.decoder(subject, batch.label, caption)
 
     @torch.no_grad()
-    def target(self, batch: TripletBatch) -> Float[Tensor, "batch embed_dim"]:
+    def target(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch embed_dim"]:
         """CLIP(I_ref), without gradient."""
-        return self.image_encoder(batch.pixel_values).float()
+        return batch.features["target"].float() if isinstance(batch, CachedBatch) else self.embeds(batch.pixel_values)
 
-    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
-        subject, caption = edited(batch, self.edits.rate)
-        predicted, target = self.decoder(subject, batch.label, caption), self.target(batch)
+    @torch.no_grad()
+    def subject_embeds(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch embed_dim"]:
+        """CLIP(I_wb), a baseline."""
+        if isinstance(batch, CachedBatch):
+            return batch.features["white_background"].float()
+        return self.embeds(white_background(batch.pixel_values, batch.subject_mask))
+
+    def embeds(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed_dim"]:
+        if self.image_encoder is None:
+            raise ValueError("model.init_args.cached is true, but the shards hold pictures: point data.init_args.config.train and val at a cache")
+        return self.image_encoder(pixel_values).float()
+
+    @torch.no_grad()
+    def features(self, batch: TripletBatch) -> dict[str, Tensor]:
+        """`target`, `white_background` (both CLIP's) and `vision`, what the MLLM's connector reads of the picture on white."""
+        subject = white_background(batch.pixel_values, batch.subject_mask)
+        return {"target": self.target(batch), "white_background": self.subject_embeds(batch), "vision": self.decoder.vision_features(subject)}
+
+    def cache_identity(self) -> dict[str, str]:
+        """Raises ValueError for edits, which are other pictures in every pass."""
+        if self.edits.rate:
+            raise ValueError(f"edits.rate {self.edits.rate} recolours pictures at random, which a cache cannot hold: set model.init_args.edits.rate to 0, "
+                             "for the cache and for training from it, or train on the pictures")  # fmt: skip
+        models = {"image_encoder": self.foundation.image_encoder, "mllm": self.foundation.mllm}
+        options = {"stage": "stage1", "picture_side": str(self.decoder.picture_side), "mllm_quantization": self.foundation.mllm_quantization}
+        return {name: identity(model) for name, model in models.items()} | stated(options)
+
+    def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
+        predicted, target = self(batch, self.edits.rate), self.target(batch)
         self.target_sum += target.sum(0)
         self.target_count += len(batch)
         loss = self.loss(predicted, target)
@@ -96,7 +127,7 @@ class Stage1(TrainedPartModule):
         self.log("train/cosine", losses.image_embedding_cosine(predicted, target), prog_bar=True, batch_size=len(batch))
         return loss
 
-    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
         predicted, target = self(batch), self.target(batch)
         loss = self.loss(predicted, target)
         self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
@@ -104,10 +135,10 @@ class Stage1(TrainedPartModule):
             self.matches[name].update(embeds, target)
 
     @torch.no_grad()
-    def baselines(self, batch: TripletBatch) -> dict[str, Float[Tensor, "batch embed_dim"]]:
+    def baselines(self, batch: TripletBatch | CachedBatch) -> dict[str, Float[Tensor, "batch embed_dim"]]:
         """What could be had without stage 1, by the names in BASELINES."""
         embeds = {
-            "white_background": self.image_encoder(white_background(batch.pixel_values, batch.subject_mask)),
+            "white_background": self.subject_embeds(batch),
             "mean": self.mean_target().expand(len(batch), -1),
         }
         if self.caption_encoder is not None:
@@ -146,8 +177,8 @@ class Stage1(TrainedPartModule):
         super().on_load_checkpoint(checkpoint)
 
     def units(self) -> list[nn.Module]:
-        captions = [self.caption_encoder] if self.caption_encoder is not None else []
-        return [*blocks_of(self), self.image_encoder, *captions, self.decoder]
+        encoders = [part for part in (self.image_encoder, self.caption_encoder) if part is not None]
+        return [*blocks_of(self), *encoders, self.decoder]
 
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]

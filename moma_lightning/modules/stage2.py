@@ -32,7 +32,7 @@ from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.modules import grid
-from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.modules.base import TrainedPartModule, stated
 from moma_lightning.modules.grid import GridConfig
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
@@ -148,8 +148,8 @@ class Stage2(TrainedPartModule):
         else:
             models["image_encoder"] = self.foundation.image_encoder
         options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype,
-                   "mllm_quantization": str(self.foundation.mllm_quantization)}  # fmt: skip
-        return {name: identity(model) for name, model in models.items()} | options
+                   "mllm_quantization": self.foundation.mllm_quantization}  # fmt: skip
+        return {name: identity(model) for name, model in models.items()} | stated(options)
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], batch: TripletBatch | CachedBatch) -> TextConditioning:

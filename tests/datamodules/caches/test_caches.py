@@ -8,27 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from datamodules.caches import __main__ as command
 from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from datamodules.caches.stamp import CacheStamp
-from datamodules.mini.export import export
-from datamodules.triplets import TripletConfig, TripletDataModule
+from datamodules.triplets import TripletDataModule
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
-
-quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    export(folder, train_count=24, val_count=8, samples_per_shard=8)
-    return folder / "shards"
+from tests.datamodules.caches.running import config, copied, losses, make
 
 
 @pytest.fixture(scope="module")
@@ -39,44 +30,14 @@ def decoder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def config(folder: Path, **options) -> TripletConfig:
-    shards = {"train": str(folder / "train-*.tar"), "val": str(folder / "val-*.tar"), "bad_samples": str(folder / "bad.log")}
-    return TripletConfig(**shards | {"batch_size": 4, "steps_per_epoch": 6, "shuffle_buffer": 10} | options)
-
-
 def stage2(decoder: str | None, **options) -> Stage2:
     seed_everything(0, verbose=False)
     return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(lr=1e-3), decoder, GridConfig(pictures=1, num_inference_steps=1))
 
 
-def make(folder: Path, out: Path, stage: Stage2, **options) -> Path:
-    trainer = Trainer(default_root_dir=out, **quiet)
-    trainer.predict(CacheMaker(stage, config(folder), CacheConfig(**{"dtype": "float32"} | options), out), return_predictions=False)
-    return out
-
-
 @pytest.fixture(scope="module")
 def cache(data, decoder, tmp_path_factory) -> Path:
     return make(data, tmp_path_factory.mktemp("cache"), stage2(decoder))
-
-
-class Losses(Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.values.append(float(outputs["loss"]))
-
-    def on_validation_end(self, trainer, module):
-        self.values.append(float(trainer.callback_metrics["val/loss"]))
-
-
-def losses(module: Stage2, folder: Path, root: Path, **options) -> list[float]:
-    seed_everything(1, verbose=False)
-    kept = Losses()
-    trainer = Trainer(max_steps=6, default_root_dir=root, callbacks=[kept], num_sanity_val_steps=0, gradient_clip_val=1.0, **quiet)
-    trainer.fit(module, datamodule=TripletDataModule(config(folder, **options)))
-    return kept.values
 
 
 def test_training_from_the_cache_is_the_training_online(data, decoder, cache, tmp_path):
@@ -167,13 +128,6 @@ def test_what_moves_the_embedding_is_in_the_stamp(decoder):
     for change in ({"mllm_quantization": "4bit"}, {"mllm_dtype": "bfloat16"}):
         module.foundation = replace(FoundationConfig(), **change)
         assert module.cache_identity() != own
-
-
-def copied(cache: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for path in cache.glob("*-*.*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
 
 
 def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):

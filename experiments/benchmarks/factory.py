@@ -1,0 +1,173 @@
+"""The data factory's speed and memory on rendered pictures in the bucket's layout: `python -m experiments.benchmarks.factory --rows 1000 4000`.
+
+For each size a bucket is drawn and built in processes of their own; a line a step says processor time a row and the largest resident
+memory until then. Captions come from a file: BLIP-2 is not measured. Processor time counts, so other programs hardly matter; rows a second are
+those of cores that do nothing else, without downloads.
+"""
+
+import argparse
+import functools
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datamodules.openimages.build import BuildConfig, Builder, deciding
+from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig, SourcesConfig
+from datamodules.openimages.engine import Engine, Item, Stage
+
+#: The factory's stages and its own process's steps, in their order, as the table calls them.
+STEPS = {"start": "all imported", "SplitTable": "annotations to tables", "JoinDigit": "masks joined and filtered", "units": "cut into units",
+         "PictureStage": "pictures and masks checked", "CaptionStage": "captions filtered", "choose": "near-duplicates out, chosen",
+         "ShardStage": "shards written", "finish": "index and manifest"}  # fmt: skip
+GRAIN_FROM = 256  # pictures of this side and more get a photograph's grain: clean renderings decode too fast
+
+
+def memory() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def note(log: Path, step: str, started: float) -> None:
+    with log.open("a") as file:
+        file.write(json.dumps({"step": step, "seconds": time.process_time() - started, "megabytes": memory(), "process": os.getpid()}) + "\n")
+
+
+def clocked(make: Callable[..., Callable[[Item], Item]], log: Path, *arguments: Any) -> Callable[[Item], Item]:
+    """A stage's function that notes what each item took, wherever it runs."""
+    name, started = getattr(make, "__name__", str(make)), time.process_time()
+    function = make(*arguments)
+    note(log, name, started)
+
+    def run(item: Item) -> Item:
+        started = time.process_time()
+        result = function(item)
+        note(log, name, started)
+        return result
+
+    return run
+
+
+class ClockedEngine(Engine):
+    def __init__(self, log: Path, workers: int | None):
+        super().__init__(workers)
+        self.log = log
+
+    def run(self, items: Sequence[Item], stages: Sequence[Stage]) -> Iterator[Item]:
+        return super().run(items, [replace(stage, make=functools.partial(clocked, stage.make, self.log)) for stage in stages])
+
+
+def build(bucket: Path, out: Path, log: Path, workers: int) -> None:
+    """One build, its own steps noted beside the stages'."""
+    config = BuildConfig(
+        out=str(out), sources=SourcesConfig(f"{bucket}/annotations", f"{bucket}/pictures", captions=f"{bucket}/captions.csv"),
+        select=SelectConfig(min_side=32), shards=ShardConfig(), run=RunConfig(workers=workers),
+    )  # fmt: skip
+    from datamodules.openimages import assemble
+
+    for owner, name, step in ((Builder, "units", "units"), (assemble, "choose", "choose"), (assemble, "read_light", "choose"), (Builder, "finish", "finish")):
+        setattr(owner, name, _noted(getattr(owner, name), log, step))
+    note(log, "start", time.process_time())
+    with ClockedEngine(log, workers) as engine:
+        Builder(config, deciding(config), engine).build()
+
+
+def _noted(function: Callable[..., Any], log: Path, step: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        started = time.process_time()
+        result = function(*arguments, **options)
+        note(log, step, started)
+        return result
+
+    return run
+
+
+def draw(bucket: Path, rows: int, side: int) -> None:
+    """A bucket of `rows` pictures with one good mask each."""
+    from tests.miniature_bucket import Miniature, encode
+
+    made = Miniature.drawn(rows, min(side, 96))
+    if side >= GRAIN_FROM:
+        rng = np.random.default_rng(0)
+        grain = rng.normal(0, 4, (side, side, 3))
+        for image_id, content in made.pictures.items():
+            large = Image.open(io.BytesIO(content)).resize((side, side), Image.Resampling.BICUBIC)
+            shifted = np.roll(grain, tuple(rng.integers(0, side, 2)), (0, 1))
+            made.pictures[image_id] = encode(Image.fromarray((np.asarray(large) + shifted).clip(0, 255).astype(np.uint8)), "JPEG", quality=85)
+        made.masks = {name: encode(Image.open(io.BytesIO(mask)).resize((side, side), 0)) for name, mask in made.masks.items()}
+        for row in made.rows["metadata"]:
+            row["OriginalSize"] = row["OriginalMD5"] = ""
+    made.write(bucket)
+
+
+def summary(log: Path, rows: int) -> dict[str, dict[str, float]]:
+    """By step: processor milliseconds a row, rows a second of one core, largest memory of a process until then in MB."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    seconds: dict[str, float] = defaultdict(float)
+    megabytes: dict[str, float] = defaultdict(float)
+    for line in lines:
+        seconds[line["step"]] += line["seconds"]
+        megabytes[line["step"]] = max(megabytes[line["step"]], line["megabytes"])
+    return {step: {"ms": 1000 * seconds[step] / rows, "rows_a_second": rows / max(seconds[step], 1e-9), "megabytes": megabytes[step]}
+            for step in STEPS if step in seconds}  # fmt: skip
+
+
+def table(rows: int, workers: int, found: dict[str, dict[str, float]], wall: float) -> str:
+    lines = [f"{rows} rows, {workers or 'no'} workers of Ray, {wall:.0f} s on the clock", f"{'step':<30} {'ms a row':>9} {'rows/s':>9} {'peak MB':>9}"]
+    lines += [f"{STEPS[step]:<30} {line['ms']:9.3f} {line['rows_a_second']:9.0f} {line['megabytes']:9.0f}" for step, line in found.items()]
+    return "\n".join([*lines, f"{'all':<30} {sum(line['ms'] for line in found.values()):9.3f}"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 4000])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0], help="of Ray; 0: one process without Ray")
+    parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels; OpenImages' are 1024 on their longer side")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-factory"))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-factory.json"))
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in a process of its own: draw or build
+    args = parser.parse_args(arguments)
+    bucket, shards, log = args.folder / "bucket", args.folder / "shards", args.folder / "log.jsonl"
+    if args.one:
+        what, rows = args.one[0], int(args.one[1])
+        draw(bucket, rows, args.side) if what == "draw" else build(bucket.absolute(), shards, log.absolute(), args.workers[0])
+        return
+    results = []
+    for rows in args.rows:
+        shutil.rmtree(args.folder, ignore_errors=True)
+        _alone("draw", rows, args, 0)
+        for workers in args.workers:
+            shutil.rmtree(shards, ignore_errors=True)
+            log.unlink(missing_ok=True)
+            wall = _alone("build", rows, args, workers)
+            found = summary(log, rows)
+            print(table(rows, workers, found, wall), flush=True)
+            results.append({"rows": rows, "workers": workers, "side": args.side, "wall": wall, "steps": found})
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+    shutil.rmtree(args.folder)
+
+
+def _alone(what: str, rows: int, args: argparse.Namespace, workers: int) -> float:
+    """Seconds on the clock of one part in a process of its own, whose memory is then its own."""
+    command = [sys.executable, "-m", "experiments.benchmarks.factory", "--one", what, str(rows), "--side", str(args.side),
+               "--folder", str(args.folder), "--workers", str(workers)]  # fmt: skip
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
