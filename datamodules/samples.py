@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import webdataset as wds
 from jaxtyping import Float
+from PIL import ImageOps
 from torch import Tensor
 
 from datamodules import pictures
@@ -102,10 +103,9 @@ def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | N
     picture, mask = pictures.cut(picture, box, image_size), pictures.cut(mask, box, image_size)
     if mask.getbbox() is None:
         raise BadSampleError(f"subject is too small: nothing of its mask is left at {image_size}x{image_size}")
-    pixel_values, subject_mask = pictures.to_pixel_values(picture), pictures.to_subject_mask(mask)
     if flip and rng is not None and rng.random() < 0.5:
-        pixel_values, subject_mask = pixel_values.flip(-1), subject_mask.flip(-1)
-    return Triplet(pixel_values, subject_mask, caption, label, sample["__key__"], full_caption)
+        picture, mask = ImageOps.mirror(picture), ImageOps.mirror(mask)
+    return Triplet(pictures.to_pixel_values(picture), pictures.to_subject_mask(mask), caption, label, sample["__key__"], full_caption)
 
 
 def contains_label(caption: str, label: str) -> bool:

@@ -14,7 +14,8 @@ from evaluation.config import EvalConfig
 from evaluation.methods import Method
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress, run_processes
-from evaluation.stamps import git_revision, write_picture
+from evaluation.stamps import git_revision
+from evaluation.writer import BackgroundWriter
 
 
 def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> None:
@@ -54,6 +55,7 @@ class PictureMaker(LightningModule):
         self.evaluation.models.digests.update(digests)
         self.by_name = {subject.name: subject for subject in self.evaluation.subjects}
         protocol = self.evaluation.protocol
+        self.writer = BackgroundWriter()
         self.provenance = {"protocol": protocol.name, "protocol_digest": protocol.digest, "git_revision": git_revision()}
 
     def predict_dataloader(self) -> DataLoader:
@@ -69,16 +71,25 @@ class PictureMaker(LightningModule):
         return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
 
     def predict_step(self, position: int, batch_idx: int) -> int:
-        """Make a batch and write it. Returns its number of pictures: Lightning warns of steps that return nothing."""
-        if self.trainer.received_sigterm:  # another process has died, or the cluster wants its node back; the rest is for the next run
-            raise SIGTERMException
-        name, batch = self.work[position]
+        """Make a batch; it is written while the next one is drawn. Returns its number of pictures: Lightning warns of steps that return nothing."""
+        try:
+            if self.trainer.received_sigterm:  # another process has died, or the cluster wants its node back; the rest is for the next run
+                raise SIGTERMException
+            return self.make(*self.work[position])
+        except BaseException:
+            self.writer.finish()  # what was drawn before counts
+            raise
+
+    def make(self, name: str, batch: list[Planned]) -> int:
         method, reference = self.ready(name), batch[0].reference
         images = method.generate(self.by_name[batch[0].task.subject], reference, [plan.task for plan in batch])
         for plan, image in zip(batch, images, strict=True):
-            write_picture(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(reference.path)})
+            self.writer.write(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(reference.path)})
         self.progress.add(name, len(batch))
         return len(batch)
+
+    def on_predict_end(self) -> None:
+        self.writer.finish()
 
     def ready(self, name: str) -> Method:
         """The method, set up; the one before it lets go of its models."""

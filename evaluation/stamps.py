@@ -53,7 +53,9 @@ def load_picture(path: Path) -> Image.Image:
     """A decoded RGB picture, upright as its EXIF says. Raises OSError naming a file that is missing, cut short or no picture."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.copy() if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise OSError(f"{path} is not a whole picture ({error}): restore it, or delete it and generate again") from error
 

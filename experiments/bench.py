@@ -1,7 +1,7 @@
 """How long MoMA's parts take, each as a ratio to something known (`make bench`): docs/performance.md says what each figure is.
 
-Prints a table and writes runs/bench.json: {name: {ratio, lo, hi, goal, a, b, shape}}; lo and hi are quartiles over the pairs, a and b
-medians in seconds. Random weights; one thread on a CPU.
+Prints a table and writes runs/bench.json: {name: {ratio, lo, hi, goal, a, b, a_mb, b_mb, shape}}; lo and hi are quartiles over the pairs, a and b
+medians in seconds, a_mb and b_mb peak memory. Random weights; one thread on a CPU.
 """
 
 import argparse
@@ -23,7 +23,10 @@ def all_cases(full: bool) -> list[Case]:
 
 def line(name: str, entry: dict) -> str:
     verdict = {True: "reached", False: "MISSED", None: ""}[reached(entry)]
-    return f"{name:<52} {entry['ratio']:6.3f} [{entry['lo']:.3f}, {entry['hi']:.3f}]  {entry['goal']:<8} {verdict:<8} {entry['a']:9.4f} s {entry['b']:9.4f} s"
+    seconds, memory = f"{entry['a']:9.4f} s {entry['b']:9.4f} s", ""
+    if entry["a_mb"] is not None:
+        memory = f"{entry['a_mb']:8.0f} MiB {entry['b_mb']:8.0f} MiB"
+    return f"{name:<52} {entry['ratio']:6.3f} [{entry['lo']:.3f}, {entry['hi']:.3f}]  {entry['goal']:<8} {verdict:<8} {seconds}{memory}"
 
 
 def save(path: Path, entries: dict[str, dict]) -> None:

@@ -69,7 +69,7 @@ def run(tmp_path_factory) -> Path:
 def broken(monkeypatch):
     """A function that silences one part, as a bug would."""
     parts = {
-        "subject": (attention, "subject_attention", lambda subject, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
+        "subject": (attention, "add_subject_attention", lambda output, *given: output),
         "context": (attention, "context_attention", lambda context, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
         "masking": (MaskPyramid, "weight", lambda self, sequence_length: torch.ones(len(self.mask), sequence_length)),
         "mllm": (MoMAPipeline, "_embed", lambda self, subject, prompts: self.clip(subject.pixels)),

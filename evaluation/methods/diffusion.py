@@ -87,7 +87,7 @@ class Moma(DiffusionMethod):
 
     beta, mask_strength, mask_threshold, mask_layers, guide_subject, context_scale: as in MoMAPipeline. texture_beta: beta of texture
     prompts, None for the same (the released code advises about 0.4 for them). context: what the context attention is fed with, stage 1's prediction or the
-    reference's own CLIP embedding (the MLLM replaced by CLIP). num_inference_steps, guidance_scale: instead of the sampler's.
+    reference's own CLIP embedding (the MLLM replaced by CLIP). num_inference_steps, guidance_scale, scheduler: instead of the sampler's.
     adapter, decoder: other weights than the config's, for ablations that train. base: another fine-tune of the base model, which takes
     the adapters unmodified (Figure 10).
     """
@@ -105,6 +105,11 @@ class Moma(DiffusionMethod):
     adapter: str | None = None
     decoder: str | None = None
     base: str | None = None
+    scheduler: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Without `scheduler` where it is None, so that pictures made before there was one stay current."""
+        return {name: value for name, value in super().options().items() if (name, value) != ("scheduler", None)}
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
         adapter, decoder = self.adapter or models.adapter, self.decoder or models.decoder
@@ -120,7 +125,7 @@ class Moma(DiffusionMethod):
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         named: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
-                 "beta": self.beta, "mask_strength": self.mask_strength}  # fmt: skip
+                 "scheduler": self.scheduler, "beta": self.beta, "mask_strength": self.mask_strength}  # fmt: skip
         super().setup(models.on_base(self.base), replace(sampler, **{key: value for key, value in named.items() if value is not None}))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:

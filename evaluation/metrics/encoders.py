@@ -29,6 +29,11 @@ class ImageTextEncoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no text tower")
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture itself where it is RGB: `convert` would copy it."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 class DinoEncoder(ImageTextEncoder):
     """DINO, DINOv2 or DINOv3. timm's own crop_pct for DINO, 0.9, is not DreamBooth's: only the config counts.
 
@@ -40,18 +45,13 @@ class DinoEncoder(ImageTextEncoder):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.model = at_size(model or load_timm(config.model, config.revision), config.crop).to(self.dtype).eval().requires_grad_(False)
-        self.transform = v2.Compose(
-            [
-                v2.Resize(config.resize, interpolation=v2.InterpolationMode(config.interpolation)),
-                v2.CenterCrop(config.crop),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(config.mean, config.std),
-            ]
+        self.cut = v2.Compose(
+            [v2.Resize(config.resize, interpolation=v2.InterpolationMode(config.interpolation)), v2.CenterCrop(config.crop), v2.PILToTensor()]
         )
+        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
-        return torch.stack([self.transform(image.convert("RGB")) for image in images])
+        return self.normalize(torch.stack([self.cut(as_rgb(image)) for image in images]))
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
@@ -74,7 +74,7 @@ class TwoTowerEncoder(ImageTextEncoder):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
-        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        pixels = self.processor(images=[as_rgb(image) for image in images], return_tensors="pt").pixel_values
         embeds = self.model.get_image_features(pixels.to(self.model.device, self.dtype)).pooler_output
         return F.normalize(embeds.float(), dim=-1)
 

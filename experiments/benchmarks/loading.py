@@ -45,7 +45,7 @@ def samples() -> list[ShardSample]:
 
 
 def bare_against_ours(device: torch.device) -> tuple[Run, Run]:
-    """Both shuffle, decode by the same function and collate `SAMPLES` samples in this process."""
+    """Both shuffle, decode by the same function with cuts and flips at random, and collate `SAMPLES` samples in this process."""
     folder = tempfile.TemporaryDirectory()
     shard = Path(folder.name) / "train-0.tar"
     write_shard(shard, samples())
@@ -57,7 +57,7 @@ def bare_against_ours(device: torch.device) -> tuple[Run, Run]:
 
     def bare() -> None:
         dataset = wds.WebDataset([str(shard)], shardshuffle=False).shuffle(1000)
-        decoded = (decode(sample, SIDE, np.random.default_rng(0), True) for sample in itertools.islice(dataset, SAMPLES))
+        decoded = (decode(sample, SIDE, np.random.default_rng(i), True) for i, sample in enumerate(itertools.islice(dataset, SAMPLES)))
         while batch := list(itertools.islice(decoded, BATCH)):
             collate(batch)
 

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,12 +36,31 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return clock() - started
 
 
-def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, device: torch.device) -> dict:
-    """Median ratio of the pairs, their quartiles `lo` and `hi`, and the medians of a and b in seconds; one pair before does not count.
+def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
+    """The most memory held in one run, in MiB: of the GPU; on a CPU of the whole process, models, libraries and caches included.
 
-    Every other pair is run in reverse order.
+    None where the system does not let a process reset its high-water mark (Linux: `man proc`, clear_refs).
     """
-    a(), b()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        run()
+        return None
+    run()
+    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak) / 2**10
+
+
+def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, device: torch.device) -> dict:
+    """Median ratio of the pairs, their quartiles `lo` and `hi`, and the medians of a and b in seconds; every other pair in reverse order.
+
+    One pair before does not count; it gives the peak memory of each, `a_mb` and `b_mb`.
+    """
+    memory = {name: peak_mb(run, device) for name, run in (("a_mb", a), ("b_mb", b))}
     times = []
     for i in range(pairs):
         gc.collect()
@@ -48,7 +68,7 @@ def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, devi
         times.append((first, second) if i % 2 == 0 else (second, first))
     ratios = [x / y for x, y in times]
     lo, middle, hi = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
-    return {"ratio": middle, "lo": lo, "hi": hi, "a": statistics.median(x for x, _ in times), "b": statistics.median(y for _, y in times)}
+    return {"ratio": middle, "lo": lo, "hi": hi, "a": statistics.median(x for x, _ in times), "b": statistics.median(y for _, y in times), **memory}
 
 
 def measure(case: Case, pairs: int, device: torch.device) -> dict:

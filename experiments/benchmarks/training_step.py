@@ -1,5 +1,6 @@
 """Training steps of the mini world: stage 2 against an IP-Adapter's and against itself from a cache, stage 1 against the bare MLLM."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -76,8 +77,11 @@ def online_against_cached(device: torch.device) -> tuple[Run, Run]:
     return stage2_step(module, batch), stage2_step(module, cached(module, batch))
 
 
-def stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
-    """The bare side reads the same pictures and words with the same MLLM; its loss is the mean of its last hidden states."""
+def stage1_against_bare_mllm(device: torch.device, target: bool = False) -> tuple[Run, Run]:
+    """The bare side reads the same pictures and words with the same MLLM; its loss is the mean of its last hidden states.
+
+    target: it makes CLIP's embeddings of the pictures too, as any training towards them has to.
+    """
     module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()), batch_of(BATCH)
     decoder = module.decoder
     white = white_background(batch.pixel_values, batch.subject_mask)
@@ -85,6 +89,8 @@ def stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
     input_ids, mask = decoder.tokenize(batch.label, batch.caption, decoder.see(white).embeds.shape[1])
 
     def bare() -> Tensor:
+        if target:
+            module.target(batch)
         return decoder.mllm(input_ids=input_ids, pixel_values=pixels, attention_mask=mask.long(), use_cache=False).last_hidden_state.mean()
 
     parameters = trained(module)
@@ -98,4 +104,5 @@ def cases() -> list[Case]:
         Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(True)),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
         Case("stage 1 step / bare MLLM, mini", "<= 1.02", shape, stage1_against_bare_mllm),
+        Case("stage 1 step / bare MLLM and target, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, target=True)),
     ]

@@ -46,8 +46,8 @@ class SubjectConditioning:
 
     def queries(
         self, query: Float[Tensor, "batch heads positions dim"], subjects: int
-    ) -> tuple[Int[Tensor, "subjects kept"], Float[Tensor, "subjects kept"]]:
-        """Where the term is not zero, and beta * M_gen there; rows that share a subject count as one long row.
+    ) -> tuple[Int[Tensor, " all_kept"], Float[Tensor, "subjects kept 1"]]:
+        """Where the term is not zero, counted through all rows, and beta * M_gen there; rows that share a subject are one long row.
 
         Found once for all layers of a resolution: on a GPU the count is waited for.
         """
@@ -56,7 +56,8 @@ class SubjectConditioning:
             mask = torch.ones((), device=query.device) if self.generated_mask is None else self.generated_mask.weight(positions)
             weight = (mask * self.beta).expand(batch, positions).reshape(subjects, -1)
             index = kept_positions(weight)
-            self._queries[positions] = index, weight.gather(1, index)
+            first = torch.arange(subjects, device=index.device)[:, None] * weight.shape[1]
+            self._queries[positions] = (index + first).flatten(), weight.gather(1, index)[..., None]
         return self._queries[positions]
 
 
@@ -119,7 +120,7 @@ class MoMAAttnProcessor:
             if conditioning.recorder is not None:
                 self._record(conditioning.recorder, attn, query, hidden_states, key, value, is_self)
             if is_self and conditioning.subject is not None:
-                output = output + subject_attention(conditioning.subject, self.layer, query, attn.heads)
+                output = add_subject_attention(output, conditioning.subject, self.layer, query, attn.heads)
             if not is_self and conditioning.context is not None:
                 output = output + context_attention(conditioning.context, self.layer, query, attn.heads)
         output = attn.to_out[1](attn.to_out[0](output.to(query.dtype)))
@@ -142,10 +143,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor |
     return output.transpose(1, 2).flatten(2)
 
 
-def subject_attention(
-    subject: SubjectConditioning, layer: int, query: Float[Tensor, "batch heads positions dim"], heads: int
+def add_subject_attention(
+    output: Float[Tensor, "batch positions channels"], subject: SubjectConditioning, layer: int, query: Float[Tensor, "batch heads positions dim"], heads: int
 ) -> Float[Tensor, "batch positions channels"]:
-    """The second term of Eq. 3 for one layer, computed from kept queries to kept keys only: all else is zero.
+    """`output` plus the second term of Eq. 3 for one layer, computed from kept queries to kept keys only: all else is zero.
 
     Raises ValueError where the subjects are neither one nor one a row.
     """
@@ -153,12 +154,9 @@ def subject_attention(
     if len(key) not in (1, len(query)):
         raise ValueError(f"{len(key)} subjects for a batch of {len(query)}: give one, or one a row")
     index, weight = subject.queries(query, len(key))
-    rows = query.transpose(1, 2).flatten(2)
-    shared = rows.reshape(len(key), -1, rows.shape[-1])
-    place = index[..., None].expand(-1, -1, shared.shape[-1])
-    output = attend(split_heads(shared.gather(1, place), heads), key.to(query.dtype), value.to(query.dtype), heads, bias.to(query.dtype))
-    output = output * (lambda_ * weight[..., None])
-    return torch.zeros_like(shared).scatter(1, place, output.to(query.dtype)).view_as(rows)
+    asked = query.transpose(1, 2).reshape(-1, output.shape[-1]).index_select(0, index).view(len(key), -1, output.shape[-1])
+    added = attend(split_heads(asked, heads), key.to(query.dtype), value.to(query.dtype), heads, bias.to(query.dtype)) * (lambda_ * weight)
+    return output.flatten(0, 1).index_add(0, index, added.flatten(0, 1).to(output.dtype)).view_as(output)
 
 
 def context_attention(context: ContextConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:
@@ -175,6 +173,6 @@ def label_map(query: Tensor, key: Tensor, heads: int, scale: float, label_tokens
     Under classifier-free guidance the conditional half comes last; its rows are the ones with a label.
     """
     rows = len(label_tokens)
-    scores = query[-rows:] @ split_heads(key[-rows:], heads).transpose(-1, -2) * scale
-    probability = scores.float().softmax(-1).mean(1)
-    return (probability * label_tokens[:, None, :]).sum(-1)
+    scores = (query[-rows:] * scale) @ split_heads(key[-rows:], heads).transpose(-1, -2)
+    probability = scores.softmax(-1, dtype=torch.float32).mean(1)
+    return (probability @ label_tokens[..., None]).squeeze(-1)

@@ -10,19 +10,23 @@ from torch.nn import functional as F
 from moma_lightning.models.masks import layer_size
 
 
-def min_max(maps: Float[Tensor, "batch 1 h w"]) -> Float[Tensor, "batch 1 h w"]:
-    """Each sample's map scaled to [0, 1]; a constant map becomes 0."""
-    low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+def min_max(maps: Float[Tensor, "batch maps h w"]) -> Float[Tensor, "batch maps h w"]:
+    """Each map scaled to [0, 1]; a constant one becomes 0."""
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-8)
 
 
 def average_maps(label_maps: Mapping[int, Float[Tensor, "batch positions"]], latent_size: tuple[int, int]) -> Float[Tensor, "batch 1 h w"]:
-    """Per-layer maps, each scaled to [0, 1], resized to the latents' size and averaged, then scaled again."""
-    resized = [
-        F.interpolate(min_max(m.unflatten(1, layer_size(m.shape[1], *latent_size))[:, None]), latent_size, mode="bilinear", align_corners=False)
-        for m in label_maps.values()
-    ]
-    return min_max(torch.stack(resized).mean(0))
+    """Per-layer maps, each scaled to [0, 1], resized to the latents' size and averaged, then scaled again.
+
+    Resizing is linear, so maps of one size are averaged before it.
+    """
+    total: Tensor | float = 0.0
+    for positions in sorted({m.shape[1] for m in label_maps.values()}):
+        alike = torch.stack([m for m in label_maps.values() if m.shape[1] == positions], 1)
+        summed = min_max(alike.unflatten(2, layer_size(positions, *latent_size))).sum(1, keepdim=True)
+        total = total + F.interpolate(summed, latent_size, mode="bilinear", align_corners=False)
+    return min_max(total / len(label_maps))
 
 
 def estimate_mask(

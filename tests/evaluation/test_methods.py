@@ -97,6 +97,15 @@ def test_a_reference_is_prepared_once_for_all_its_batches(evaluation):
     assert len(pipeline.prepared) == 3, "another setup may bring other weights"
 
 
+def test_a_solver_of_its_own_and_stamps_that_stay_without_one(evaluation):
+    assert "scheduler" not in Moma().options() and Moma(scheduler="UniPCMultistepScheduler").options()["scheduler"] == "UniPCMultistepScheduler"
+    pipeline = Recorder()
+    call(Moma(scheduler="UniPCMultistepScheduler"), evaluation, pipeline)
+    assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
+    call(Moma(), evaluation, pipeline)
+    assert type(pipeline.scheduler).__name__ == evaluation.protocol.sampler.scheduler, "the next method has the protocol's again"
+
+
 def test_texture_prompts_may_have_a_beta_of_their_own(evaluation):
     given = call(Moma(beta=1.0, texture_beta=0.4), evaluation, Recorder())
     assert [(task.kind, beta) for task, beta in zip(given["tasks"], given["beta"], strict=True)] == [("context", 1.0), ("context", 1.0), ("texture", 0.4)]

@@ -43,6 +43,13 @@ def test_pairs_alternate_and_the_ratio_is_the_pairs_median(monkeypatch):
     assert (entry["a"], entry["b"]) == (3.0, 1.0)
 
 
+def test_peak_memory_is_of_the_run_alone():
+    big, small = (timing.peak_mb(lambda n=n: torch.ones(n, 2**18).sum(), torch.device("cpu")) for n in (64, 1))
+    if big is None or small is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert 40 < big - small < 90, "64 MiB more"
+
+
 @pytest.mark.parametrize("goal, expected", [("<= 1.05", False), ("<= 1.2", True), (">= 1.0", True), (">= 4", False), ("", None)])
 def test_reached(goal, expected):
     assert timing.reached({"goal": goal, "ratio": 1.1}) is expected
@@ -57,7 +64,7 @@ def test_it_writes_bench_json_and_keeps_other_entries(tmp_path, monkeypatch, cap
     bench.main(["--only", "this", "--pairs", "3", "--device", "cpu", "--out", str(out)])
     entries = json.loads(out.read_text())
     assert set(entries) == {"another", "this / that"}
-    assert set(entries["this / that"]) == {"ratio", "lo", "hi", "goal", "a", "b", "shape"}
+    assert set(entries["this / that"]) == {"ratio", "lo", "hi", "goal", "a", "b", "a_mb", "b_mb", "shape"}
     assert "this / that" in capsys.readouterr().out
 
 
