@@ -2,12 +2,14 @@
 
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from moma_lightning.training.sharding import local
 
@@ -49,27 +51,74 @@ class StopOnSignal(Callback):
             raise Preempted(128 + (self.requested or signal.SIGTERM))
 
 
+@dataclass
+class Checked:
+    """A step's loss on its way to the host.
+
+    loss: on the host, not to be read before `copied`. samples, step: whose it is.
+    """
+
+    loss: Tensor
+    copied: torch.cuda.Event | None
+    samples: list[str] | None
+    step: int
+
+    @classmethod
+    def of(cls, loss: Tensor, samples: list[str] | None, step: int) -> "Checked":
+        copied = torch.cuda.Event() if loss.is_cuda else None
+        host = loss.detach().to("cpu", non_blocking=True) if copied else loss.detach()  # non_blocking: into pinned memory
+        if copied:
+            copied.record()
+        return cls(host, copied, samples, step)
+
+
 class StopOnNonFinite(Callback):
     """Stops before a loss or a weight that is not finite reaches a checkpoint; the message names the batch's samples.
 
-    Raises FloatingPointError. The last checkpoint, from before, stays; the same command goes on from it.
+    A GPU is not waited for: a step's loss is looked at when the next step has been handed to it, or where a checkpoint is
+    written or training ends before that. Raises FloatingPointError. The last checkpoint, from before, stays; the same command
+    goes on from it.
     """
 
-    samples: list[str] | None = None  # of the last step
+    def __init__(self) -> None:
+        self.waiting: Checked | None = None
+        self.samples: list[str] | None = None  # of the last step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.waiting = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples = getattr(batch, "key", None)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and not torch.isfinite(loss).all():
-            self._stop(trainer, f"the loss is {float(loss)}")
+        before, self.waiting = self.waiting, None if loss is None else Checked.of(loss, self.samples, trainer.global_step)
+        self._look(trainer, before)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_now(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_now(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look_now(trainer)
         for name, tensor in checkpoint["state_dict"].items():
             if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
-                self._stop(trainer, f"{name} is not finite")
+                self._stop(trainer, f"{name} is not finite", self.samples, trainer.global_step)
 
-    def _stop(self, trainer: Trainer, what: str) -> None:
+    def _look_now(self, trainer: Trainer) -> None:
+        before, self.waiting = self.waiting, None
+        self._look(trainer, before)
+
+    def _look(self, trainer: Trainer, checked: Checked | None) -> None:
+        if checked is None:
+            return
+        if checked.copied:
+            checked.copied.synchronize()
+        if not torch.isfinite(checked.loss).all():
+            self._stop(trainer, f"the loss is {float(checked.loss)}", checked.samples, checked.step)
+
+    def _stop(self, trainer: Trainer, what: str, samples: list[str] | None, step: int) -> None:
         raise FloatingPointError(
-            f"{what} after step {trainer.global_step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(self.samples or ['unknown'])}. "
+            f"{what} after step {step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(samples or ['unknown'])}. "
             "Nothing was saved since; the last checkpoint is as it was"
         )
