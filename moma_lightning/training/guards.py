@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
+from moma_lightning.training.later import Later
 from moma_lightning.training.sharding import local
 
 #: A scheduler's notice that the processes will be killed: SLURM sends SIGTERM, or what `sbatch --signal` names.
@@ -25,16 +26,18 @@ class StopOnSignal(Callback):
     """On SIGTERM or SIGUSR1 to any rank: finish the step, save `last`, exit. The same command goes on from there.
 
     Lightning's own handlers do not save on SIGTERM, broadcast inside a signal handler, and on SLURM save under a name of
-    their own that would later win over a newer checkpoint; these take their place while training runs. The step of
-    decision is agreed on by all ranks. A signal during validation is acted on at the next training step.
+    their own that would later win over a newer checkpoint; these take their place while training runs. Several ranks agree on
+    the step of decision, one step after the signal, as their GPUs are not waited for. A signal during validation is acted on at the next training
+    step.
     """
 
     def __init__(self, last: Path):
         self.last = last
         self.requested, self._step = 0, 0
+        self._asked: Later | None = None  # of any rank, as of the step before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step, self._asked = trainer.global_step, None
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             signal.signal(number, self._request)  # Lightning puts back what was there before `fit`
 
@@ -45,31 +48,27 @@ class StopOnSignal(Callback):
         if trainer.global_step == self._step:  # gradients are being accumulated: a checkpoint would lose them
             return
         self._step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self.requested > 0, all=False):
+        if self._is_agreed(trainer):
             trainer.save_checkpoint(self.last)
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
             raise Preempted(128 + (self.requested or signal.SIGTERM))
 
+    def _is_agreed(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.requested > 0
+        asked = torch.full((), int(self.requested > 0), device=trainer.strategy.root_device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        before, self._asked = self._asked, Later.of(asked)
+        return before is not None and bool(before.read())
+
 
 @dataclass
-class Checked:
-    """A step's loss on its way to the host.
+class Step:
+    """What is told of a loss that is not finite. step: of the optimizer."""
 
-    loss: on the host, not to be read before `copied`. samples, step: whose it is.
-    """
-
-    loss: Tensor
-    copied: torch.cuda.Event | None
+    loss: Later
     samples: list[str] | None
     step: int
-
-    @classmethod
-    def of(cls, loss: Tensor, samples: list[str] | None, step: int) -> "Checked":
-        copied = torch.cuda.Event() if loss.is_cuda else None
-        host = loss.detach().to("cpu", non_blocking=True) if copied else loss.detach()  # non_blocking: into pinned memory
-        if copied:
-            copied.record()
-        return cls(host, copied, samples, step)
 
 
 class StopOnNonFinite(Callback):
@@ -81,7 +80,7 @@ class StopOnNonFinite(Callback):
     """
 
     def __init__(self) -> None:
-        self.waiting: Checked | None = None
+        self.waiting: Step | None = None
         self.samples: list[str] | None = None  # of the last step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,7 +89,7 @@ class StopOnNonFinite(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples = getattr(batch, "key", None)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        before, self.waiting = self.waiting, None if loss is None else Checked.of(loss, self.samples, trainer.global_step)
+        before, self.waiting = self.waiting, None if loss is None else Step(Later.of(loss), self.samples, trainer.global_step)
         self._look(trainer, before)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,13 +108,9 @@ class StopOnNonFinite(Callback):
         before, self.waiting = self.waiting, None
         self._look(trainer, before)
 
-    def _look(self, trainer: Trainer, checked: Checked | None) -> None:
-        if checked is None:
-            return
-        if checked.copied:
-            checked.copied.synchronize()
-        if not torch.isfinite(checked.loss).all():
-            self._stop(trainer, f"the loss is {float(checked.loss)}", checked.samples, checked.step)
+    def _look(self, trainer: Trainer, step: Step | None) -> None:
+        if step is not None and not torch.isfinite(loss := step.loss.read()).all():
+            self._stop(trainer, f"the loss is {float(loss)}", step.samples, step.step)
 
     def _stop(self, trainer: Trainer, what: str, samples: list[str] | None, step: int) -> None:
         raise FloatingPointError(

@@ -109,6 +109,25 @@ def test_a_signal_saves_and_exits(tmp_path, number):
     assert signal.getsignal(number) == before
 
 
+def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
+    """Rank 0 of two, of which the other one is told to end in step 2: nobody reads the answer of a step within it."""
+    saved_at, told = [], iter([0, 1, 0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(next(told)))
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0,
+                              save_checkpoint=lambda path: saved_at.append(trainer.global_step))  # fmt: skip
+    stop = StopOnSignal(tmp_path / "last.ckpt")
+
+    def train(step):
+        trainer.global_step = step
+        stop.on_train_batch_end(trainer, None, None, None, step)
+
+    train(1)
+    train(2)
+    with pytest.raises(Preempted):
+        train(3)
+    assert saved_at == [3]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_signal_waits_for_accumulated_gradients(tmp_path):
     module = Poisoned()
