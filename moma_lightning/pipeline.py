@@ -20,6 +20,7 @@ from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.segmentation import SamMasker
 from moma_lightning.subject import (
@@ -203,12 +204,12 @@ class MoMAPipeline(DiffusionPipeline):
 
     def _encode(self, pixels: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 c h w"]:
         with self.vae_in_range():
-            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+            latents = scaled(self.vae, self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode())
         return latents.to(self.unet.dtype)
 
     def _decode(self, latents, output_type):
         with self.vae_in_range():
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+            images = self.vae.decode(unscaled(self.vae, latents.to(self.vae.dtype)), return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type=output_type)
 
 

@@ -27,6 +27,7 @@ from evaluation.tasks import PictureTask
 from moma_lightning.digests import content_digest
 from moma_lightning.files import write_beside
 from moma_lightning.losses import noise_prediction_losses
+from moma_lightning.models.latents import scaled
 
 logger = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
@@ -136,7 +137,7 @@ def noise_prediction_loss(
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     mean, log_variance = moments.chunk(2, dim=1)
     drawn, noise = (torch.randn(mean.shape, generator=generator).to(mean) for _ in range(2))
-    latents = (mean + log_variance.clamp(-30, 20).div(2).exp() * drawn) * pipeline.vae.config.scaling_factor
+    latents = scaled(pipeline.vae, mean + log_variance.clamp(-30, 20).div(2).exp() * drawn)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(mean),), generator=generator).to(mean.device)
     size = [side * pipeline.vae_scale_factor for side in latents.shape[-2:]]
     text = pipeline.encode_text(captions, size)

@@ -36,7 +36,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", dest="target", required=True, help="what to write; its name says the format")
     parser.add_argument("--decoder", help="image_feature_decoder folder whose mapping a .th target takes, where it is not in the source")
     parser.add_argument("--mllm", help="the released MLLM, a folder in LLaVA's original layout or its hub name: goes into the decoder's folder")
+    parser.add_argument("--merge-lora", metavar="FOUNDATION", help="add the adapters of a decoder's folder to the MLLM of this YAML; --to is a folder")
     given = parser.parse_args(arguments)
+    if given.merge_lora:
+        if given.decoder or given.mllm:
+            parser.error("--merge-lora takes a decoder's folder by --from, and neither --decoder nor --mllm")
+        from moma_lightning.checkpoints.merge import merge_lora
+
+        print(merge_lora(given.source, given.target, given.merge_lora))
+        return
     print(convert(given.source, given.target, given.decoder, given.mllm))
 
 

@@ -28,6 +28,7 @@ from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
@@ -118,7 +119,7 @@ class Stage2(TrainedPartModule):
     ) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
         """Two samples of the autoencoder's posterior: of the target, and of what the reference pass sees of it."""
         target, seen = (DiagonalGaussianDistribution(moments.float()) for moments in self.moments(batch))
-        return target.sample(generator) * self.vae.config.scaling_factor, seen.sample(generator) * self.vae.config.scaling_factor
+        return scaled(self.vae, target.sample(generator)), scaled(self.vae, seen.sample(generator))
 
     def moments(self, batch: TripletBatch | CachedBatch) -> tuple[Float[Tensor, "batch two_c h w"], Float[Tensor, "batch two_c h w"]]:
         """Mean and log-variance, in one, of the autoencoder's posterior of both pictures."""

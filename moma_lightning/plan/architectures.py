@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +21,11 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
 from moma_lightning.hub import hub_name, local_path
@@ -35,6 +37,8 @@ from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeat
 CONFIGS = Path(__file__).parent / "configs"
 #: Of an instruction beside the picture's tokens: about what a BLIP-2 caption in the paper's template has.
 INSTRUCTION_TOKENS = 32
+#: Families (`model_type`) that can be run without values.
+PLANNED_MLLMS = ("llava", "llava_onevision", "idefics3", "smolvlm")
 
 
 def read(name: str, part: str = "") -> dict[str, Any]:
@@ -103,13 +107,10 @@ def build_caption_encoder(name: str) -> CaptionEncoder:
 def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: int, dtype: torch.dtype = torch.float32) -> ImageFeatureDecoder:
     """A decoder that reads every instruction as `INSTRUCTION_TOKENS` words around the picture's tokens.
 
-    Raises ValueError for MLLMs other than LLaVA, which look at values that a planned picture has not.
+    Raises ValueError for MLLMs that look at values that a planned picture has not (Qwen-VL: which patches share a window).
     """
-    options = read(config.mllm)
-    if options.get("model_type", "llava") != "llava":
-        raise ValueError(f"{config.mllm} is of the family {options['model_type']!r}: only stages with LLaVA can be planned")
     with default_dtype(dtype):
-        mllm = LlavaForConditionalGeneration(LlavaConfig(**options))
+        mllm = build_mllm(config.mllm)
     processor = LlavaProcessor.__new__(LlavaProcessor)
     processor.tokenizer, processor.image_token = None, "<image>"
     processor.image_processor = image_processor(mllm.config.vision_config.image_size)
@@ -121,6 +122,25 @@ def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: i
 
     model.tokenize = tokenize  # type: ignore[method-assign]
     return model
+
+
+def build_mllm(name: str) -> PreTrainedModel:
+    options = {"model_type": "llava"} | read(name)
+    family = options.pop("model_type")
+    if family not in PLANNED_MLLMS:
+        raise ValueError(f"{name} is of the family {family!r}: only stages with {', '.join(PLANNED_MLLMS)} can be planned")
+    config = CONFIG_MAPPING[family](**options)
+    mllm = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+    if family in ("idefics3", "smolvlm"):
+        mllm.model.get_image_features = partial(see_all, mllm.model)
+    return mllm
+
+
+def see_all(inner: Any, pixel_values: torch.Tensor, return_dict: bool) -> BaseModelOutputWithPooling:
+    """Idefics3's `get_image_features` of one tile a picture, but for leaving out pictures that are all 0, which it looks at values for."""
+    output = inner.vision_model(pixel_values.flatten(0, 1).to(inner.dtype), return_dict=return_dict)
+    output.pooler_output = list(inner.connector(output.last_hidden_state))
+    return output
 
 
 def build_adapter(base: Base, image_embed_dim: int, num_tokens: int, variant: str, subject: bool) -> MoMAAdapter:

@@ -1,5 +1,6 @@
 """`python -m moma_lightning plan`: does a training fit, and how long does it take, before a GPU is booked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -42,11 +43,22 @@ def plan(
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu {mfu} is not in (0, 1]")
     experiment, gpu = read_experiment(stage), Gpu(gpu_mem, tflops, mfu)
-    print(heading(stage, experiment, gpus, gpu))
-    print(parameters(experiment))
-    policies = {policy: measure(experiment.with_checkpointing(policy), gpus, shard_size) for policy in POLICIES}
+    print(heading(stage, experiment, gpus, gpu), flush=True)
+    print(parameters(experiment), flush=True)
+    policies = needed(lambda policy: measure(experiment.with_checkpointing(policy), gpus, shard_size), experiment, gpu)
     print(memory(policies, gpu, experiment))
     print(time(experiment, gpus, gpu, samples, policies[experiment.training.activation_checkpointing]))
+
+
+def needed(measured: Callable[[Checkpointing], Measured], experiment: Experiment, gpu: Gpu) -> dict[Checkpointing, Measured]:
+    """The policies up to the first that fits, and the YAML's own. The others say nothing more, and each takes as long again."""
+    policies: dict[Checkpointing, Measured] = {}
+    for policy in POLICIES:
+        policies[policy] = measured(policy)
+        if gpu.fits(policies[policy]):
+            break
+    chosen = experiment.training.activation_checkpointing
+    return policies if chosen in policies else policies | {chosen: measured(chosen)}
 
 
 def heading(stage: Path, experiment: Experiment, gpus: int, gpu: Gpu) -> str:
@@ -61,12 +73,13 @@ def parameters(experiment: Experiment) -> str:
 
 
 def memory(policies: dict[Checkpointing, Measured], gpu: Gpu, experiment: Experiment) -> str:
-    held = policies["none"]
+    held = next(iter(policies.values()))
     lines = [f"a rank holds     parameters {held.parameters / GB:.2f} GB, gradients {held.gradients / GB:.2f} GB, optimizer {held.optimizer / GB:.2f} GB",
              "peak of a step   checkpointing      peak   activations   gathered"]  # fmt: skip
     for policy, m in policies.items():
         verdict = "fits" if gpu.fits(m) else "does not fit"
         lines.append(f"                 {policy:<13} {m.peak / GB:6.1f} GB {m.activations / GB:10.1f} GB {m.gathered / GB:7.1f} GB   {verdict}")
+    lines += [f"                 {policy:<13} not needed, not measured" for policy in POLICIES if policy not in policies]
     fitting = [policy for policy in policies if gpu.fits(policies[policy])]
     chosen = experiment.training.activation_checkpointing
     if not fitting:

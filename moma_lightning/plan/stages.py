@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.initialization import no_init_weights
 
 from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
@@ -70,6 +71,11 @@ def _plain(tree: Any) -> Any:
 
 def build(experiment: Experiment) -> TrainedPartModule:
     """The stage with parts of the right shapes; activation checkpointing and the choice of what is trained are as in training."""
+    with no_init_weights():
+        return _build(experiment)
+
+
+def _build(experiment: Experiment) -> TrainedPartModule:
     options = experiment.model
     foundation, optimizer = FoundationConfig(**options["foundation"]), optim.OptimizerConfig(**options["optimizer"])
     module = experiment.stage.__new__(experiment.stage)

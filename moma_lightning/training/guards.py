@@ -2,13 +2,16 @@
 
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from moma_lightning.training.later import Later
 from moma_lightning.training.sharding import local
 
 #: A scheduler's notice that the processes will be killed: SLURM sends SIGTERM, or what `sbatch --signal` names.
@@ -23,16 +26,18 @@ class StopOnSignal(Callback):
     """On SIGTERM or SIGUSR1 to any rank: finish the step, save `last`, exit. The same command goes on from there.
 
     Lightning's own handlers do not save on SIGTERM, broadcast inside a signal handler, and on SLURM save under a name of
-    their own that would later win over a newer checkpoint; these take their place while training runs. The step of
-    decision is agreed on by all ranks. A signal during validation is acted on at the next training step.
+    their own that would later win over a newer checkpoint; these take their place while training runs. Several ranks agree on
+    the step of decision, one step after the signal, as their GPUs are not waited for. A signal during validation is acted on at the next training
+    step.
     """
 
     def __init__(self, last: Path):
         self.last = last
         self.requested, self._step = 0, 0
+        self._asked: Later | None = None  # of any rank, as of the step before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step, self._asked = trainer.global_step, None
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             signal.signal(number, self._request)  # Lightning puts back what was there before `fit`
 
@@ -43,33 +48,72 @@ class StopOnSignal(Callback):
         if trainer.global_step == self._step:  # gradients are being accumulated: a checkpoint would lose them
             return
         self._step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self.requested > 0, all=False):
+        if self._is_agreed(trainer):
             trainer.save_checkpoint(self.last)
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
             raise Preempted(128 + (self.requested or signal.SIGTERM))
+
+    def _is_agreed(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.requested > 0
+        asked = torch.full((), int(self.requested > 0), device=trainer.strategy.root_device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        before, self._asked = self._asked, Later.of(asked)
+        return before is not None and bool(before.read())
+
+
+@dataclass
+class Step:
+    """What is told of a loss that is not finite. step: of the optimizer."""
+
+    loss: Later
+    samples: list[str] | None
+    step: int
 
 
 class StopOnNonFinite(Callback):
     """Stops before a loss or a weight that is not finite reaches a checkpoint; the message names the batch's samples.
 
-    Raises FloatingPointError. The last checkpoint, from before, stays; the same command goes on from it.
+    A GPU is not waited for: a step's loss is looked at when the next step has been handed to it, or where a checkpoint is
+    written or training ends before that. Raises FloatingPointError. The last checkpoint, from before, stays; the same command
+    goes on from it.
     """
 
-    samples: list[str] | None = None  # of the last step
+    def __init__(self) -> None:
+        self.waiting: Step | None = None
+        self.samples: list[str] | None = None  # of the last step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.waiting = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples = getattr(batch, "key", None)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and not torch.isfinite(loss).all():
-            self._stop(trainer, f"the loss is {float(loss)}")
+        before, self.waiting = self.waiting, None if loss is None else Step(Later.of(loss), self.samples, trainer.global_step)
+        self._look(trainer, before)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_now(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_now(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look_now(trainer)
         for name, tensor in checkpoint["state_dict"].items():
             if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
-                self._stop(trainer, f"{name} is not finite")
+                self._stop(trainer, f"{name} is not finite", self.samples, trainer.global_step)
 
-    def _stop(self, trainer: Trainer, what: str) -> None:
+    def _look_now(self, trainer: Trainer) -> None:
+        before, self.waiting = self.waiting, None
+        self._look(trainer, before)
+
+    def _look(self, trainer: Trainer, step: Step | None) -> None:
+        if step is not None and not torch.isfinite(loss := step.loss.read()).all():
+            self._stop(trainer, f"the loss is {float(loss)}", step.samples, step.step)
+
+    def _stop(self, trainer: Trainer, what: str, samples: list[str] | None, step: int) -> None:
         raise FloatingPointError(
-            f"{what} after step {trainer.global_step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(self.samples or ['unknown'])}. "
+            f"{what} after step {step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(samples or ['unknown'])}. "
             "Nothing was saved since; the last checkpoint is as it was"
         )

@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import load_file
 
+from moma_lightning.__main__ import main
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.lora import LoraOptions
 from moma_lightning.modules.stage1 import Stage1
@@ -98,6 +99,23 @@ def test_a_merged_decoder_is_a_plain_one_with_the_same_outputs(tiny_foundation, 
     torch.testing.assert_close(loaded(pictures, *INPUTS), before, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="no LoRA adapters to merge"):
         loaded.merge_lora()
+
+
+@torch.no_grad()
+def test_the_command_merges_a_folder(tiny_foundation, pictures, tmp_path, capsys):
+    decoder, yml = build(tiny_foundation, moved=True), tmp_path / "foundation.yaml"
+    decoder.save_pretrained(tmp_path / "adapters")
+    yml.write_text(yaml.safe_dump({"mllm": tiny_foundation.mllm}))
+    arguments = ["convert", "--from", str(tmp_path / "adapters"), "--to", str(tmp_path / "merged"), "--merge-lora", str(yml)]
+    main(arguments)
+    assert "the adapters merged into the language model" in capsys.readouterr().out
+    loaded = ImageFeatureDecoder.from_pretrained(tmp_path / "merged", tiny_foundation)
+    assert loaded.config.lora is None
+    torch.testing.assert_close(loaded(pictures, *INPUTS), decoder(pictures, *INPUTS), atol=1e-5, rtol=1e-4)
+    with pytest.raises(SystemExit, match="no LoRA adapters to merge"):
+        main([*arguments[:2], str(tmp_path / "merged"), *arguments[3:4], str(tmp_path / "again"), *arguments[5:]])
+    with pytest.raises(SystemExit, match="is the source"):
+        main([*arguments[:4], str(tmp_path / "adapters"), *arguments[5:]])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from moma_lightning.families import family_of
 from moma_lightning.models.attention import Conditioning, Recorder
+from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.mask_estimation import estimate_mask
 from moma_lightning.pipeline import MoMAPipeline
 from moma_lightning.subject import label_tokens
@@ -52,6 +53,31 @@ def test_without_a_picture_it_is_sdxl_bit_for_bit(force_zeros, negative):
     assert isinstance(pipe, StableDiffusionXLPipeline)
     ours = run(pipe, image_embeds=None, negative_prompt=negative, height=48, width=80).images
     assert np.array_equal(ours, stock_pictures(stock(force_zeros), negative_prompt=negative and [negative] * 2, height=48, width=80))
+
+
+STATISTICS = dict(latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[0.7, 1.4, 2.0, 0.9])
+
+
+def test_a_vae_with_mean_and_spread_of_its_latents_draws_as_sdxl_does(plain):
+    """As of playground-v2.5: bit for bit stock's picture, which is another than without them."""
+    theirs, ours = stock(), tiny_sdxl_base()
+    for vae in (theirs.vae, ours.vae):
+        vae.register_to_config(**STATISTICS)
+    expected = stock_pictures(theirs)
+    assert np.array_equal(run(MoMAPipeline.from_base(ours), image_embeds=None).images, expected)
+    assert not np.array_equal(expected, plain)
+
+
+def test_latents_go_to_the_unets_scale_and_back():
+    vae, latents = tiny_sdxl_base().vae, torch.randn(2, 4, 3, 5)
+    assert torch.equal(scaled(vae, latents), latents * vae.config.scaling_factor)
+    assert torch.equal(unscaled(vae, latents), latents / vae.config.scaling_factor)
+    vae.register_to_config(**STATISTICS)
+    mean, std = (torch.tensor(STATISTICS[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(scaled(vae, latents), (latents - mean) / std * vae.config.scaling_factor)
+    torch.testing.assert_close(unscaled(vae, scaled(vae, latents)), latents)
+    with pytest.raises(ValueError, match="4 latents_mean and 4 latents_std for 3 channels"):
+        scaled(vae, latents[:, :3])
 
 
 def test_what_no_text_is_makes_another_picture(plain):

@@ -1,27 +1,35 @@
 """The planner's figures against arithmetic; against two real processes in training/test_sharding.py."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
-from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.plan import architectures
+from moma_lightning.plan import measure as measuring
 from moma_lightning.plan.measure import Measured, count_flops, count_parameters, measure
-from moma_lightning.plan.report import Gpu, memory, plan
+from moma_lightning.plan.report import Gpu, memory, needed, plan
 from moma_lightning.plan.stages import Experiment, read_experiment
 from moma_lightning.training.options import TrainingOptions
+from tests.moma_lightning.conftest import EMBED
+from tests.tiny_mllms import MLLMS, SIDE, write
 
 FULL = Path(__file__).parents[3] / "experiments/sd15_llava7b"
 
 
-def experiment(stage: type, foundation: FoundationConfig, batch_size: int = 2, image_size: int = 32, **training) -> Experiment:
+def experiment(
+    stage: type, foundation: FoundationConfig, batch_size: int = 2, image_size: int = 32, decoder: DecoderConfig = DecoderConfig(), **training  # noqa: B008
+) -> Experiment:  # fmt: skip
     options = {"foundation": asdict(foundation), "optimizer": asdict(OptimizerConfig()), "training": asdict(TrainingOptions(**training)),
-               "decoder": asdict(DecoderConfig()), "clip": None, "stage2": asdict(Stage2Config())}  # fmt: skip
+               "decoder": asdict(decoder), "clip": None, "stage2": asdict(Stage2Config())}  # fmt: skip
     return Experiment(stage, options, batch_size, image_size, 100, 1, False)
 
 
@@ -77,6 +85,61 @@ def test_recomputation_saves_activations(foundation):
 
 def test_floating_point_operations_grow_with_the_batch(foundation):
     assert count_flops(experiment(Stage2, foundation, 4)) == pytest.approx(2 * count_flops(experiment(Stage2, foundation, 2)), rel=0.01)
+
+
+def test_the_peak_is_that_of_torchs_own_tracker(sdxl_foundation, monkeypatch):
+    """Ours leaves out the peak of each module, and nothing else."""
+    planned = experiment(Stage2, sdxl_foundation, 1, activation_checkpointing="blocks")
+    ours = measure(planned, 2)
+    monkeypatch.setattr(measuring, "PeakTracker", FSDPMemTracker)
+    assert measure(planned, 2) == ours and ours.activations > 0
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava_onevision"])
+def test_smaller_mllms_are_planned(foundation, tmp_path, family):
+    write(family, tmp_path)
+    small = replace(foundation, mllm=str(tmp_path))
+    planned, decoder = experiment(Stage1, small), ImageFeatureDecoder.from_foundation(small, DecoderConfig(), EMBED)
+    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    assert count_parameters(planned)[0] == trained
+    one = measure(planned, 1)
+    assert one.gradients == 4 * trained and one.activations > 0
+    assert count_flops(planned) > 0
+
+
+def test_a_planned_picture_is_seen_as_idefics3_sees_it():
+    mllm = MLLMS["idefics3"]()[0].model.eval()
+    pixels = torch.rand(2, 1, 3, SIDE, SIDE) + 0.1
+    expected = mllm.get_image_features(pixels, return_dict=True).pooler_output
+    torch.testing.assert_close(torch.stack(architectures.see_all(mllm, pixels, True).pooler_output), torch.stack(expected))
+
+
+def test_parameters_of_stage_1_with_smolvlm():
+    """SmolVLM-256M: 30 layers of 576 with 9 heads and 3 of keys; 16 patches of 768 to a token; no head."""
+    layer = 2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+    rest = 49280 * 576 + 576 + 16 * 768 * 576 + 2 * 576 * 1024 + 1024**2 + 576
+    trained, frozen = count_parameters(read_experiment(FULL.parent / "sd15_smolvlm/stage1.yaml"))
+    assert trained == 30 * layer + rest
+    # SigLIP base at 512: 12 layers of 7.09 M, patches and places; both towers of CLIP ViT-H/14
+    assert frozen == pytest.approx(12 * 7.0879e6 + 16**2 * 3 * 768 + 1024 * 768 + 632.08e6 + 354.03e6, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "chosen", "run"),
+    [((10, 9, 8), "none", ["none"]), ((10, 9, 8), "all", ["none", "all"]), ((90, 60, 40), "none", ["none", "blocks"]),
+     ((90, 85, 80), "blocks", ["none", "blocks", "all"])],
+)  # fmt: skip
+def test_only_policies_that_decide_are_measured(foundation, gigabytes, chosen, run):
+    peaks, asked = dict(zip(("none", "blocks", "all"), gigabytes, strict=True)), []
+
+    def measure_one(policy):
+        asked.append(policy)
+        return measured(peaks[policy])
+
+    planned, gpu = experiment(Stage2, foundation, activation_checkpointing=chosen), Gpu(80, 989, 0.35)
+    printed = memory(needed(measure_one, planned, gpu), gpu, planned)
+    assert asked == run
+    assert printed.count("not needed, not measured") == 3 - len(run)
 
 
 def measured(gigabytes: float) -> Measured:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.models.lora import LoraOptions
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
@@ -87,14 +88,26 @@ class Losses(Callback):
             trainer.save_checkpoint(path)
 
 
-def build(stage: str, foundation: FoundationConfig, decoder: str, **training):
+def build(stage: str, foundation: FoundationConfig, decoder: str, config: DecoderConfig = DecoderConfig(), **training):  # noqa: B008
     """A module with its optimizer; the same weights on every call."""
     seed_everything(0, verbose=False)
     options = TrainingOptions(**training)
     if stage == "stage1":
-        return Stage1(foundation, DecoderConfig(), OptimizerConfig(lr=1e-3, warmup_steps=15), training=options)
+        return Stage1(foundation, config, OptimizerConfig(lr=1e-3, warmup_steps=15), training=options)
     optimizer = OptimizerConfig(lr=1e-3, lr_multipliers={"lambda_": 10.0})
     return SameNoise(foundation, Stage2Config(context_dropout=0.5), optimizer, decoder, GridConfig(pictures=0), options)
+
+
+#: Adapters on the language model; every one of its linear layers lies in a unit.
+LORA = DecoderConfig(lora=LoraOptions(rank=2))
+#: Other trainings than the two of the paper: (stage, name in foundation.json, decoder).
+VARIANTS = {"lora": ("stage1", "foundation", LORA), "idefics3": ("stage1", "idefics3", DecoderConfig()), "sdxl": ("stage2", "sdxl", DecoderConfig())}
+VARIANT_STEPS = 5
+
+
+def build_variant(name: str, places: dict):
+    stage, foundation, config = VARIANTS[name]
+    return build(stage, FoundationConfig(**places[foundation]), places["decoder"], config)
 
 
 def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | None = None, steps: int = STEPS, callbacks=(), **options) -> list[float]:
@@ -158,6 +171,10 @@ def main(folder: Path) -> None:
         results[f"{stage}/held"] = held.bytes
         for name in ("full-1.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
+    for name in VARIANTS:
+        held = Held()
+        results[name] = train(build_variant(name, places), folder / name / "two", 2, ShardedStrategy(), steps=VARIANT_STEPS, callbacks=[held])
+        results[f"{name}/held"] = held.bytes
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
     results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:

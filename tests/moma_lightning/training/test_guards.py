@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ class Poisoned(LightningModule):
         return torch.optim.SGD([self.weight], 1.0)
 
 
-def fit(folder, module, *callbacks, steps=6, resume=None, validate=False, **options):
-    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
+def fit(folder, module, *callbacks, steps=6, resume=None, validate=False, every=1, **options):
+    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every)
     trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=[*callbacks, saver], logger=False, enable_progress_bar=False,
                       enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, plugins=[WholeCheckpointIO()], **options)
     data = DataLoader([global_batch(seed, 0, 1) for seed in range(6)], batch_size=None)
@@ -57,6 +58,33 @@ def test_a_nan_loss_stops_names_the_samples_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match=r"the loss is nan after step 4 on rank 0. Samples of the batch: 3-0, 3-1, 3-2, 3-3\."):
         fit(tmp_path, Poisoned(nan_at=3), StopOnNonFinite())
     assert saved(tmp_path)["global_step"] == 3 and torch.isfinite(saved(tmp_path)["state_dict"]["weight"]).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("steps", [6, 4])
+def test_without_a_checkpoint_a_nan_loss_stops_a_step_later_or_at_the_end(tmp_path, steps):
+    """It names the step and the samples of the loss, not those that came after."""
+    module = Poisoned(nan_at=3)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan after step 4 on rank 0. Samples of the batch: 3-0, 3-1, 3-2, 3-3\."):
+        fit(tmp_path, module, StopOnNonFinite(), steps=steps, every=100)
+    assert len(module.drawn) == min(5, steps)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_nan_loss_stops_before_validation(tmp_path):
+    module = Poisoned(nan_at=1)
+    module.validation_step = lambda *_: pytest.fail("validated")
+    with pytest.raises(FloatingPointError, match="the loss is nan after step 2"):
+        fit(tmp_path, module, StopOnNonFinite(), validate=True, val_check_interval=2, every=100)
+
+
+def test_a_loss_is_not_read_in_its_own_step():
+    """Reading waits for the GPU. A tensor without data, which cannot be read, stands for one that is not computed yet."""
+    guard, trainer = StopOnNonFinite(), SimpleNamespace(global_step=1, global_rank=0)
+    guard.on_train_batch_end(trainer, None, {"loss": torch.empty((), device="meta")}, None, 0)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        guard.on_train_batch_end(trainer, None, {"loss": torch.zeros(())}, None, 1)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -79,6 +107,25 @@ def test_a_signal_saves_and_exits(tmp_path, number):
     assert stop.value.code == 128 + number
     assert torch.load(tmp_path / "preempted.ckpt", weights_only=True)["global_step"] == 3
     assert signal.getsignal(number) == before
+
+
+def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
+    """Rank 0 of two, of which the other one is told to end in step 2: nobody reads the answer of a step within it."""
+    saved_at, told = [], iter([0, 1, 0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(next(told)))
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0,
+                              save_checkpoint=lambda path: saved_at.append(trainer.global_step))  # fmt: skip
+    stop = StopOnSignal(tmp_path / "last.ckpt")
+
+    def train(step):
+        trainer.global_step = step
+        stop.on_train_batch_end(trainer, None, None, None, step)
+
+    train(1)
+    train(2)
+    with pytest.raises(Preempted):
+        train(3)
+    assert saved_at == [3]
 
 
 @pytest.mark.filterwarnings("ignore")

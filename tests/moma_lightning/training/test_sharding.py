@@ -4,35 +4,47 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moma_lightning.checkpoints import load_adapter
+from moma_lightning.foundation import FoundationConfig
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.plan.measure import measure
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import ShardedStrategy
 from tests.moma_lightning.plan.test_plan import experiment
-from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
+from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, build, build_variant, train
+from tests.tiny_mllms import write
 
 HALF = STEPS // 2
 pytestmark = pytest.mark.timeout(1500)  # of a machine that others use too; alone it takes one minute
 
 
 @pytest.fixture(scope="module")
-def runs(foundation, decoder_folder, tmp_path_factory):
-    """Both stages on one process here, then everything of `sharded_run` on two. Returns (folder, losses by run)."""
+def places(foundation, sdxl_foundation, decoder_folder, tmp_path_factory):
+    """What `sharded_run` builds its modules of."""
+    folder = tmp_path_factory.mktemp("idefics3")
+    write("idefics3", folder)
+    return {"foundation": asdict(foundation), "sdxl": asdict(sdxl_foundation), "idefics3": asdict(replace(foundation, mllm=str(folder))),
+            "decoder": decoder_folder}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(foundation, decoder_folder, places, tmp_path_factory):
+    """Everything on one process here, then all of `sharded_run` on two. Returns (folder, losses by run)."""
     folder = tmp_path_factory.mktemp("sharded")
-    places = {"foundation": asdict(foundation), "decoder": decoder_folder}
     (folder / "foundation.json").write_text(json.dumps(places))
     losses = {}
     for stage in ("stage1", "stage2"):
         module, save = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"]
         losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9)])
+    for name in VARIANTS:
+        losses[f"{name}-alone"] = train(build_variant(name, places), folder / name, 1, "auto", steps=VARIANT_STEPS)
     module = build("stage2", foundation, decoder_folder)
     losses["accumulated-alone"] = train(module, folder / "alone", 1, "auto", steps=3, accumulate_grad_batches=2)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -47,6 +59,12 @@ def test_two_processes_lose_what_one_does(runs, stage):
     losses = runs[1]
     assert len(losses[f"{stage}-alone"]) == STEPS and losses[f"{stage}-alone"][-1] != losses[f"{stage}-alone"][0]
     assert losses[stage] == pytest.approx(losses[f"{stage}-alone"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapters_another_mllm_and_sdxl_lose_the_same_on_two(runs, name):
+    losses = runs[1]
+    assert len(losses[name]) == VARIANT_STEPS and losses[name] == pytest.approx(losses[f"{name}-alone"], abs=1e-5)
 
 
 def test_copies_of_a_node_lose_the_same(runs):
@@ -121,3 +139,13 @@ def test_the_planner_foretells_what_two_processes_hold(runs, foundation, stage):
     planned = measure(experiment({"stage1": Stage1, "stage2": Stage2}[stage], foundation), 2)
     for kind, held in runs[1][f"{stage}/held"].items():
         assert getattr(planned, kind) == pytest.approx(held, rel=0.05), kind
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_planner_foretells_adapters_another_mllm_and_sdxl(runs, places, name):
+    stage, foundation, decoder = VARIANTS[name]
+    planned = measure(experiment({"stage1": Stage1, "stage2": Stage2}[stage], FoundationConfig(**places[foundation]), decoder=decoder), 2)
+    held = runs[1][f"{name}/held"]
+    assert held.keys() == {"parameters", "gradients", "optimizer"}
+    for kind in held:
+        assert getattr(planned, kind) == pytest.approx(held[kind], rel=0.05), kind
