@@ -13,6 +13,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference, use_scheduler
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
+from moma_lightning.foundation import FoundationConfig
 
 
 class DiffusionMethod(Method):
@@ -31,7 +32,7 @@ class DiffusionMethod(Method):
         used = {"base": foundation.base, "vae": foundation.vae, "adapter": adapter, "decoder": decoder}
         if decoder is not None:
             used |= {"mllm": foundation.mllm}
-        return {name: models.digest(path) for name, path in used.items()}
+        return {name: models.digest(path) for name, path in used.items()} | (mllm_precision(foundation) if decoder is not None else {})
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler, self.pipeline, self.last = sampler, models.pipeline(*self.checkpoints(models)), None
@@ -159,6 +160,12 @@ class IpAdapter(DiffusionMethod):
 
     def conditions(self, subject: Subject, reference: Reference) -> dict[str, Any]:
         return {"image_embeds": clip_embeds(self.pipeline, reference), "beta": 0.0, "context_scale": self.scale}
+
+
+def mllm_precision(foundation: FoundationConfig) -> dict[str, str | None]:
+    """How the MLLM's weights are held, as far as it is not the default: stamps without these names were made with the default."""
+    default, names = FoundationConfig(), ("mllm_dtype", "mllm_quantization")
+    return {name: getattr(foundation, name) for name in names if getattr(foundation, name) != getattr(default, name)}
 
 
 def clip_embeds(pipeline: Any, reference: Reference) -> Float[Tensor, "1 dim"]:

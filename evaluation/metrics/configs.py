@@ -8,6 +8,12 @@ from moma_lightning.hub import hub_name, local_path, resolve
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
+#: The hub's commits that are pinned here, and the one model each belongs to.
+PINNED = {
+    "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268": "openai/clip-vit-base-patch32",
+    "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2": "google/siglip2-base-patch16-224",
+}
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -35,13 +41,17 @@ class DinoConfig:
 class ClipConfig:
     """A transformers CLIP folder or hub id; pictures go through the processor saved beside its weights.
 
-    revision: the hub's commit that others pin for this model; it means nothing to a folder.
+    revision: the hub's commit that others pin for this model; it means nothing to a folder. Raises ValueError for another model of the hub
+    with this one's: who names a model names its revision, or null.
     """
 
     model: str = "openai/clip-vit-base-patch32"
     backend: Literal["pil", "torchvision"] = "pil"
     dtype: Precision = "float32"
     revision: str | None = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+
+    def __post_init__(self) -> None:
+        check_pinned(self.model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,9 @@ class SiglipConfig:
     lowercase: bool = True
     revision: str | None = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
 
+    def __post_init__(self) -> None:
+        check_pinned(self.model, self.revision)
+
 
 @dataclass(frozen=True)
 class DreamsimConfig:
@@ -71,6 +84,13 @@ class DreamsimConfig:
 
 
 EncoderConfig = DinoConfig | ClipConfig | SiglipConfig | DreamsimConfig
+
+
+def check_pinned(model: str, revision: str | None) -> None:
+    """Raises ValueError where a revision pinned for one model would be asked of another, as by overriding `model` alone."""
+    owner = PINNED.get(revision or "")
+    if owner is not None and model.partition("@")[0] != owner and local_path(model) is None:
+        raise ValueError(f"{model}: revision {revision} is pinned for {owner}; set `revision` to a commit of {model}, or to null for its main branch")
 
 
 def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:

@@ -54,6 +54,17 @@ def test_wrong_overrides_are_refused(overrides):
         named("mini", overrides)
 
 
+@pytest.mark.parametrize("encoder", ["clip", "siglip2"])
+def test_a_pinned_revision_is_of_its_own_model_alone(encoder, tmp_path):
+    """Whoever overrides the model says its revision too: another repository has no such commit."""
+    pinned = getattr(PRESETS["dreambooth"], encoder)
+    with pytest.raises(ValueError, match=f"owner/other: revision {pinned.revision} is pinned for {pinned.model}"):
+        named("dreambooth", {encoder: {"model": "owner/other"}})
+    for revision in (None, "abc"):
+        assert getattr(named("dreambooth", {encoder: {"model": "owner/other", "revision": revision}}), encoder).revision == revision
+    assert getattr(named("dreambooth", {encoder: {"model": str(tmp_path)}}), encoder).model == str(tmp_path)  # a folder has no revisions
+
+
 def test_unknown_preset_is_refused():
     with pytest.raises(KeyError, match="dreambooth, moma-paper, mini"):
         named("dreambench")
