@@ -32,8 +32,7 @@ class DiffusionMethod(Method):
         used = {"base": foundation.base, "vae": foundation.vae, "adapter": adapter, "decoder": decoder}
         if decoder is not None:
             used |= {"mllm": foundation.mllm}
-        digests = {name: models.digest(path) for name, path in used.items()}
-        return digests if decoder is None else digests | precision_of(foundation)
+        return {name: models.digest(path) for name, path in used.items()} | (mllm_precision(foundation) if decoder is not None else {})
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler, self.pipeline, self.last = sampler, models.pipeline(*self.checkpoints(models)), None
@@ -168,10 +167,10 @@ class IpAdapter(DiffusionMethod):
         return {"image_embeds": clip_embeds(self.pipeline, reference), "beta": 0.0, "context_scale": self.scale}
 
 
-def precision_of(foundation: FoundationConfig) -> dict[str, str | None]:
-    """The MLLM's type and quantization where they are not the default, so that pictures made before either was told stay current."""
-    default = FoundationConfig()
-    return {name: getattr(foundation, name) for name in ("mllm_dtype", "mllm_quantization") if getattr(foundation, name) != getattr(default, name)}
+def mllm_precision(foundation: FoundationConfig) -> dict[str, str | None]:
+    """How the MLLM's weights are held, as far as it is not the default: stamps without these names were made with the default."""
+    default, names = FoundationConfig(), ("mllm_dtype", "mllm_quantization")
+    return {name: getattr(foundation, name) for name in names if getattr(foundation, name) != getattr(default, name)}
 
 
 def clip_embeds(pipeline: Any, reference: Reference) -> Float[Tensor, "1 dim"]:

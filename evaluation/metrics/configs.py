@@ -8,14 +8,13 @@ from moma_lightning.hub import hub_name, local_path, resolve
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-#: Commits of the hub that others pin for these models, too.
+#: The hub's commits that are pinned here, and the one model each belongs to.
 PINNED = {
-    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
-    "google/siglip2-base-patch16-224": "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2",
+    "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268": "openai/clip-vit-base-patch32",
+    "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2": "google/siglip2-base-patch16-224",
 }
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,17 @@ class DinoConfig:
 class ClipConfig:
     """A transformers CLIP folder or hub id; pictures go through the processor saved beside its weights.
 
-    revision: a commit of the hub; it means nothing to a folder. ValueError for the default model's with another one.
+    revision: the hub's commit that others pin for this model; it means nothing to a folder. Raises ValueError for another model of the hub
+    with this one's: who names a model names its revision, or null.
     """
 
     model: str = "openai/clip-vit-base-patch32"
     backend: Literal["pil", "torchvision"] = "pil"
     dtype: Precision = "float32"
-    revision: str | None = PINNED["openai/clip-vit-base-patch32"]
+    revision: str | None = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
 
-    def __post_init__(self):
-        refuse_foreign_revision(self.model, self.revision)
+    def __post_init__(self) -> None:
+        check_pinned(self.model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class SiglipConfig:
     backend: Literal["pil", "torchvision"] = "pil"
     dtype: Precision = "float32"
     lowercase: bool = True
-    revision: str | None = PINNED["google/siglip2-base-patch16-224"]
+    revision: str | None = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
 
-    def __post_init__(self):
-        refuse_foreign_revision(self.model, self.revision)
+    def __post_init__(self) -> None:
+        check_pinned(self.model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class DreamsimConfig:
 EncoderConfig = DinoConfig | ClipConfig | SiglipConfig | DreamsimConfig
 
 
-def refuse_foreign_revision(model: str, revision: str | None) -> None:
-    """Whoever names another model of the hub says its revision too, or would get the default model's."""
-    owner = {commit: name for name, commit in PINNED.items()}.get(revision or "")
-    if owner not in (None, model) and local_path(model) is None:
-        raise ValueError(f"revision {revision} is {owner}'s, not {model}'s: set `revision` with `model`, to a commit of its own or to null")
+def check_pinned(model: str, revision: str | None) -> None:
+    """Raises ValueError where a revision pinned for one model would be asked of another, as by overriding `model` alone."""
+    owner = PINNED.get(revision or "")
+    if owner is not None and model.partition("@")[0] != owner and local_path(model) is None:
+        raise ValueError(f"{model}: revision {revision} is pinned for {owner}; set `revision` to a commit of {model}, or to null for its main branch")
 
 
 def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from datamodules.dreambooth import DreamBooth
 from evaluation.generation import generate
-from evaluation.methods import Folder, IpAdapter, Models, Moma, TextOnly
+from evaluation.methods import Folder, IpAdapter, Models, Moma, StockIpAdapter, TextOnly
 from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler, named
 from evaluation.tasks import tasks_of
@@ -190,13 +191,19 @@ def test_weights_are_named_by_their_content(tmp_path):
     assert before[Moma]["adapter"] == content_digest(tmp_path / "adapter")
 
 
-def test_an_mllm_of_other_precision_makes_other_pictures(tmp_path):
-    def told(foundation: FoundationConfig) -> dict:
-        return Moma().weights(Models(foundation, str(tmp_path), str(tmp_path)))
-
-    plain, half, four = (told(f) for f in (FoundationConfig(), FoundationConfig(mllm_dtype="bfloat16"), FoundationConfig(mllm_quantization="4bit")))
-    assert half == plain | {"mllm_dtype": "bfloat16"} and four == plain | {"mllm_quantization": "4bit"}
-    assert TextOnly().weights(Models(FoundationConfig())) == TextOnly().weights(Models(FoundationConfig(mllm_dtype="bfloat16")))
+@pytest.mark.parametrize("change", [{"mllm_dtype": "bfloat16"}, {"mllm_quantization": "4bit"}])
+def test_the_mllms_precision_is_stamped_where_it_is_used_and_not_the_default(tmp_path, change):
+    """Stamps from before these names, made with the default, stay as they were."""
+    for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
+        (tmp_path / name).mkdir()
+    foundation = FoundationConfig(str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
+                                  ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
+    plain, changed = (Models(f, str(tmp_path / "adapter"), str(tmp_path / "decoder")) for f in (foundation, replace(foundation, **change)))
+    for method in (Moma(), StockIpAdapter()):
+        assert not {"mllm_dtype", "mllm_quantization"} & method.weights(plain).keys()
+        assert method.weights(changed) == method.weights(plain) | change
+    assert TextOnly().weights(changed) == TextOnly().weights(plain)
+    assert IpAdapter().weights(changed) == IpAdapter().weights(plain)
 
 
 def test_missing_checkpoints_are_named():

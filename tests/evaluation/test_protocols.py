@@ -54,11 +54,15 @@ def test_wrong_overrides_are_refused(overrides):
         named("mini", overrides)
 
 
-def test_another_clip_is_not_looked_for_at_the_default_ones_revision(tmp_path):
-    with pytest.raises(ValueError, match="is openai/clip-vit-base-patch32's, not openai/clip-vit-large-patch14's: set `revision`"):
-        named("dreambooth", {"clip": {"model": "openai/clip-vit-large-patch14"}})
-    assert named("dreambooth", {"clip": {"model": "openai/clip-vit-large-patch14", "revision": None}}).clip.revision is None
-    assert named("dreambooth", {"clip": {"model": str(tmp_path)}}).clip.model == str(tmp_path)
+@pytest.mark.parametrize("encoder", ["clip", "siglip2"])
+def test_a_pinned_revision_is_of_its_own_model_alone(encoder, tmp_path):
+    """Whoever overrides the model says its revision too: another repository has no such commit."""
+    pinned = getattr(PRESETS["dreambooth"], encoder)
+    with pytest.raises(ValueError, match=f"owner/other: revision {pinned.revision} is pinned for {pinned.model}"):
+        named("dreambooth", {encoder: {"model": "owner/other"}})
+    for revision in (None, "abc"):
+        assert getattr(named("dreambooth", {encoder: {"model": "owner/other", "revision": revision}}), encoder).revision == revision
+    assert getattr(named("dreambooth", {encoder: {"model": str(tmp_path)}}), encoder).model == str(tmp_path)  # a folder has no revisions
 
 
 def test_unknown_preset_is_refused():

@@ -4,7 +4,7 @@ import errno
 import os
 import random
 import signal
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -81,10 +81,10 @@ def test_a_nan_loss_stops_before_validation(tmp_path):
 
 def test_a_loss_is_not_read_in_its_own_step():
     """Reading waits for the GPU. A tensor without data, which cannot be read, stands for one that is not computed yet."""
-    guard, trainer = StopOnNonFinite(), SimpleNamespace(global_step=1, global_rank=0)
-    guard.on_train_batch_end(trainer, None, {"loss": torch.empty((), device="meta")}, None, 0)
+    guard, trainer, module = StopOnNonFinite(), Mock(spec=Trainer, global_step=1, global_rank=0), Poisoned()
+    guard.on_train_batch_end(trainer, module, {"loss": torch.empty((), device="meta")}, None, 0)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        guard.on_train_batch_end(trainer, None, {"loss": torch.zeros(())}, None, 1)
+        guard.on_train_batch_end(trainer, module, {"loss": torch.zeros(())}, None, 1)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -113,13 +113,12 @@ def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
     """Rank 0 of two, of which the other one is told to end in step 2: nobody reads the answer of a step within it."""
     saved_at, told = [], iter([0, 1, 0])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(next(told)))
-    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0,
-                              save_checkpoint=lambda path: saved_at.append(trainer.global_step))  # fmt: skip
+    trainer = Mock(spec=Trainer, world_size=2, strategy=Mock(root_device=torch.device("cpu")), save_checkpoint=lambda _: saved_at.append(trainer.global_step))
     stop = StopOnSignal(tmp_path / "last.ckpt")
 
     def train(step):
         trainer.global_step = step
-        stop.on_train_batch_end(trainer, None, None, None, step)
+        stop.on_train_batch_end(trainer, Poisoned(), None, None, step)
 
     train(1)
     train(2)
