@@ -22,11 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from datamodules.openimages import assemble
 from datamodules.openimages.build import BuildConfig, Builder, deciding
+from datamodules.openimages.candidates import BOX, MASK_BOX, in_order
 from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.engine import Engine, Item, Stage
+from datamodules.openimages.units import _row, path_of, read_rows, write_rows, write_units
+from moma_lightning.files import write_beside
 
 #: The factory's stages and its own process's steps, in their order, as the table calls them.
 STEPS = {"start": "all imported", "SplitTable": "annotations to tables", "JoinDigit": "masks joined and filtered", "units": "cut into units",
@@ -75,8 +81,6 @@ def build(bucket: Path, out: Path, log: Path, workers: int) -> None:
         out=str(out), sources=SourcesConfig(f"{bucket}/annotations", f"{bucket}/pictures", captions=f"{bucket}/captions.csv"),
         select=SelectConfig(min_side=32), shards=ShardConfig(), run=RunConfig(workers=workers),
     )  # fmt: skip
-    from datamodules.openimages import assemble
-
     for owner, name, step in ((Builder, "units", "units"), (assemble, "choose", "choose"), (assemble, "read_light", "choose"), (Builder, "finish", "finish")):
         setattr(owner, name, _noted(getattr(owner, name), log, step))
     note(log, "start", time.process_time())
@@ -113,6 +117,35 @@ def draw(bucket: Path, rows: int, side: int) -> None:
     made.write(bucket)
 
 
+def listed(folder: Path, rows: int, log: Path) -> None:
+    """What the main process does with the list of all masks, on `rows` good ones without pictures: there lies what grows with their number."""
+    note(log, "start", time.process_time())
+    rng, texts = np.random.default_rng(0), ("LabelName", "BoxID", "OriginalLandingURL", "License", "Author", "OriginalMD5", "label", "given_caption")
+    ids = [f"{number:016x}" for number in range(rows)]
+    columns = {"ImageID": ids, "MaskPath": [f"{i}_m01yrx_{i[-8:]}.png" for i in ids], **{name: [f"{name} of {i}" for i in ids] for name in texts},
+               **{name: rng.random(rows) for name in (*MASK_BOX, *BOX, "PredictedIoU", "OriginalSize", "Rotation")}}  # fmt: skip
+    started, candidates = time.process_time(), pa.table(columns)
+    del columns, ids
+    units = write_units(in_order(candidates, 0), folder / "units", RunConfig.unit)
+    note(log, "units", started)
+    for unit in range(units):
+        part = pq.read_table(path_of(folder / "units", unit)).to_pylist()
+        kept = {"caption": "a cat on a lawn", "caption_full": "a black cat on a lawn", "area": 0.2, "border": 0.0, "note": "", "width": 64, "height": 64}
+        write_rows(path_of(folder / "samples", unit), [_row(row) | kept | {"hash": int(rng.integers(2**63))} for row in part])
+    started = time.process_time()
+    items = assemble.shard_items(assemble.choose(assemble.read_light(folder / "samples", units), None, 3), "train", 1000)
+    note(log, "choose", started)
+    for item in items:
+        keys = {key for part in item["keys"].values() for key in part}
+        lines = [assemble.describe(row) | {"key": row["key"]} for unit in item["keys"] for part in read_rows(path_of(folder / "samples", int(unit)))
+                 for row in part if row["key"] in keys]  # fmt: skip
+        path = folder / "index" / f"{item['shard']}.parquet"
+        write_beside(path, lambda beside, lines=lines: pq.write_table(pa.Table.from_pylist(lines), beside))
+    started = time.process_time()
+    assemble.write_index(folder, folder, "train", [item["shard"] for item in items])
+    note(log, "finish", started)
+
+
 def summary(log: Path, rows: int) -> dict[str, dict[str, float]]:
     """By step: processor milliseconds a row, rows a second of one core, largest memory of a process until then in MB."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -125,7 +158,7 @@ def summary(log: Path, rows: int) -> dict[str, dict[str, float]]:
             for step in STEPS if step in seconds}  # fmt: skip
 
 
-def table(rows: int, workers: int, found: dict[str, dict[str, float]], wall: float) -> str:
+def table(rows: int, workers: int | None, found: dict[str, dict[str, float]], wall: float) -> str:
     lines = [f"{rows} rows, {workers or 'no'} workers of Ray, {wall:.0f} s on the clock", f"{'step':<30} {'ms a row':>9} {'rows/s':>9} {'peak MB':>9}"]
     lines += [f"{STEPS[step]:<30} {line['ms']:9.3f} {line['rows_a_second']:9.0f} {line['megabytes']:9.0f}" for step, line in found.items()]
     return "\n".join([*lines, f"{'all':<30} {sum(line['ms'] for line in found.values()):9.3f}"])
@@ -133,7 +166,8 @@ def table(rows: int, workers: int, found: dict[str, dict[str, float]], wall: flo
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 4000])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1000, 4000])
+    parser.add_argument("--listed", type=int, nargs="*", default=[1000, 100_000], help="rows of the main process's steps alone, without pictures")
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="of Ray; 0: one process without Ray")
     parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels; OpenImages' are 1024 on their longer side")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-factory"))
@@ -143,21 +177,31 @@ def main(arguments: list[str] | None = None) -> None:
     bucket, shards, log = args.folder / "bucket", args.folder / "shards", args.folder / "log.jsonl"
     if args.one:
         what, rows = args.one[0], int(args.one[1])
-        draw(bucket, rows, args.side) if what == "draw" else build(bucket.absolute(), shards, log.absolute(), args.workers[0])
+        alone = {"draw": lambda: draw(bucket, rows, args.side), "listed": lambda: listed(args.folder, rows, log.absolute()),
+                 "build": lambda: build(bucket.absolute(), shards, log.absolute(), args.workers[0])}  # fmt: skip
+        alone[what]()
         return
-    results = []
+    results: list[dict[str, Any]] = []
+    for rows in args.listed:
+        shutil.rmtree(args.folder, ignore_errors=True)
+        args.folder.mkdir(parents=True)
+        print("without pictures: ", end="")
+        report(results, args, rows, None, _alone("listed", rows, args, 0))
     for rows in args.rows:
         shutil.rmtree(args.folder, ignore_errors=True)
         _alone("draw", rows, args, 0)
         for workers in args.workers:
             shutil.rmtree(shards, ignore_errors=True)
             log.unlink(missing_ok=True)
-            wall = _alone("build", rows, args, workers)
-            found = summary(log, rows)
-            print(table(rows, workers, found, wall), flush=True)
-            results.append({"rows": rows, "workers": workers, "side": args.side, "wall": wall, "steps": found})
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            report(results, args, rows, workers, _alone("build", rows, args, workers))
     shutil.rmtree(args.folder)
+
+
+def report(results: list[dict[str, Any]], args: argparse.Namespace, rows: int, workers: int | None, wall: float) -> None:
+    found = summary(args.folder / "log.jsonl", rows)
+    print(table(rows, workers, found, wall), flush=True)
+    results.append({"rows": rows, "workers": workers, "side": args.side, "wall": wall, "steps": found})
+    write_beside(args.out, lambda beside: beside.write_text(json.dumps(results, indent=1) + "\n"))
 
 
 def _alone(what: str, rows: int, args: argparse.Namespace, workers: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from datamodules.openimages import assemble
@@ -25,6 +26,14 @@ def test_a_build_notes_every_step(restored, tmp_path):
     funnel = {line["reason"]: line["count"] for line in json.loads((tmp_path / "shards/manifest.json").read_text())["train"]["funnel"]}
     assert 0 < funnel["triplets"] <= 12
     assert "shards written" in factory.table(12, 0, found, 1.0)
+
+
+def test_the_main_processs_steps_alone(tmp_path):
+    log = tmp_path / "log.jsonl"
+    factory.listed(tmp_path, 600, log)
+    assert set(factory.summary(log, 600)) == {"start", "units", "choose", "finish"}
+    index = pd.read_parquet(tmp_path / "train-index.parquet")
+    assert len(index) == 600 and index.key.is_unique
 
 
 def test_grain_makes_large_pictures_as_heavy_as_photographs(tmp_path):
