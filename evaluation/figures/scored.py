@@ -67,13 +67,19 @@ def settings_grid(scores: pd.DataFrame, method: str, per_kind: int = 2, prompts:
     rows = []
     for kind in [k for k in dict.fromkeys(kinds) if k not in ("context", "texture")]:
         found = own[kinds == kind]
-        richest = found["subject"].value_counts(sort=True).index[:per_kind]
-        for subject in richest:
+        for subject in richest(found["subject"], per_kind):
             pictures = found[found["subject"] == subject]
-            cells = [cell_of(row, caption=row["prompt"]) for _, row in pictures.head(prompts).iterrows()]
+            cells = [cell_of(pictures.iloc[i], caption=pictures.iloc[i]["prompt"]) for i in spread(range(len(pictures)), prompts)]
             rows.append(Row([reference_cell(pictures.iloc[0]), *cells], kind_name(kind).capitalize()))
     about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
     return Grid("figure10_settings", "Accessories, poses, camera", about, rows, wrap=3) if rows else None
+
+
+def richest(subjects: pd.Series, count: int) -> list[str]:
+    """The subjects with most pictures; where many have as many, some spread over the data set, whose neighbours are of one kind."""
+    pictures = subjects.value_counts(sort=False)
+    most = list(pictures.index[pictures == pictures.max()])
+    return spread(most, count) if len(most) >= count else list(pictures.sort_values(ascending=False, kind="stable").index[:count])
 
 
 def reference_cell(score: pd.Series, caption: str = "reference") -> Cell:

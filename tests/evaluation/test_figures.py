@@ -13,7 +13,7 @@ from evaluation.figures.ablations import read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
 from evaluation.figures.names import kind_name, method_name, methods_of, metric_name, prompt_form
-from evaluation.figures.scored import comparison, one_method, own_method, settings_grid
+from evaluation.figures.scored import comparison, one_method, own_method, richest, settings_grid
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows, means_by
 from evaluation.figures.write import charts, read_grid
@@ -182,6 +182,11 @@ def test_figure_10_takes_any_kind_of_prompt_and_what_is_worn(scores):
     grid = settings_grid(changed, "moma_beta1")
     assert sorted(row.title for row in grid.rows) == ["Accessory", "Camera"]
     assert [cell.prompt for row in grid.rows for cell in row.cells[1:] if row.title == "Accessory"] == ["a mug wearing a hat"]
+
+
+def test_figure_10_shows_subjects_of_most_prompts_from_all_over_the_set():
+    assert richest(pd.Series(list("aabbccdd")), 2) == ["a", "d"]
+    assert richest(pd.Series(list("abbbcc")), 2) == ["b", "c"]
 
 
 def test_a_drawn_grid_shows_each_picture_in_its_place(tmp_path):
