@@ -87,9 +87,9 @@ def test_floating_point_operations_grow_with_the_batch(foundation):
     assert count_flops(experiment(Stage2, foundation, 4)) == pytest.approx(2 * count_flops(experiment(Stage2, foundation, 2)), rel=0.01)
 
 
-def test_the_peak_is_that_of_torchs_own_tracker(sdxl_foundation, monkeypatch):
+def test_the_peak_is_that_of_torchs_own_tracker(foundation, monkeypatch):
     """Ours leaves out the peak of each module, and nothing else."""
-    planned = experiment(Stage2, sdxl_foundation, 1, activation_checkpointing="blocks")
+    planned = experiment(Stage2, foundation, 1, activation_checkpointing="blocks")
     ours = measure(planned, 2)
     monkeypatch.setattr(measuring, "PeakTracker", FSDPMemTracker)
     assert measure(planned, 2) == ours and ours.activations > 0
