@@ -14,6 +14,7 @@ from typing import Any
 
 Item = dict[str, Any]
 Row = dict[str, Any]  # Ray's: an item and a pickled error, or b""
+ACTOR_CORES = 0.5
 #: What a command ends with one line for; everything else keeps its traceback.
 MENDABLE = (ValueError, OSError, ImportError)
 
@@ -36,7 +37,7 @@ class Engine:
     """`workers` 0 stays in this process; else Ray, at `address` or started here with `workers` cores (None: all)."""
 
     def __init__(self, workers: int | None = 0, address: str | None = None):
-        self.inline, self._started = workers == 0, False
+        self.inline, self._started, self._here = workers == 0, False, address is None
         if not self.inline:
             self._started = _start_ray(workers, address)
 
@@ -69,17 +70,26 @@ class Engine:
         import ray
         from ray.data import ActorPoolStrategy
 
+        if self._here:
+            require_cores(ray.cluster_resources().get("CPU", 0), sum(min(stage.processes or 0, len(items)) for stage in stages))
         dataset: Any = ray.data.from_items([{"item": item, "error": b""} for item in items], override_num_blocks=len(items))
         for stage in stages:
             if stage.processes is None:
                 dataset = dataset.map(_apply, fn_args=(stage.make, stage.arguments))
                 continue
             gpus = (1.0 if ray.cluster_resources().get("GPU") else 0.0) if stage.gpus is None else stage.gpus
-            # Half a core each: with whole ones, two captioners on two cores would leave none for the pictures.
-            dataset = dataset.map(_Apply, fn_constructor_args=(stage.make, stage.arguments), num_gpus=gpus, num_cpus=0.5,
+            # With whole cores, two captioners on two cores would leave none for the pictures.
+            dataset = dataset.map(_Apply, fn_constructor_args=(stage.make, stage.arguments), num_gpus=gpus, num_cpus=ACTOR_CORES,
                                   compute=ActorPoolStrategy(size=min(stage.processes, len(items))))
         for row in dataset.iter_rows():
             yield _item_of(row)
+
+
+def require_cores(cores: float, actors: int) -> None:
+    """Raises ValueError where actors leave no core for tasks, which would then wait for ever."""
+    if actors and cores < 1 + ACTOR_CORES * actors:
+        raise ValueError(f"{actors} captioners take {ACTOR_CORES} of a core each and the pictures one, but Ray has {cores:g} here: "
+                         "raise run.workers, lower run.captioners, or set run.workers to 0")  # fmt: skip
 
 
 def _carried(row: Row, function: Callable[[Item], Item]) -> Row:

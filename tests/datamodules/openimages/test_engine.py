@@ -45,6 +45,14 @@ def test_a_stage_that_cannot_be_made_says_so_too(apply):
         engine._item_of(apply(row(number=3), make, ()))
 
 
+def test_captioners_that_leave_no_core_are_refused_and_not_waited_for():
+    for cores, actors in ((1, 1), (2, 3), (8, 16)):
+        with pytest.raises(ValueError, match="raise run.workers, lower run.captioners"):
+            engine.require_cores(cores, actors)
+    for cores, actors in ((1, 0), (2, 1), (2, 2), (9, 16)):
+        engine.require_cores(cores, actors)
+
+
 def test_an_actor_makes_its_function_once():
     made = []
     actor = engine._Apply(lambda: made.append(1) or Doubled(), ())
