@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -114,7 +115,8 @@ def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: i
     processor = LlavaProcessor.__new__(LlavaProcessor)
     processor.tokenizer, processor.image_token = None, "<image>"
     processor.image_processor = image_processor(mllm.config.vision_config.image_size)
-    model = ImageFeatureDecoder(mllm, processor, embed_dim, decoder)
+    with adapters_stay() if decoder.lora else nullcontext():
+        model = ImageFeatureDecoder(mllm, processor, embed_dim, decoder)
 
     def tokenize(label: list[str], prompt: list[str], image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.zeros(len(label), INSTRUCTION_TOKENS + image_tokens, dtype=torch.long)
@@ -122,6 +124,17 @@ def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: i
 
     model.tokenize = tokenize  # type: ignore[method-assign]
     return model
+
+
+@contextmanager
+def adapters_stay() -> Iterator[None]:
+    """Inside, modules are not moved: peft moves new adapters to the frozen weight's device, where they are, and tensors without data cannot be."""
+    before = nn.Module.to
+    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign, misc]
+    try:
+        yield
+    finally:
+        nn.Module.to = before  # type: ignore[method-assign]
 
 
 def build_mllm(name: str) -> PreTrainedModel:

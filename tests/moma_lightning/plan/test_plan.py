@@ -10,6 +10,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.models.lora import LoraOptions
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
@@ -104,6 +105,13 @@ def test_smaller_mllms_are_planned(foundation, tmp_path, family):
     assert count_parameters(planned)[0] == trained
     one = measure(planned, 1)
     assert one.gradients == 4 * trained and one.activations > 0
+    assert count_flops(planned) > 0
+
+
+def test_adapters_are_planned(foundation):
+    planned = experiment(Stage1, foundation, decoder=DecoderConfig(lora=LoraOptions(rank=2)))
+    trained, _ = count_parameters(planned)
+    assert measure(planned, 1).gradients == 4 * trained < count_parameters(experiment(Stage1, foundation))[0] * 4
     assert count_flops(planned) > 0
 
 
