@@ -4,7 +4,7 @@
 
 A tiny stage 2 with its real datamodule (shards, two workers), validation, EMA and random noise. Every third kill waits for a
 checkpoint being written, the others for a random moment. What is compared: trained weights, average and optimizer state bit for
-bit, and the samples of every step on every rank.
+bit, and the samples of every step on every rank; and that every pass over the data, the readers of all ranks together, brings each sample once.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.training import checkpoint_io
 from tests.moma_lightning.conftest import write_base, write_mllm_and_clip
 
-EVERY = 5
+EVERY, TRAIN_COUNT, STEPS_PER_EPOCH, WORKERS = 5, 48, 7, 2
 
 
 class Drilled(Stage2):
@@ -62,7 +62,7 @@ def prepare(folder: Path) -> None:
     if not (folder / "ready").exists():
         write_mllm_and_clip(folder / "models")
         write_base(folder / "models/base")
-        export(folder / "data", train_count=48, val_count=8, samples_per_shard=6)
+        export(folder / "data", train_count=TRAIN_COUNT, val_count=8, samples_per_shard=6)
         (folder / "ready").touch()
 
 
@@ -79,8 +79,8 @@ def config(folder: Path, run: str, steps: int, processes: int) -> Path:
             "stage2": {"context": "image_encoder", "context_dropout": 0.3},
             "grid": {"pictures": 0}, "optimizer": {"lr": 1e-3, "schedule": "cosine"}}},
         "data": {"class_path": "datamodules.triplets.TripletDataModule", "init_args": {"config": {
-            "train": f"{shards}/train-*.tar", "val": f"{shards}/val-*.tar", "image_size": 32, "batch_size": 2, "steps_per_epoch": 7,
-            "val_batches": 1, "num_workers": 2}}},
+            "train": f"{shards}/train-*.tar", "val": f"{shards}/val-*.tar", "image_size": 32, "batch_size": 2, "steps_per_epoch": STEPS_PER_EPOCH,
+            "val_batches": 1, "num_workers": WORKERS}}},
     }))  # fmt: skip
     return path
 
@@ -173,6 +173,17 @@ def differences(whole: Path, killed: Path, processes: int) -> list[str]:
     return wrong + [f"samples of rank {rank}" for rank in range(processes) if samples(whole, rank) != samples(killed, rank)]
 
 
+def uneven(run: Path, processes: int) -> list[str]:
+    """Passes over the data in which a sample is missing or comes twice. A pass is every reader's own: the readers of all ranks share the samples."""
+    streams: dict[tuple[int, int], list[str]] = {}
+    for rank in range(processes):
+        for step, keys in sorted(samples(run, rank).items()):
+            streams.setdefault((rank, step % STEPS_PER_EPOCH % WORKERS), []).extend(keys)
+    share = TRAIN_COUNT // len(streams)
+    passes = [[key for keys in streams.values() for key in keys[i * share : (i + 1) * share]] for i in range(min(map(len, streams.values())) // share)]
+    return [f"pass {i}: {len(set(keys))} samples in {len(keys)}" for i, keys in enumerate(passes) if not len(set(keys)) == len(keys) == TRAIN_COUNT]
+
+
 def flatten(tree, name="") -> dict[str, torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return {name: tree}
@@ -185,7 +196,8 @@ def drill(folder: Path, kills: int, processes: int = 1, steps: int = 60, seed: i
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
     whole = undisturbed(folder, steps, processes)
-    return differences(whole, disturbed(folder, steps, processes, kills, seed), processes)
+    killed = disturbed(folder, steps, processes, kills, seed)
+    return differences(whole, killed, processes) + uneven(killed, processes)
 
 
 if __name__ == "__main__":
