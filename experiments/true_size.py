@@ -59,6 +59,7 @@ def main(size: int = 512, checkpointing: bool = False) -> None:
     torch.manual_seed(0)
     base, encoder = random_base(), ImageEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)), CLIPImageProcessor())
     stage2.load_base, stage2.load_image_encoder = lambda _: base, lambda _: encoder  # type: ignore[assignment, misc]
+    stage2.image_embed_dim = lambda _: encoder.embed_dim  # type: ignore[assignment]
     module = stage2.Stage2(FoundationConfig(ip_adapter=None), stage2.Stage2Config(context="image_encoder", context_dropout=0.0), OptimizerConfig())
     with torch.no_grad():
         for layer in module.adapter.subject.values():
