@@ -42,11 +42,16 @@ def read_stamp(picture: Path) -> dict[str, Any] | None:
 
 
 def is_current(picture: Path, settings: dict[str, Any]) -> bool:
-    """Whether the picture is there, whole, and made with exactly these settings."""
+    """Whether the picture is there, whole, and made with these settings; one at None is as one that is not there, which it may not have been yet."""
     stamp = read_stamp(picture)
-    if stamp is None or stamp.get("settings") != json.loads(json.dumps(settings)) or not picture.exists():
+    if stamp is None or without_none(stamp.get("settings")) != without_none(json.loads(json.dumps(settings))) or not picture.exists():
         return False
     return hashlib.sha256(picture.read_bytes()).hexdigest() == stamp.get("sha256")
+
+
+def without_none(settings: Any) -> Any:
+    """Nested settings without those at None."""
+    return {name: without_none(value) for name, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
 
 
 def load_picture(path: Path) -> Image.Image:

@@ -23,8 +23,10 @@ from experiments.mini.recipe.captions import build_tokenizer
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
 from moma_lightning.models.adapter import install_processors
-from moma_lightning.modules import stage2
+from moma_lightning.modules.stage2 import Stage2, Stage2Config, build_adapter
 from moma_lightning.optim import OptimizerConfig, configure
+from moma_lightning.plan.stages import stage2_of
+from moma_lightning.training.options import TrainingOptions
 
 UNET: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # diffusers' other defaults are SD 1.5's
 VAE: dict[str, Any] = dict(
@@ -58,9 +60,9 @@ def main(size: int = 512, checkpointing: bool = False) -> None:
     """
     torch.manual_seed(0)
     base, encoder = random_base(), ImageEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)), CLIPImageProcessor())
-    stage2.load_base, stage2.load_image_encoder = lambda _: base, lambda _: encoder  # type: ignore[assignment, misc]
-    stage2.image_embed_dim = lambda _: encoder.embed_dim  # type: ignore[assignment]
-    module = stage2.Stage2(FoundationConfig(ip_adapter=None), stage2.Stage2Config(context="image_encoder", context_dropout=0.0), OptimizerConfig())
+    config = Stage2Config(context="image_encoder", context_dropout=0.0)
+    adapter = build_adapter(base, FoundationConfig(ip_adapter=None), config, encoder.embed_dim)
+    module = stage2_of(base, encoder, None, adapter, config, OptimizerConfig(), TrainingOptions())
     with torch.no_grad():
         for layer in module.adapter.subject.values():
             layer.lambda_.fill_(0.1)  # at its first value, 0, K' and V' have no gradient by construction
@@ -79,7 +81,7 @@ def main(size: int = 512, checkpointing: bool = False) -> None:
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")  # fmt: skip
 
 
-def report(module: stage2.Stage2) -> None:
+def report(module: Stage2) -> None:
     """Parameters by part: how many, how many are trained, how many have a finite gradient other than 0."""
     adapter = module.adapter
     frozen_parts = {"UNet": module.unet, "VAE": module.vae, "text encoder": module.text_encoder, "image encoder": module.image_encoder}

@@ -88,7 +88,7 @@ class PictureStage:
             try:
                 subjects.append(read_subject(row, self.sources, self.select))
             except RejectedError as error:
-                rejected.append(_row(row) | _why(error))
+                rejected.append(row_of(row) | _why(error))
         kept, rest = largest(subjects, self.select.subjects_per_picture)
         return kept, [*rejected, *(_described(s) | {"reason": "not_the_largest"} for s in rest)]
 
@@ -178,7 +178,7 @@ def _parts(rows: Any) -> Iterator[list[dict[str, Any]]]:
         yield part
 
 
-def _row(candidate: dict[str, Any]) -> dict[str, Any]:
+def row_of(candidate: dict[str, Any]) -> dict[str, Any]:
     box = [candidate[side] for side in BOX]
     names = {"image_id": "ImageID", "class_id": "LabelName", "predicted_iou": "PredictedIoU", "license": "License",
              "author": "Author", "url": "OriginalLandingURL", "label": "label", "given_caption": "given_caption"}
@@ -188,7 +188,7 @@ def _row(candidate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(subject: Subject) -> dict[str, Any]:
-    return _row(subject.row) | {"area": subject.area, "border": subject.border}
+    return row_of(subject.row) | {"area": subject.area, "border": subject.border}
 
 
 def _why(error: RejectedError) -> dict[str, Any]:

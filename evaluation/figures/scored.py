@@ -34,8 +34,7 @@ def one_method(scores: pd.DataFrame, method: str, kind: str, name: str, title: s
     rows = []
     for subject in spread(list(dict.fromkeys(own["subject"])), subjects):
         pictures = own[own["subject"] == subject]
-        cells = [cell_of(pictures.iloc[i], caption=pictures.iloc[i]["prompt"]) for i in spread(range(len(pictures)), prompts)]
-        rows.append(Row([reference_cell(pictures.iloc[0]), *cells]))
+        rows.append(Row(cells_of(pictures, prompts)))
     return Grid(name, title, about, rows, wrap=3) if rows else None
 
 
@@ -68,9 +67,7 @@ def settings_grid(scores: pd.DataFrame, method: str, per_kind: int = 2, prompts:
     for kind in [k for k in dict.fromkeys(kinds) if k not in ("context", "texture")]:
         found = own[kinds == kind]
         for subject in richest(found["subject"], per_kind):
-            pictures = found[found["subject"] == subject]
-            cells = [cell_of(pictures.iloc[i], caption=pictures.iloc[i]["prompt"]) for i in spread(range(len(pictures)), prompts)]
-            rows.append(Row([reference_cell(pictures.iloc[0]), *cells], kind_name(kind).capitalize()))
+            rows.append(Row(cells_of(found[found["subject"] == subject], prompts), kind_name(kind).capitalize()))
     about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
     return Grid("figure10_settings", "Accessories, poses, camera", about, rows, wrap=3) if rows else None
 
@@ -80,6 +77,12 @@ def richest(subjects: pd.Series, count: int) -> list[str]:
     pictures = subjects.value_counts(sort=False)
     most = list(pictures.index[pictures == pictures.max()])
     return spread(most, count) if len(most) >= count else list(pictures.sort_values(ascending=False, kind="stable").index[:count])
+
+
+def cells_of(pictures: pd.DataFrame, count: int) -> list[Cell]:
+    """The reference, and `count` of a subject's pictures with their prompts."""
+    some = [pictures.iloc[i] for i in spread(range(len(pictures)), count)]
+    return [reference_cell(pictures.iloc[0]), *(cell_of(picture, caption=picture["prompt"]) for picture in some)]
 
 
 def reference_cell(score: pd.Series, caption: str = "reference") -> Cell:

@@ -106,10 +106,6 @@ class Moma(DiffusionMethod):
     base: str | None = None
     scheduler: str | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Without `scheduler` where it is None, so that pictures made before there was one stay current."""
-        return {name: value for name, value in super().options().items() if (name, value) != ("scheduler", None)}
-
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
         adapter, decoder = self.adapter or models.adapter, self.decoder or models.decoder
         if adapter is None or decoder is None:

@@ -29,7 +29,7 @@ class ImageTextEncoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no text tower")
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """The picture itself where it is RGB: `convert` would copy it."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -51,7 +51,7 @@ class DinoEncoder(ImageTextEncoder):
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
-        return self.normalize(torch.stack([self.cut(as_rgb(image)) for image in images]))
+        return self.normalize(torch.stack([self.cut(to_rgb(image)) for image in images]))
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
@@ -74,7 +74,7 @@ class TwoTowerEncoder(ImageTextEncoder):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
-        pixels = self.processor(images=[as_rgb(image) for image in images], return_tensors="pt").pixel_values
+        pixels = self.processor(images=[to_rgb(image) for image in images], return_tensors="pt").pixel_values
         embeds = self.model.get_image_features(pixels.to(self.model.device, self.dtype)).pooler_output
         return F.normalize(embeds.float(), dim=-1)
 

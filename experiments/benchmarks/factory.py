@@ -31,7 +31,7 @@ from datamodules.openimages.build import BuildConfig, Builder, deciding
 from datamodules.openimages.candidates import BOX, MASK_BOX, in_order
 from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.engine import Engine, Item, Stage
-from datamodules.openimages.units import _row, path_of, read_rows, write_rows, write_units
+from datamodules.openimages.units import path_of, read_rows, row_of, write_rows, write_units
 from moma_lightning.files import write_beside
 
 #: The factory's stages and its own process's steps, in their order, as the table calls them.
@@ -131,7 +131,7 @@ def listed(folder: Path, rows: int, log: Path) -> None:
     for unit in range(units):
         part = pq.read_table(path_of(folder / "units", unit)).to_pylist()
         kept = {"caption": "a cat on a lawn", "caption_full": "a black cat on a lawn", "area": 0.2, "border": 0.0, "note": "", "width": 64, "height": 64}
-        write_rows(path_of(folder / "samples", unit), [_row(row) | kept | {"hash": int(rng.integers(2**63))} for row in part])
+        write_rows(path_of(folder / "samples", unit), [row_of(row) | kept | {"hash": int(rng.integers(2**63))} for row in part])
     started = time.process_time()
     items = assemble.shard_items(assemble.choose(assemble.read_light(folder / "samples", units), None, 3), "train", 1000)
     note(log, "choose", started)

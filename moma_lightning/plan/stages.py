@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,13 +12,17 @@ from transformers.initialization import no_init_weights
 
 from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
-from moma_lightning.foundation import FoundationConfig
-from moma_lightning.models.image_feature_decoder import DecoderConfig
+from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder
+from moma_lightning.models.adapter import MoMAAdapter
+from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.modules.grid import GridConfig
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.plan import architectures
 from moma_lightning.training.options import Checkpointing, TrainingOptions
+
+S = TypeVar("S", bound=TrainedPartModule)
 
 
 @dataclass
@@ -78,20 +82,32 @@ def build(experiment: Experiment) -> TrainedPartModule:
 def _build(experiment: Experiment) -> TrainedPartModule:
     options = experiment.model
     foundation, optimizer = FoundationConfig(**options["foundation"]), optim.OptimizerConfig(**options["optimizer"])
-    module = experiment.stage.__new__(experiment.stage)
-    TrainedPartModule.__init__(module, optimizer, experiment.training)
     encoder = architectures.build_image_encoder(foundation)
-    if isinstance(module, Stage1):
-        decoder = architectures.build_decoder(foundation, DecoderConfig.from_dict(options["decoder"]), encoder.embed_dim)
-        module.assemble(encoder, decoder, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None)
-    elif isinstance(module, Stage2):
-        config, base = Stage2Config(**options["stage2"]), architectures.build_base(foundation)
-        module.config, module.grid = config, None  # type: ignore[assignment]
-        dtype, decoder = getattr(torch, foundation.mllm_dtype), None
-        if config.context == "decoder":
-            decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, dtype)
-        adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
-        module.assemble(base, encoder, decoder, adapter)
+    if experiment.stage is Stage1:
+        module = unloaded(Stage1, optimizer, experiment.training)
+        trained = architectures.build_decoder(foundation, DecoderConfig.from_dict(options["decoder"]), encoder.embed_dim)
+        module.assemble(encoder, trained, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None)
+        return module
+    config, base, decoder = Stage2Config(**options["stage2"]), architectures.build_base(foundation), None
+    if config.context == "decoder":
+        decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, getattr(torch, foundation.mllm_dtype))
+    adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
+    return stage2_of(base, encoder, decoder, adapter, config, optimizer, experiment.training)
+
+
+def stage2_of(base: Base, image_encoder: ImageEncoder, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter, config: Stage2Config,
+              optimizer: optim.OptimizerConfig, training: TrainingOptions) -> Stage2:  # fmt: skip
+    """A stage 2 of parts that are at hand, where `Stage2(...)` would load them. It trains; it draws no pictures in validation."""
+    module = unloaded(Stage2, optimizer, training)
+    module.config, module.grid = config, GridConfig(pictures=0)
+    module.assemble(base, image_encoder, decoder, adapter)
+    return module
+
+
+def unloaded(stage: type[S], optimizer: optim.OptimizerConfig, training: TrainingOptions) -> S:
+    """A stage without its parts."""
+    module = stage.__new__(stage)
+    TrainedPartModule.__init__(module, optimizer, training)
     return module
 
 

@@ -98,8 +98,7 @@ def test_a_reference_is_prepared_once_for_all_its_batches(evaluation):
     assert len(pipeline.prepared) == 3, "another setup may bring other weights"
 
 
-def test_a_solver_of_its_own_and_stamps_that_stay_without_one(evaluation):
-    assert "scheduler" not in Moma().options() and Moma(scheduler="UniPCMultistepScheduler").options()["scheduler"] == "UniPCMultistepScheduler"
+def test_a_solver_of_its_own(evaluation):
     pipeline = Recorder()
     call(Moma(scheduler="UniPCMultistepScheduler"), evaluation, pipeline)
     assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"

@@ -3,13 +3,10 @@
 import pytest
 
 from experiments import true_size
-from moma_lightning.modules import stage2
 
 
 @pytest.fixture
 def small(monkeypatch):
-    for name in ("load_base", "load_image_encoder", "image_embed_dim"):  # `main` puts its own in their place
-        monkeypatch.setattr(stage2, name, getattr(stage2, name))
     narrow = {"block_out_channels": (32, 64, 64, 64)}
     monkeypatch.setattr(true_size, "UNET", {**true_size.UNET, **narrow, "cross_attention_dim": 32, "sample_size": 8})
     monkeypatch.setattr(true_size, "VAE", {**true_size.VAE, **narrow, "sample_size": 64})
