@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from moma_lightning import optim
@@ -55,7 +56,9 @@ class TrainedPartModule(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Refuses, by name, cached shards that other models or options have made."""
+        """Refuses a strategy that was never seen to save what is trained, and, by name, cached shards that other models or options have made."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError("trainer.strategy: Lightning's FSDPStrategy (FSDP1) is not supported; `sharded` is FSDP2, `ddp` holds the models whole")
         made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
         own = self.cache_identity() if made_by else {}
         for path, other in made_by.items():

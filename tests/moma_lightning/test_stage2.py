@@ -1,7 +1,10 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 
 from moma_lightning import losses
@@ -168,6 +171,13 @@ def test_the_picture_grid_of_validation_is_written(build, tmp_path):
     module.grid = GridConfig(pictures=2, num_inference_steps=2)
     trainer(tmp_path, 1, limit_val_batches=1).fit(module, loader(0), loader(1))
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"]
+
+
+def test_the_older_sharding_is_refused(build):
+    module = build(context="image_encoder")
+    module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
+    with pytest.raises(ValueError, match="`sharded` is FSDP2"):
+        module.setup("fit")
 
 
 def test_decoder_context_without_a_decoder_says_what_to_set(foundation):

@@ -3,7 +3,8 @@
 Departures from Stable Diffusion's training, each because the model is tiny and hours are few: min-SNR-5 loss weights,
 subject positions weigh 1 + 3 x mask, and a Dice loss that makes the label's cross-attention maps cover the subject (in
 large models they do so by themselves; M_gen needs it). Run on two one-thread processes:
-`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m experiments.mini.recipe.unet`. Check: `python -m experiments.mini.recipe.check_base`.
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m experiments.mini.recipe.unet`, then a second round with `--second-round --steps 9000`,
+which starts from the first one's average. Check: `python -m experiments.mini.recipe.check_base`.
 """
 
 import argparse
@@ -90,6 +91,7 @@ def main():
     parser.add_argument("--batch", type=int, default=24, help="per process")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--pictures", type=int, default=40000)
+    parser.add_argument("--second-round", action="store_true", help="go on from the weights in the foundation's folder, with the schedule anew")
     args = parser.parse_args()
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
@@ -101,16 +103,18 @@ def main():
     dist.barrier()
     latents, masks, pictures = encoded(args.pictures)
     torch.manual_seed(0)
-    unet = build().to(memory_format=torch.channels_last)
+    unet = UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32) if args.second_round else build()
+    unet = unet.train().to(memory_format=torch.channels_last)
     install_processors(unet)
     ema = copy.deepcopy(unet).requires_grad_(False)
     losses = Losses(CLIPTextModel.from_pretrained(BASE / "text_encoder").eval(), CLIPTokenizer.from_pretrained(BASE / "tokenizer"))
     optimizer = torch.optim.AdamW(unet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parallel = DistributedDataParallel(unet)
-    steps = training_steps("unet", args.steps, {"unet": unet, "ema": ema}, optimizer, args.lr, every=500, save=rank == 0)
+    name = "unet-second" if args.second_round else "unet"
+    steps = training_steps(name, args.steps, {"unet": unet, "ema": ema}, optimizer, args.lr, every=500, save=rank == 0)
     for step in steps:
-        rng = np.random.default_rng([3, step, rank])
-        torch.manual_seed(step * world_size + rank)
+        rng = np.random.default_rng([13 if args.second_round else 3, step, rank])
+        torch.manual_seed((step + 1_000_000 * args.second_round) * world_size + rank)
         rows = rng.integers(0, len(latents), args.batch)
         batch = latents[rows].float().contiguous(memory_format=torch.channels_last)
         noise_loss, coverage = losses(parallel, batch, masks[rows], [pictures[i] for i in rows], rng)
