@@ -38,19 +38,18 @@ class Chosen:
 
 
 def read_light(samples: Path, units: int) -> pd.DataFrame:
-    """`LIGHT` of the first units. Hashes stay whole numbers: as floats they would lose their last bits."""
-    tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(integer_object_nulls=True).assign(unit=unit) for unit in range(units))
+    """`LIGHT` of the first units, held by Arrow: as Python's objects they take four times the memory, as floats hashes would lose their last bits."""
+    tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(types_mapper=pd.ArrowDtype).assign(unit=unit) for unit in range(units))
     return pd.concat(tables, ignore_index=True)
 
 
 def choose(rows: pd.DataFrame, limit: int | None, near_duplicate_bits: int | None) -> Chosen:
     """The first `limit` good samples that look like none before them (of another picture). Rows after the last one are not counted."""
     lookalikes = Lookalikes(near_duplicate_bits) if near_duplicate_bits is not None else None
-    images: dict[str, str] = {}
     kept: list[int] = []
     reasons: Counter[str] = Counter()
     stop = len(rows)
-    for number, (key, image, reason, value) in enumerate(zip(rows.key, rows.image_id, rows.reason, rows.hash, strict=True)):
+    for number, (image, reason, value) in enumerate(zip(rows.image_id, rows.reason, rows.hash, strict=True)):
         if limit is not None and len(kept) == limit:
             stop = number
             break
@@ -59,16 +58,15 @@ def choose(rows: pd.DataFrame, limit: int | None, near_duplicate_bits: int | Non
             continue
         if lookalikes is not None:
             other = lookalikes.find(int(value))
-            if other is not None and images[other] != image:
+            if other is not None and other != image:
                 reasons["near_duplicate"] += 1
                 continue
             if other is None:
-                lookalikes.add(int(value), key)
-                images[key] = image
+                lookalikes.add(int(value), image)
         kept.append(number)
     assert len(kept) + sum(reasons.values()) == stop, "a row was lost"
     chosen = rows.iloc[kept]
-    return Chosen(chosen, reasons, Counter(note for note in chosen.note if note))
+    return Chosen(chosen, reasons, Counter(note for note in chosen.note.dropna() if note))
 
 
 def deal(count: int, samples_per_shard: int) -> list[range]:

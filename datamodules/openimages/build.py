@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from datamodules import shards as sharding
 from datamodules.openimages import assemble
-from datamodules.openimages.candidates import JoinDigit, in_order
+from datamodules.openimages.candidates import JoinDigit, shuffled
 from datamodules.openimages.captions import CaptionRules
 from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig, Split
 from datamodules.openimages.engine import Engine, Stage
@@ -116,8 +116,9 @@ class Builder:
         if not done.exists():
             parts = [pq.read_table(self.work / "candidates" / f"{digit}.parquet") for digit in DIGITS]
             parts = [part for part in parts if len(part)] or parts[:1]  # empty ones do not know their columns' types
-            candidates = in_order(pa.concat_tables(parts, promote_options="permissive"), self.config.seed)
-            counts = [write_units(candidates, self.work / "units", self.config.run.unit), len(candidates)]
+            candidates = pa.concat_tables(parts, promote_options="permissive")
+            units = write_units(candidates, shuffled(candidates, self.config.seed), self.work / "units", self.config.run.unit)
+            counts = [units, len(candidates)]
             write_beside(done, lambda beside: beside.write_text(json.dumps(counts)))
         units, count = json.loads(done.read_text())
         return units, count

@@ -107,11 +107,11 @@ def with_box(masks: pd.DataFrame, boxes: pd.DataFrame, tolerance: float) -> pd.D
     return masks.merge(nearest[["MaskPath", *BOX, "IsGroupOf", "IsDepiction", "IsInside"]], on="MaskPath", how="left")
 
 
-def in_order(candidates: pa.Table, seed: int) -> pa.Table:
-    """Pictures shuffled by a digest of seed and ImageID: the same order whatever was read first, masks of a picture together."""
-    order = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in candidates["ImageID"].to_pylist()]
-    keyed = pa.table({"order": pa.array(order, pa.binary()), "MaskPath": candidates["MaskPath"]})
-    return candidates.take(pc.sort_indices(keyed, [("order", "ascending"), ("MaskPath", "ascending")]))
+def shuffled(candidates: pa.Table, seed: int) -> pa.Array:
+    """Row numbers, pictures by a digest of seed and ImageID: the same order whatever was read first, masks of a picture together."""
+    digests = (hashlib.sha256(f"{seed} {i}".encode()).digest() for i in candidates["ImageID"].to_pylist())
+    keyed = pa.table({"order": pa.array(digests, pa.binary()), "MaskPath": candidates["MaskPath"]})
+    return pc.sort_indices(keyed, [("order", "ascending"), ("MaskPath", "ascending")])
 
 
 def _is_mask_name(path: str, image_id: str) -> bool:

@@ -1,7 +1,6 @@
 """Perceptual hashes: pictures that look the same have 64-bit numbers that differ in few bits."""
 
-from collections import defaultdict
-from collections.abc import Iterable
+from array import array
 from itertools import pairwise
 
 import numpy as np
@@ -36,17 +35,34 @@ class Lookalikes:
         self.bits = bits
         edges = np.linspace(0, BITS, bits + 2).astype(int).tolist()
         self.bands = list(pairwise(edges))
-        self.seen: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
+        self.hashes, self.names = array("Q"), list[str]()
+        # Of each band: the newest hash by the band's value, and for each hash the one before it of the same value. As lists of
+        # tuples this takes a kilobyte a hash.
+        self.newest: list[dict[int, int]] = [{} for _ in self.bands]
+        self.before = [array("q") for _ in self.bands]
 
     def find(self, value: int) -> str | None:
-        """The name of the first one added that is as near, or None."""
-        near = (entry for key in self._keys(value) for entry in self.seen.get(key, ()))
-        return next((name for other, name in near if distance(value, other) <= self.bits), None)
+        """The name of one that is as near (the first one added of the first band that has one), or None."""
+        for (start, stop), newest, before in zip(self.bands, self.newest, self.before, strict=True):
+            found, other = None, newest.get(part(value, start, stop), -1)
+            while other >= 0:
+                if distance(value, self.hashes[other]) <= self.bits:
+                    found = other
+                other = before[other]
+            if found is not None:
+                return self.names[found]
+        return None
 
     def add(self, value: int, name: str) -> None:
-        entry = value, name
-        for key in self._keys(value):
-            self.seen[key].append(entry)
+        number = len(self.hashes)
+        self.hashes.append(value)
+        self.names.append(name)
+        for (start, stop), newest, before in zip(self.bands, self.newest, self.before, strict=True):
+            key = part(value, start, stop)
+            before.append(newest.get(key, -1))
+            newest[key] = number
 
-    def _keys(self, value: int) -> Iterable[tuple[int, int]]:
-        return ((start, value >> start & (1 << stop - start) - 1) for start, stop in self.bands)
+
+def part(value: int, start: int, stop: int) -> int:
+    """Bits `start` to `stop` of a hash, as a number."""
+    return value >> start & (1 << stop - start) - 1

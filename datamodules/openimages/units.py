@@ -40,12 +40,12 @@ def path_of(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.parquet"
 
 
-def write_units(candidates: pa.Table, folder: Path, pictures_each: int) -> int:
-    """Cut ordered candidates into units of `pictures_each` pictures (the last one may be smaller); returns how many there are."""
-    masks = [len(list(same)) for _, same in groupby(candidates["ImageID"].to_pylist())]
+def write_units(candidates: pa.Table, order: pa.Array, folder: Path, pictures_each: int) -> int:
+    """Cut candidates, taken in `order` (row numbers), into units of `pictures_each` pictures (the last one may be smaller); returns how many there are."""
+    masks = [len(list(same)) for _, same in groupby(candidates["ImageID"].take(order).to_pylist())]
     counts = [sum(masks[first : first + pictures_each]) for first in range(0, len(masks), pictures_each)]
     for number, (start, count) in enumerate(zip([0, *accumulate(counts)], counts, strict=False)):
-        part = candidates.slice(start, count)
+        part = candidates.take(order.slice(start, count))
         write_beside(path_of(folder, number), lambda beside, part=part: pq.write_table(part, beside))  # type: ignore[misc]
     return len(counts)
 

@@ -28,7 +28,7 @@ from PIL import Image
 
 from datamodules.openimages import assemble
 from datamodules.openimages.build import BuildConfig, Builder, deciding
-from datamodules.openimages.candidates import BOX, MASK_BOX, in_order
+from datamodules.openimages.candidates import BOX, MASK_BOX, shuffled
 from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.engine import Engine, Item, Stage
 from datamodules.openimages.units import path_of, read_rows, row_of, write_rows, write_units
@@ -117,16 +117,24 @@ def draw(bucket: Path, rows: int, side: int) -> None:
     made.write(bucket)
 
 
+def made_up(numbers: range, rng: np.random.Generator) -> pa.Table:
+    """Candidates of these numbers, as the join of the annotations leaves them."""
+    texts = ("LabelName", "BoxID", "OriginalLandingURL", "License", "Author", "OriginalMD5", "label", "given_caption")
+    ids = [f"{number:016x}" for number in numbers]
+    columns = {"ImageID": ids, "MaskPath": [f"{i}_m01yrx_{i[-8:]}.png" for i in ids], **{name: [f"{name} of {i}" for i in ids] for name in texts},
+               **{name: rng.random(len(ids)) for name in (*MASK_BOX, *BOX, "PredictedIoU", "OriginalSize", "Rotation")}}  # fmt: skip
+    return pa.table(columns)
+
+
 def listed(folder: Path, rows: int, log: Path) -> None:
     """What the main process does with the list of all masks, on `rows` good ones without pictures: there lies what grows with their number."""
     note(log, "start", time.process_time())
-    rng, texts = np.random.default_rng(0), ("LabelName", "BoxID", "OriginalLandingURL", "License", "Author", "OriginalMD5", "label", "given_caption")
-    ids = [f"{number:016x}" for number in range(rows)]
-    columns = {"ImageID": ids, "MaskPath": [f"{i}_m01yrx_{i[-8:]}.png" for i in ids], **{name: [f"{name} of {i}" for i in ids] for name in texts},
-               **{name: rng.random(rows) for name in (*MASK_BOX, *BOX, "PredictedIoU", "OriginalSize", "Rotation")}}  # fmt: skip
-    started, candidates = time.process_time(), pa.table(columns)
-    del columns, ids
-    units = write_units(in_order(candidates, 0), folder / "units", RunConfig.unit)
+    rng, path = np.random.default_rng(0), folder / "candidates.parquet"
+    with pq.ParquetWriter(path, made_up(range(1), rng).schema) as writer:  # a part at a time: the list's making is not what is measured
+        for first in range(0, rows, 1000):
+            writer.write_table(made_up(range(first, min(rows, first + 1000)), rng))
+    started, candidates = time.process_time(), pq.read_table(path)
+    units = write_units(candidates, shuffled(candidates, 0), folder / "units", RunConfig.unit)
     note(log, "units", started)
     for unit in range(units):
         part = pq.read_table(path_of(folder / "units", unit)).to_pylist()
