@@ -119,7 +119,7 @@ MINI = Protocol(
     texture_prompts=4,
     dino=DinoConfig("experiments/mini/foundation/dino", resize=64, crop=64, mean=HALF, std=HALF),
     clip=ClipConfig("experiments/mini/foundation/clip", revision=None),
-    sampler=Sampler(num_inference_steps=12, guidance_scale=3.0, masks="dataset"),
+    sampler=Sampler("UniPCMultistepScheduler", num_inference_steps=8, guidance_scale=3.0, masks="dataset"),
     extra_scores=("dino_masked", "clip_i_masked", "clip_t_background", "copy_paste", "diversity"),
     segmenter="experiments/mini/foundation/sam",
 )

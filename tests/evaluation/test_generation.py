@@ -38,7 +38,7 @@ def test_every_picture_gets_a_stamp_that_says_how(tmp_path, log):
     assert settings["method"] == {"kind": "Painter", "noise": 0.3}
     assert settings["task"]["prompt"].startswith("a boot")
     assert settings["task"]["seed"] in {seed for _, _, seed in made(log)}
-    assert settings["sampler"]["num_inference_steps"] == 12
+    assert settings["sampler"]["num_inference_steps"] == 8
     assert settings["weights"] == {}  # test_methods.py has those of methods that have some
     assert set(settings["input"]) == {"image", "mask"}
     assert all(settings["input"].values())

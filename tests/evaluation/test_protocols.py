@@ -125,7 +125,7 @@ def test_each_published_way_of_comparing_is_a_preset():
 
 def test_mini_keeps_what_its_pictures_depend_on():
     mini = PRESETS["mini"]
-    assert mini.sampler == Sampler(num_inference_steps=12, guidance_scale=3.0, masks="dataset")
+    assert mini.sampler == Sampler("UniPCMultistepScheduler", num_inference_steps=8, guidance_scale=3.0, masks="dataset")
     assert (mini.pictures_per_prompt, mini.context_prompts, mini.texture_prompts) == (1, 8, 4)
     full = PRESETS["mini-full"]
     assert replace(full, name="mini", context_prompts=8, texture_prompts=4) == mini

@@ -123,7 +123,7 @@ def test_written_tables(tmp_path):
     assert summary["copy"]["dino"]["mean"] == pytest.approx(table[table.method == "copy"].dino.mean())
     about = json.loads((folder / "protocol.json").read_text())
     assert about["digest"] == digest
-    assert about["protocol"]["sampler"]["num_inference_steps"] == 12
+    assert about["protocol"]["sampler"]["num_inference_steps"] == 8
     assert "copy passes" in about["warnings"][0]
 
 

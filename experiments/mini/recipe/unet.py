@@ -103,8 +103,9 @@ def main():
     dist.barrier()
     latents, masks, pictures = encoded(args.pictures)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32) if args.second_round else build()
-    unet = unet.train().to(memory_format=torch.channels_last)
+    unet = build().to(memory_format=torch.channels_last)
+    if args.second_round:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32).state_dict())
     install_processors(unet)
     ema = copy.deepcopy(unet).requires_grad_(False)
     losses = Losses(CLIPTextModel.from_pretrained(BASE / "text_encoder").eval(), CLIPTokenizer.from_pretrained(BASE / "tokenizer"))
