@@ -100,9 +100,10 @@ lint: $(INSTALLED) ## ruff, mypy and the rules of what may import what
 bench: $(INSTALLED) ## how long the parts take, as ratios to known things (docs/performance.md), into runs/bench.json
 	$(RUN) experiments.bench $(ARGS)
 
-mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about 2 hours on 2 cores; goes on where it stopped)
+mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about 3 hours on 2 cores; goes on where it stopped)
 	@for part in $(FOUNDATION); do echo "== $$part"; case $$part in \
-		unet) OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node $(JOBS) -m experiments.mini.recipe.unet $(ARGS) ;; \
+		unet) for round in "" "--second-round --steps 9000 --lr 1e-3"; do \
+			OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node $(JOBS) -m experiments.mini.recipe.unet $$round $(ARGS); done ;; \
 		*) $(RUN) experiments.mini.recipe.$$part $(ARGS) ;; esac; done
 	$(RUN) experiments.mini.recipe.ship
 	$(RUN) experiments.mini.recipe.check_encoders

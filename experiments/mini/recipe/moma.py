@@ -14,7 +14,7 @@ def main():
     parser.add_argument("--run", default="runs/mini")
     run = parser.parse_args().run
     for source, name in PARTS.items():
-        shutil.copytree(f"{run}/{source}", FOUNDATION / "moma" / name, dirs_exist_ok=True)
+        shutil.copytree(f"{run}/{source}", FOUNDATION / "moma" / name, ignore=shutil.ignore_patterns("README.md"), dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Departures from Stable Diffusion's training, each because the model is tiny and hours are few: min-SNR-5 loss weights,
 subject positions weigh 1 + 3 x mask, and a Dice loss that makes the label's cross-attention maps cover the subject (in
 large models they do so by themselves; M_gen needs it). Run on two one-thread processes:
-`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m experiments.mini.recipe.unet`, then a second round with `--second-round --steps 9000`,
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m experiments.mini.recipe.unet`, then a second round with `--second-round --steps 9000 --lr 1e-3`,
 which starts from the first one's average. Check: `python -m experiments.mini.recipe.check_base`.
 """
 
