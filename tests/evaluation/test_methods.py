@@ -103,7 +103,7 @@ def test_a_solver_of_its_own(evaluation):
     call(Moma(scheduler="UniPCMultistepScheduler"), evaluation, pipeline)
     assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
     call(Moma(), evaluation, pipeline)
-    assert type(pipeline.scheduler).__name__ == evaluation.protocol.sampler.scheduler, "the next method has the protocol's again"
+    assert type(pipeline.scheduler).__name__ == SAMPLER.scheduler, "the next method has the protocol's again"
 
 
 def test_texture_prompts_may_have_a_beta_of_their_own(evaluation):
