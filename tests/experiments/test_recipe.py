@@ -17,6 +17,7 @@ for part, *options in (
     ("clip", "--pictures", "32", "--batch", "4"),
     ("sam", "--pictures", "32", "--batch", "2"),
     ("unet", "--pictures", "32", "--batch", "2"),
+    ("unet", "--pictures", "32", "--batch", "2", "--second-round"),
     ("llava", "--pictures", "32", "--batch", "2"),
     ("style", "--pictures", "32", "--batch", "2", "--out", os.environ["MINI_WORK"] + "/pastel"),
     ("views", "--pictures", "32", "--batch", "2", "--out", os.environ["MINI_WORK"] + "/views"),

@@ -126,6 +126,7 @@ def main():
             print(f"step {step + 1} noise {noise_loss:.4f} dice {coverage:.3f}", flush=True)
         if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == args.steps):
             export(ema)
+    dist.destroy_process_group()
 
 
 def export(unet) -> None:
