@@ -38,7 +38,7 @@ class Chosen:
 
 
 def read_light(samples: Path, units: int) -> pd.DataFrame:
-    """`LIGHT` of the first units, held by Arrow: as Python's objects they take four times the memory, as floats hashes would lose their last bits."""
+    """`LIGHT` of the first units, held by Arrow: Python's objects take more memory, and as floats hashes would lose their last bits."""
     tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(types_mapper=pd.ArrowDtype).assign(unit=unit) for unit in range(units))
     return pd.concat(tables, ignore_index=True)
 

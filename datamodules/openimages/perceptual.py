@@ -36,8 +36,8 @@ class Lookalikes:
         edges = np.linspace(0, BITS, bits + 2).astype(int).tolist()
         self.bands = list(pairwise(edges))
         self.hashes, self.names = array("Q"), list[str]()
-        # Of each band: the newest hash by the band's value, and for each hash the one before it of the same value. As lists of
-        # tuples this takes a kilobyte a hash.
+        # Of each band: the newest hash by the band's value, and for each hash the one before it of the same value. There are as many
+        # hashes as pictures, so they lie in arrays and not in lists of tuples.
         self.newest: list[dict[int, int]] = [{} for _ in self.bands]
         self.before = [array("q") for _ in self.bands]
 

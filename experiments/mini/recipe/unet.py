@@ -114,6 +114,7 @@ def main():
     name = "unet-second" if args.second_round else "unet"
     steps = training_steps(name, args.steps, {"unet": unet, "ema": ema}, optimizer, args.lr, every=500, save=rank == 0)
     for step in steps:
+        # Other draws than the first round's.
         rng = np.random.default_rng([13 if args.second_round else 3, step, rank])
         torch.manual_seed((step + 1_000_000 * args.second_round) * world_size + rank)
         rows = rng.integers(0, len(latents), args.batch)
