@@ -1,9 +1,10 @@
 """From finished units to shards, their index and the manifest: near-duplicates out, cut at the limit, spread evenly."""
 
 import json
+import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -20,14 +21,14 @@ from datamodules.openimages.units import path_of, read_rows
 from moma_lightning.files import write_beside
 
 SOURCE = "openimages-v7"
-#: What choosing needs of every row; there are as many in memory at once as there are masks.
+#: What choosing needs of every row.
 LIGHT = ["key", "image_id", "reason", "hash", "note"]
 OFFSETS = {"jpg": "picture_offset", "mask.png": "mask_offset", "json": "json_offset"}
 
 
 @dataclass
 class Chosen:
-    """Samples in their order (`unit` says where each is), how many rows went for which reason, and the kept ones' notes."""
+    """Samples in their order (`unit` and `key` of each), how many rows went for which reason, and the kept ones' notes."""
 
     rows: pd.DataFrame
     reasons: Counter[str]
@@ -37,22 +38,34 @@ class Chosen:
         return len(self.rows)
 
 
-def read_light(samples: Path, units: int) -> pd.DataFrame:
-    """`LIGHT` of the first units, held by Arrow: Python's objects take more memory, and as floats hashes would lose their last bits."""
-    tables = (pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(types_mapper=pd.ArrowDtype).assign(unit=unit) for unit in range(units))
-    return pd.concat(tables, ignore_index=True)
+def read_light(samples: Path, units: int) -> Iterator[pd.DataFrame]:
+    """`LIGHT` of each of the first units, held by Arrow: as floats, hashes would lose their last bits."""
+    for unit in range(units):
+        yield pq.read_table(path_of(samples, unit), columns=LIGHT).to_pandas(types_mapper=pd.ArrowDtype).assign(unit=unit)
 
 
-def choose(rows: pd.DataFrame, limit: int | None, near_duplicate_bits: int | None) -> Chosen:
+def choose(units: Iterable[pd.DataFrame], limit: int | None, near_duplicate_bits: int | None) -> Chosen:
     """The first `limit` good samples that look like none before them (of another picture). Rows after the last one are not counted."""
     lookalikes = Lookalikes(near_duplicate_bits) if near_duplicate_bits is not None else None
-    kept: list[int] = []
-    reasons: Counter[str] = Counter()
-    stop = len(rows)
-    for number, (image, reason, value) in enumerate(zip(rows.image_id, rows.reason, rows.hash, strict=True)):
-        if limit is not None and len(kept) == limit:
-            stop = number
+    parts: list[pd.DataFrame] = []
+    reasons, notes = Counter[str](), Counter[str]()
+    left = limit if limit is not None else sys.maxsize
+    for rows in units:
+        kept, stop = _choose_of_unit(rows, left, lookalikes, reasons)
+        left -= len(kept)
+        notes.update(note for note in rows.note.iloc[kept].dropna() if note)
+        parts.append(rows.loc[rows.index[kept], ["unit", "key"]])
+        if stop < len(rows):
             break
+    return Chosen(pd.concat(parts, ignore_index=True), reasons, notes)
+
+
+def _choose_of_unit(rows: pd.DataFrame, limit: int, lookalikes: Lookalikes | None, reasons: Counter[str]) -> tuple[list[int], int]:
+    """Row numbers that are kept, and how many rows were looked at for them; why the others are not is counted in `reasons`."""
+    kept: list[int] = []
+    for number, (image, reason, value) in enumerate(zip(rows.image_id, rows.reason, rows.hash, strict=True)):
+        if len(kept) == limit:
+            return kept, number
         if isinstance(reason, str):
             reasons[reason] += 1
             continue
@@ -64,9 +77,7 @@ def choose(rows: pd.DataFrame, limit: int | None, near_duplicate_bits: int | Non
             if other is None:
                 lookalikes.add(int(value), image)
         kept.append(number)
-    assert len(kept) + sum(reasons.values()) == stop, "a row was lost"
-    chosen = rows.iloc[kept]
-    return Chosen(chosen, reasons, Counter(note for note in chosen.note.dropna() if note))
+    return kept, len(rows)
 
 
 def deal(count: int, samples_per_shard: int) -> list[range]:

@@ -15,12 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from datamodules import shards as sharding
 from datamodules.openimages import assemble
-from datamodules.openimages.candidates import JoinDigit, shuffled
+from datamodules.openimages.candidates import JoinDigit
 from datamodules.openimages.captions import CaptionRules
 from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig, Split
 from datamodules.openimages.engine import Engine, Stage
@@ -105,7 +102,7 @@ class Builder:
         return {kind: counts[kind] for kind in [*COLUMNS, *(["captions"] if captions else [])]}
 
     def candidates(self, hierarchy: Path, classes: Path) -> Counter[str]:
-        arguments = (self.work / "tables", self.work / "candidates", hierarchy, classes, self.config.select)
+        arguments = (self.work / "tables", self.work / "ordered", hierarchy, classes, self.config.select, self.config.seed)
         found = list(self.engine.run([{"digit": d} for d in DIGITS], [Stage(JoinDigit, arguments)]))
         order = sorted(found, key=lambda item: item["digit"])
         return sum((Counter(item["reasons"]) for item in order), Counter[str]())
@@ -114,11 +111,7 @@ class Builder:
         """How many units and how many candidates there are."""
         done = self.work / "units.json"
         if not done.exists():
-            parts = [pq.read_table(self.work / "candidates" / f"{digit}.parquet") for digit in DIGITS]
-            parts = [part for part in parts if len(part)] or parts[:1]  # empty ones do not know their columns' types
-            candidates = pa.concat_tables(parts, promote_options="permissive")
-            units = write_units(candidates, shuffled(candidates, self.config.seed), self.work / "units", self.config.run.unit)
-            counts = [units, len(candidates)]
+            counts = write_units([self.work / "ordered" / f"{digit}.parquet" for digit in DIGITS], self.work / "units", self.config.run.unit)
             write_beside(done, lambda beside: beside.write_text(json.dumps(counts)))
         units, count = json.loads(done.read_text())
         return units, count
@@ -132,10 +125,9 @@ class Builder:
             upto = min(units, done + wave)
             self._work_through(range(done, upto))
             done = upto
-            rows = assemble.read_light(self.work / "samples", done) if done else None
-            if rows is None:
-                raise ValueError(f"no candidate is left of {config.split}: see the counts under {self.work / 'candidates'}")
-            chosen = assemble.choose(rows, config.limit, config.select.near_duplicate_bits)
+            if not done:
+                raise ValueError(f"no candidate is left of {config.split}: see the counts under {self.work / 'ordered'}")
+            chosen = assemble.choose(assemble.read_light(self.work / "samples", done), config.limit, config.select.near_duplicate_bits)
             if done == units or (config.limit is not None and len(chosen) == config.limit):
                 return chosen, len(chosen) + sum(chosen.reasons.values())
             kept = len(chosen)

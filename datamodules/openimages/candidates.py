@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from datamodules.openimages.config import SelectConfig
 from datamodules.openimages.hierarchy import class_names, descendants
 from moma_lightning.files import write_beside
 
 MASK_NAME = re.compile(r"[0-9a-f]{16}_[A-Za-z0-9_]+_[A-Za-z0-9]+\.png")
+ROWS_AT_ONCE = 256  # rows of a Parquet row group: what whoever merges the digits' files holds of each in memory
 MASK_BOX, BOX = ["BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"], ["XMin", "XMax", "YMin", "YMax"]
 
 
@@ -33,10 +32,10 @@ class Funnel:
 
 
 class JoinDigit:
-    """A stage: item {"digit"} -> counts by reason, and `<folder>/<digit>.parquet` of the candidates."""
+    """A stage: item {"digit"} -> counts by reason, and `<folder>/<digit>.parquet` of the candidates in the seed's order."""
 
-    def __init__(self, tables: Path, folder: Path, hierarchy: Path, classes: Path, select: SelectConfig):
-        self.tables, self.folder, self.select = tables, folder, select
+    def __init__(self, tables: Path, folder: Path, hierarchy: Path, classes: Path, select: SelectConfig, seed: int):
+        self.tables, self.folder, self.select, self.seed = tables, folder, select, seed
         self.names = class_names(classes)
         self.humans = human_classes(hierarchy, select)
 
@@ -48,7 +47,8 @@ class JoinDigit:
             captions = self.tables / "captions" / path.name
             given = pd.read_parquet(captions) if captions.exists() else None
             funnel = join(tables, given, self.names, self.humans, self.select)
-            write_beside(path, lambda beside: funnel.rows.to_parquet(beside, index=False))
+            rows = ordered(funnel.rows, self.seed)
+            write_beside(path, lambda beside: rows.to_parquet(beside, index=False, row_group_size=ROWS_AT_ONCE))
             write_beside(counts, lambda beside: beside.write_text(json.dumps(funnel.reasons)))
         return item | {"reasons": json.loads(counts.read_text())}
 
@@ -107,11 +107,10 @@ def with_box(masks: pd.DataFrame, boxes: pd.DataFrame, tolerance: float) -> pd.D
     return masks.merge(nearest[["MaskPath", *BOX, "IsGroupOf", "IsDepiction", "IsInside"]], on="MaskPath", how="left")
 
 
-def shuffled(candidates: pa.Table, seed: int) -> pa.Array:
-    """Row numbers, pictures by a digest of seed and ImageID: the same order whatever was read first, masks of a picture together."""
-    digests = (hashlib.sha256(f"{seed} {i}".encode()).digest() for i in candidates["ImageID"].to_pylist())
-    keyed = pa.table({"order": pa.array(digests, pa.binary()), "MaskPath": candidates["MaskPath"]})
-    return pc.sort_indices(keyed, [("order", "ascending"), ("MaskPath", "ascending")])
+def ordered(candidates: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Rows by `order`, a digest of seed and ImageID, the same whatever was read first; masks of a picture together, by name."""
+    digests = [hashlib.sha256(f"{seed} {image}".encode()).digest() for image in candidates.ImageID]
+    return candidates.assign(order=digests).sort_values(["order", "MaskPath"])
 
 
 def _is_mask_name(path: str, image_id: str) -> bool:

@@ -7,9 +7,10 @@
 What a unit becomes depends on it alone, so neither processes nor crashes change a byte of the result.
 """
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,24 @@ def path_of(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.parquet"
 
 
-def write_units(candidates: pa.Table, order: pa.Array, folder: Path, pictures_each: int) -> int:
-    """Cut candidates, taken in `order` (row numbers), into units of `pictures_each` pictures (the last one may be smaller); returns how many there are."""
-    masks = [len(list(same)) for _, same in groupby(candidates["ImageID"].take(order).to_pylist())]
-    counts = [sum(masks[first : first + pictures_each]) for first in range(0, len(masks), pictures_each)]
-    for number, (start, count) in enumerate(zip([0, *accumulate(counts)], counts, strict=False)):
-        part = candidates.take(order.slice(start, count))
-        write_beside(path_of(folder, number), lambda beside, part=part: pq.write_table(part, beside))  # type: ignore[misc]
-    return len(counts)
+def write_units(candidates: Sequence[Path], folder: Path, pictures_each: int) -> tuple[int, int]:
+    """Merge files of candidates, each in the seed's order, and cut them into units of `pictures_each` pictures (the last one may be smaller).
+
+    Returns how many units and how many candidates there are. A row group of each file is in memory, and one unit.
+    """
+    rows = heapq.merge(*map(_candidates_of, candidates), key=lambda row: (row["order"], row["MaskPath"]))
+    pictures = (list(masks) for _, masks in groupby(rows, key=lambda row: row["ImageID"]))
+    units = count = 0
+    while unit := list(islice(pictures, pictures_each)):
+        part = pa.Table.from_pylist([row for masks in unit for row in masks])
+        write_beside(path_of(folder, units), lambda beside, part=part: pq.write_table(part, beside))  # type: ignore[misc]
+        units, count = units + 1, count + len(part)
+    return units, count
+
+
+def _candidates_of(path: Path) -> Iterator[dict[str, Any]]:
+    for rows in read_rows(path):
+        yield from rows
 
 
 class PictureStage:

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from datamodules.openimages import assemble
 from datamodules.openimages.build import BuildConfig, Builder, deciding
-from datamodules.openimages.candidates import BOX, MASK_BOX, shuffled
+from datamodules.openimages.candidates import BOX, MASK_BOX, ROWS_AT_ONCE, ordered
 from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.engine import Engine, Item, Stage
+from datamodules.openimages.sources import DIGITS
 from datamodules.openimages.units import path_of, read_rows, row_of, write_rows, write_units
 from moma_lightning.files import write_beside
 
@@ -81,7 +83,7 @@ def build(bucket: Path, out: Path, log: Path, workers: int) -> None:
         out=str(out), sources=SourcesConfig(f"{bucket}/annotations", f"{bucket}/pictures", captions=f"{bucket}/captions.csv"),
         select=SelectConfig(min_side=32), shards=ShardConfig(), run=RunConfig(workers=workers),
     )  # fmt: skip
-    for owner, name, step in ((Builder, "units", "units"), (assemble, "choose", "choose"), (assemble, "read_light", "choose"), (Builder, "finish", "finish")):
+    for owner, name, step in ((Builder, "units", "units"), (assemble, "choose", "choose"), (Builder, "finish", "finish")):
         setattr(owner, name, _noted(getattr(owner, name), log, step))
     note(log, "start", time.process_time())
     with ClockedEngine(log, workers) as engine:
@@ -117,24 +119,24 @@ def draw(bucket: Path, rows: int, side: int) -> None:
     made.write(bucket)
 
 
-def made_up(numbers: range, rng: np.random.Generator) -> pa.Table:
+def made_up(numbers: range, rng: np.random.Generator) -> pd.DataFrame:
     """Candidates of these numbers, as the join of the annotations leaves them."""
     texts = ("LabelName", "BoxID", "OriginalLandingURL", "License", "Author", "OriginalMD5", "label", "given_caption")
     ids = [f"{number:016x}" for number in numbers]
     columns = {"ImageID": ids, "MaskPath": [f"{i}_m01yrx_{i[-8:]}.png" for i in ids], **{name: [f"{name} of {i}" for i in ids] for name in texts},
                **{name: rng.random(len(ids)) for name in (*MASK_BOX, *BOX, "PredictedIoU", "OriginalSize", "Rotation")}}  # fmt: skip
-    return pa.table(columns)
+    return pd.DataFrame(columns)
 
 
 def listed(folder: Path, rows: int, log: Path) -> None:
     """What the main process does with the list of all masks, on `rows` good ones without pictures: there lies what grows with their number."""
     note(log, "start", time.process_time())
-    rng, path = np.random.default_rng(0), folder / "candidates.parquet"
-    with pq.ParquetWriter(path, made_up(range(1), rng).schema) as writer:  # a part at a time: the list's making is not what is measured
-        for first in range(0, rows, 1000):
-            writer.write_table(made_up(range(first, min(rows, first + 1000)), rng))
-    started, candidates = time.process_time(), pq.read_table(path)
-    units = write_units(candidates, shuffled(candidates, 0), folder / "units", RunConfig.unit)
+    rng, paths = np.random.default_rng(0), [folder / f"{digit}.parquet" for digit in DIGITS]
+    for digit, path in enumerate(paths):
+        numbers = range(rows * digit // len(paths), rows * (digit + 1) // len(paths))
+        ordered(made_up(numbers, rng), 0).to_parquet(path, index=False, row_group_size=ROWS_AT_ONCE)
+    started = time.process_time()
+    units, _ = write_units(paths, folder / "units", RunConfig.unit)
     note(log, "units", started)
     for unit in range(units):
         part = pq.read_table(path_of(folder / "units", unit)).to_pylist()

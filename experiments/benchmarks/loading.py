@@ -51,9 +51,10 @@ def bare_against_ours(device: torch.device) -> tuple[Run, Run]:
     write_shard(shard, samples())
     module = TripletDataModule(TripletConfig(str(shard), str(shard), SIDE, BATCH, steps_per_epoch=SAMPLES // BATCH))
     module.setup("fit")
+    loader = module.train_dataloader()  # one for all runs, as in training: a new one would first skip what the last has drawn
 
     def ours() -> None:
-        assert folder.name and sum(len(batch) for batch in module.train_dataloader()) == SAMPLES
+        assert folder.name and sum(len(batch) for batch in loader) == SAMPLES
 
     def bare() -> None:
         dataset = wds.WebDataset([str(shard)], shardshuffle=False).shuffle(1000)

@@ -13,7 +13,7 @@ from experiments.benchmarks import factory
 @pytest.fixture
 def restored(monkeypatch):
     """The bench replaces the factory's steps in a process of its own; here they are put back."""
-    for owner, name in ((Builder, "units"), (Builder, "finish"), (assemble, "choose"), (assemble, "read_light")):
+    for owner, name in ((Builder, "units"), (Builder, "finish"), (assemble, "choose")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 

@@ -146,7 +146,7 @@ def test_another_seed_is_another_order_and_leaves_no_old_shard(plain_bucket, con
 def test_hashes_are_read_back_exactly(tmp_path):
     rows = [dict.fromkeys(SCHEMA.names) | {"key": "a", "hash": 2**64 - 3}, dict.fromkeys(SCHEMA.names) | {"key": "b", "reason": "mask_empty"}]
     write_rows(tmp_path / "00000.parquet", rows)
-    assert read_light(tmp_path, 1).hash.tolist()[0] == 2**64 - 3
+    assert next(read_light(tmp_path, 1)).hash.tolist()[0] == 2**64 - 3
 
 
 def command(config, path: Path) -> list[str]:
@@ -159,7 +159,7 @@ def test_killed_again_and_again_the_result_is_the_same(undisturbed, plain_bucket
     config = config_of(plain_bucket)
     out = Path(config.out)
     run = command(config, tmp_path / "data.yaml")
-    for sign in ("work/*/tables/masks", "work/*/candidates/3.parquet", "work/*/units/00002.parquet", "work/*/samples/00001.parquet", "train-00000.tar"):
+    for sign in ("work/*/tables/masks", "work/*/ordered/3.parquet", "work/*/units/00002.parquet", "work/*/samples/00001.parquet", "train-00000.tar"):
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 250
         while not list(out.glob(sign)) and process.poll() is None and time.monotonic() < until:
