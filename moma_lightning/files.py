@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     wrong in `write` is raised as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}{path.suffix}")
     try:
         write(beside)
         beside.replace(path)

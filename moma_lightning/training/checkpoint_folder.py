@@ -13,14 +13,16 @@ import torch.distributed.checkpoint as dcp
 REST = "meta.pt"
 
 
-def save(path: Path, tensors: dict[str, Any], rest: dict[str, Any], rank: int, barrier: Callable[[], None]) -> None:
+def save(path: Path, tensors: dict[str, Any], rest: dict[str, Any], rank: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool]) -> None:
     """Write `.<name>-<step>` beside `path` and then turn the link `path` to it; every rank must call this.
+
+    broadcast: gives every rank what rank 0 found, since other nodes may still see the link as it was.
 
     The link is replaced in one step, so a kill at any moment leaves the old checkpoint or the new one. The old folder is then
     removed.
     """
     folder = path.with_name(f".{path.name}-{rest['global_step']}")
-    if path.is_symlink() and os.readlink(path) == folder.name:  # this step was saved before, and is not touched until the link turns
+    if broadcast(path.is_symlink() and os.readlink(path) == folder.name):  # this step was saved before, and is not touched until the link turns
         folder = folder.with_name(f"{folder.name}-again")
     barrier()
     dcp.save(tensors, checkpoint_id=folder)

@@ -56,9 +56,10 @@ class StopOnSignal(Callback):
     def _is_agreed(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
             return self.requested > 0
-        asked = torch.full((), int(self.requested > 0), device=trainer.strategy.root_device)
+        asked = torch.full((), self.requested, device=trainer.strategy.root_device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         before, self._asked = self._asked, Later.of(asked)
+        self.requested = max(self.requested, int(before.read())) if before is not None else self.requested  # so that all exit alike
         return before is not None and bool(before.read())
 
 
@@ -100,8 +101,9 @@ class StopOnNonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._look_now(trainer)
+        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
         for name, tensor in checkpoint["state_dict"].items():
-            if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
+            if name in trained and not torch.isfinite(local(tensor)).all():
                 self._stop(trainer, f"{name} is not finite", self.samples, trainer.global_step)
 
     def _look_now(self, trainer: Trainer) -> None:

@@ -14,6 +14,8 @@ from moma_lightning.training.sharding import over_ranks
 class RandomStates(Callback):
     """Every training batch begins with the generators as the batch before left them, on each rank, and checkpoints keep them.
 
+    Ranks are seeded alike, so that all build the same models; where training starts, each of several takes generators of its own. Else
+    noise, timesteps and dropout would be the same on all.
     What draws numbers in between (validation, a loader being set up) then makes no difference to training, so a resumed
     run, which does some of that once more, computes what an undisturbed one does. On another number of ranks the states cannot
     be those of the checkpoint: a warning says so, and each rank draws anew from its own seed and the step.
@@ -25,6 +27,10 @@ class RandomStates(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.state is None and trainer.world_size > 1:
+            draw_anew(torch.initial_seed(), trainer.global_rank)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.state is not None:
@@ -43,9 +49,16 @@ class RandomStates(Callback):
             return
         rank_zero_warn(f"the checkpoint is of {len(state_dict['ranks'])} processes and these are {ranks}: noise and dropout are drawn anew")
         before = state_dict["ranks"][0]
-        entropy = [torch.initial_seed(), rank, *(before["torch"][:64].tolist() if before else [])]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        draw_anew(torch.initial_seed(), rank, *(before["torch"][:64].tolist() if before else []))
         self.state = None
+
+
+def draw_anew(*entropy: int) -> None:
+    """Seed Python's, numpy's and torch's generators (GPUs' too) by all of these numbers."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries still draw from it
+    torch.manual_seed(seed)
 
 
 def collect(device: torch.device) -> dict[str, Any]:

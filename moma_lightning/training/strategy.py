@@ -25,7 +25,7 @@ class ShardedStrategy(ModelParallelStrategy):
         True writes a folder, each rank its part at once: for models of billions of trained parameters. It is read by this
         strategy on any number of ranks.
 
-    Raises ValueError when `shard_size` does not divide the number of ranks.
+    Raises ValueError when `shard_size` is not positive or does not divide the number of ranks.
     """
 
     def __init__(self, shard_size: int | None = None, save_distributed_checkpoint: bool = False, **kwargs: Any):
@@ -34,8 +34,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
-        copy = self.shard_size or 1
-        if ranks % copy:
+        copy = ranks if self.shard_size is None else self.shard_size
+        if copy < 1 or ranks % copy:
             raise ValueError(f"shard_size {copy} does not divide the {ranks} ranks")
         # Lightning's mesh has two dimensions, meant for data and tensor parallelism. Of the second this project has none, so the
         # place is taken by the ranks of a copy.
@@ -56,7 +56,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         tensors = {name: checkpoint.pop(name) for name in TENSORS if name in checkpoint}
         if self._save_distributed_checkpoint:
-            checkpoint_folder.save(path, tensors, checkpoint, self.global_rank, self.barrier)
+            checkpoint_folder.save(path, tensors, checkpoint, self.global_rank, self.barrier, self.broadcast)
         else:
             checkpoint |= {name: whole(part) for name, part in tensors.items()}
             if self.is_global_zero:
@@ -65,7 +65,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        if not path.is_dir():
+        if not self.broadcast(path.is_dir()):  # rank 0's view: other nodes may see what was there before
             return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         tensors, rest = self._empty_tensors(path), torch.load(path / checkpoint_folder.REST, weights_only=weights_only)
         dcp.load(tensors, checkpoint_id=path)
@@ -95,8 +95,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that parameters are sharded over: one dimension, or (copies, ranks of a copy)."""
-    return mesh if mesh["tensor_parallel"].size() > 1 else mesh["data_parallel"]
+    """The mesh that parameters are sharded over: one dimension for a single copy, else (copies, ranks of a copy)."""
+    return mesh["tensor_parallel"] if mesh["data_parallel"].size() == 1 else mesh
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, "FSDP2: parameters, gradients and optimizer state sharded over all ranks")

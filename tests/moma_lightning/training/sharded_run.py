@@ -6,9 +6,11 @@ which each rank takes its part, so that any number of ranks must give the same l
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
@@ -23,7 +25,7 @@ from moma_lightning.optim import OptimizerConfig
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions
 from moma_lightning.training.random_states import RandomStates
-from moma_lightning.training.sharding import local
+from moma_lightning.training.sharding import local, over_ranks
 from moma_lightning.training.strategy import ShardedStrategy
 
 STEPS, AFTER, GLOBAL_BATCH = 20, 3, 4
@@ -72,6 +74,17 @@ class Held(Callback):
 
 def _bytes(tensors) -> int:
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+class Drawn(Callback):
+    """What the generators of each rank give at the first step."""
+
+    def __init__(self):
+        self.numbers = None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if self.numbers is None:
+            self.numbers = over_ranks([random.random(), np.random.rand(), torch.rand(()).item()])  # noqa: NPY002
 
 
 class Losses(Callback):
@@ -166,9 +179,10 @@ def main(folder: Path) -> None:
     for stage in ("stage1", "stage2"):
         home = folder / stage
         saves = [home / "full-2.ckpt", home / "sharded-2.ckpt"]
-        held = Held()
-        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=[EMA(0.9), RandomStates(), held])
-        results[f"{stage}/held"] = held.bytes
+        held, drawn = Held(), Drawn()
+        callbacks = [EMA(0.9), RandomStates(), held, drawn]
+        results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=callbacks)
+        results[f"{stage}/held"], results[f"{stage}/drawn"] = held.bytes, drawn.numbers
         for name in ("full-1.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
     for name in VARIANTS:

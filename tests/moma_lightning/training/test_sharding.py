@@ -92,6 +92,12 @@ def test_checkpoints_hold_the_random_states_of_both_processes(runs):
     assert len(states) == 2 and all(state["torch"].dtype == torch.uint8 for state in states)
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_each_process_draws_noise_of_its_own(runs, stage):
+    one, two = runs[1][f"{stage}/drawn"]
+    assert all(a != b for a, b in zip(one, two, strict=True))
+
+
 def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder):
     module = build("stage2", foundation, decoder_folder)
     loaded = load_adapter(runs[0] / "stage2/two/adapter", module.unet)
