@@ -17,9 +17,9 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=runs/slurm-%j.log
 #SBATCH --open-mode=append
-# Preempted jobs go back into the queue by themselves; three minutes before the time limit every task gets SIGUSR1.
+# Preempted jobs go back into the queue by themselves; three minutes before the time limit this script gets SIGUSR1, and passes it on.
 #SBATCH --requeue
-#SBATCH --signal=USR1@180
+#SBATCH --signal=B:USR1@180
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ $# -lt 2 ] || [ ! -f "experiments/$1/$2.yaml" ]; then
@@ -40,10 +40,16 @@ if [ -n "${DRY_RUN:-}" ]; then
     echo
     exit 0
 fi
-code=0
-"${command[@]}" || code=$?
-# 138 = 128 + SIGUSR1: told that time is up, saved, exited. Back into the queue; the same command goes on from the checkpoint.
-if [ "$code" -eq 138 ]; then
+# srun hands the signal to every task: they save and exit. Its own exit code does not tell this from a crash, as it is the largest of all tasks'.
+time_is_up="" code=0
+"${command[@]}" &
+trap 'time_is_up=1; kill -USR1 $!' USR1
+wait $! || code=$?
+while kill -0 $! 2>/dev/null; do # the signal ended the wait, not the step
+    code=0
+    wait $! || code=$?
+done
+if [ -n "$time_is_up" ] && [ "$code" -ne 0 ]; then # back into the queue; the same command goes on from the checkpoint
     echo "time is up: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

@@ -49,9 +49,17 @@ def test_slurm_starts_a_task_for_each_gpu(nodes, gpus):
     assert command[0] == "srun" and (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
 
 
-@pytest.mark.parametrize(("code", "requeued", "left"), [(138, True, 0), (0, False, 0), (1, False, 1), (143, False, 143)])
-def test_only_a_job_whose_time_is_up_is_requeued(tmp_path, code, requeued, left):
-    for name, body in {"srun": f"exit {code}", "scontrol": f'echo "$@" > {tmp_path}/asked'}.items():
+#: What stands in srun's place: ends by itself, or is told by the script that its time is up and ends as its tasks do.
+ENDS = "exit {code}"
+IS_TOLD = "trap 'sleep 1; exit {code}' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.1; done"
+
+
+@pytest.mark.parametrize(
+    ("srun", "code", "requeued", "left"),
+    [(ENDS, 0, False, 0), (ENDS, 1, False, 1), (ENDS, 138, False, 138), (IS_TOLD, 138, True, 0), (IS_TOLD, 143, True, 0), (IS_TOLD, 0, False, 0)],
+)
+def test_only_a_job_whose_time_is_up_is_requeued(tmp_path, srun, code, requeued, left):
+    for name, body in {"srun": srun.format(code=code), "scontrol": f'echo "$@" > {tmp_path}/asked'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     done = run("slurm.sh", "mini", "stage1", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77")
