@@ -1,11 +1,13 @@
 """`python -m evaluation {generate,score,dreambooth,ablate,point,figures,models,report} --config experiments/<family>/eval.yaml`."""
 
+import builtins
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
+from torch.multiprocessing import ProcessRaisedException
 
 from evaluation.ablations import run_ablation
 from evaluation.config import EvalConfig
@@ -17,6 +19,9 @@ from evaluation.metrics.configs import hub_names
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
+
+#: Errors that say what is wrong with the input.
+MENDED_BY_HAND = (KeyError, ValueError, OSError)
 
 
 def figures(config: EvalConfig) -> None:
@@ -77,6 +82,11 @@ def main(args: Sequence[str] | None = None) -> None:
     command, config = parse(args)
     try:
         COMMANDS[command][0](config)
-    except (KeyError, ValueError, OSError) as error:
+    except MENDED_BY_HAND as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.exit(f"evaluation {command}: {error}")
+    except ProcessRaisedException as error:  # of one process of several: its traceback as text
+        kind, _, what = str(error).strip().rpartition("\n")[2].partition(": ")
+        if not issubclass(getattr(builtins, kind, object), MENDED_BY_HAND):
+            raise
+        sys.exit(f"evaluation {command}: {what}")

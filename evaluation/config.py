@@ -12,6 +12,9 @@ from evaluation.methods import Method, Models, Moma
 from evaluation.protocols import Protocol, named
 from moma_lightning.foundation import FoundationConfig
 
+#: Of summaries and ablations, beside their methods.
+RESERVED = ("differences", "title", "made_with")
+
 
 @dataclass
 class AblationConfig:
@@ -59,8 +62,8 @@ class EvalConfig:
     run: folder that receives eval/, ablations/ and report/. data: folder in google/dreambooth's layout.
     protocol: a preset's name; overrides: fields of it to change. methods: name -> method, in the table's order.
     adapter, decoder: what the two stages wrote. num_processes: workers, each with its share of the subjects and threads (on
-    GPUs, one a device). batch_size: pictures a pipeline call. ablation: the table that `ablate` makes. moma: the setting that
-    `point` scores, one of a sweep.
+    GPUs, one a device). dtype: of the weights that draw; scoring's are the protocol's. batch_size: pictures a pipeline call.
+    ablation: the table that `ablate` makes. moma: the setting that `point` scores, one of a sweep.
     """
 
     run: str = "runs/mini"
@@ -73,6 +76,7 @@ class EvalConfig:
     decoder: str | None = "runs/mini/stage1/image_feature_decoder"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_processes: int = 1
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 16
     ablation: AblationConfig = field(default_factory=AblationConfig)
     moma: Moma = field(default_factory=Moma)
@@ -81,10 +85,8 @@ class EvalConfig:
 
     def __post_init__(self):
         for name in (*self.methods, *self.ablation.methods):
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in ("differences", "title"):
-                raise ValueError(
-                    f"a method cannot be called {name!r}: its name is a folder, and `differences` and `title` are keys of the summaries"
-                )
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
+                raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and {', '.join(RESERVED)} are keys of the summaries")
 
     @property
     def eval_folder(self) -> Path:
@@ -117,5 +119,10 @@ class EvalConfig:
     def load_data(self) -> DreamBooth:
         return DreamBooth(self.data)
 
+    def processes(self, subjects: int) -> int:
+        """How many work at a time: no more than there are subjects and, on GPUs, devices."""
+        count = min(self.num_processes, subjects)
+        return min(count, torch.cuda.device_count()) if self.resolved_device() == "cuda" else count
+
     def models(self, device: str = "cpu") -> Models:
-        return Models(self.foundation, self.adapter, self.decoder, device)
+        return Models(self.foundation, self.adapter, self.decoder, device, self.dtype)

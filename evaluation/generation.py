@@ -28,11 +28,16 @@ def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> No
     if not methods:
         raise ValueError("the config names no methods to evaluate")
     evaluation = Evaluation.open(config)
-    if rank_zero_only.rank == 0:  # large files are digested once; the other processes are told
+    maker = PictureMaker(config, methods, digests_of(evaluation, methods))
+    run_processes(maker, config.resolved_device(), config.processes(len(evaluation.subjects)))
+
+
+def digests_of(evaluation: Evaluation, methods: dict[str, Method]) -> dict[str, str]:
+    """Digests of the weights of all methods, on rank 0: large files are digested once, and the other processes are told."""
+    if rank_zero_only.rank == 0:
         for method in methods.values():
             method.weights(evaluation.models)
-    maker = PictureMaker(config, methods, evaluation.models.digests)
-    run_processes(maker, config.resolved_device(), min(config.num_processes, len(evaluation.subjects)))
+    return evaluation.models.digests
 
 
 class PictureMaker(LightningModule):

@@ -28,7 +28,7 @@ from moma_lightning.models.masks import resize_mask
 
 logger = logging.getLogger(__name__)
 
-#: Pictures a subject: its first context prompts.
+#: Pictures a subject: one of each of its first context prompts.
 PROMPTS = 4
 
 
@@ -60,7 +60,8 @@ def subject_ious(studio: Studio, judges: Judges, strength: float) -> list[list[f
 
 
 def first_plans(studio: Studio, name: str, method: Moma, subject: Subject) -> list[Planned]:
-    plans = [plan for plan in studio.evaluation.planned(name, method, [subject]) if plan.task.kind == "context"]
+    plans = [plan for plan in studio.evaluation.planned(name, method, [subject])
+             if (plan.task.kind, plan.task.reference, plan.task.picture) == ("context", 0, 0)]  # fmt: skip
     return [replace(plan, path=Path(studio.folder) / name / plan.task.file) for plan in plans[:PROMPTS]]
 
 

@@ -139,9 +139,10 @@ def comparison(kind: str, real: list, reference: int) -> list:
 
 def without_subject(rows: pd.DataFrame) -> str:
     """How many pictures SAM found no subject in: masked scores leave them out, so a method must not have many."""
-    if "dino_masked" not in rows:
+    column = next((column for column in ("dino_masked", "clip_i_masked") if column in rows), None)
+    if column is None:
         return ""
-    count = (rows["dino_masked"].isna() & ~rows["prompt_kind"].isin(["texture"])).sum()
+    count = (rows[column].isna() & ~rows["prompt_kind"].isin(["texture"])).sum()
     return f", {count} of them without a subject that SAM finds" if count else ""
 
 

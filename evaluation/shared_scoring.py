@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import Judges
+from evaluation.generation import digests_of
 from evaluation.methods import Method
 from evaluation.plan import Evaluation
 from evaluation.processes import Progress, launch, run_processes
@@ -22,10 +23,11 @@ SAVE_SECONDS = 60
 
 def fill_caches(config: EvalConfig, methods: dict[str, Method]) -> None:
     """Let all processes see the pictures that are there; with one process there is nothing to share."""
-    count = min(config.num_processes, len(Evaluation.open(config).subjects))
+    evaluation = Evaluation.open(config)
+    count = config.processes(len(evaluation.subjects))
     nodes, devices, _ = launch(count)
     if nodes * devices > 1:
-        run_processes(CacheFiller(config, methods), config.resolved_device(), count)
+        run_processes(CacheFiller(config, methods, digests_of(evaluation, methods)), config.resolved_device(), count)
 
 
 class CacheFiller(LightningModule):
@@ -33,17 +35,18 @@ class CacheFiller(LightningModule):
 
     judges: Judges
 
-    def __init__(self, config: EvalConfig, methods: dict[str, Method]):
+    def __init__(self, config: EvalConfig, methods: dict[str, Method], digests: dict[str, str]):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.told = config, methods
+        self.told = config, methods, digests
         self.saved = time.monotonic()
 
     def setup(self, stage: str) -> None:
-        """Rank 0's config and methods count everywhere."""
+        """Rank 0's config, methods and digests count everywhere."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # a spawned process has no logging yet
-        self.config, self.methods = self.trainer.strategy.broadcast(self.told)
+        self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
         self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
+        self.evaluation.models.digests.update(digests)
         self.judges = open_judges(self.evaluation, part=self.trainer.global_rank)
 
     def predict_dataloader(self) -> DataLoader:

@@ -1,7 +1,7 @@
 """Means with bootstrap intervals over subjects, paired differences, and what a mean is made of."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any, Literal
 
@@ -84,8 +84,13 @@ def breakdown(scores: pd.DataFrame, metric: str, by: Literal["subject", "prompt"
 
 
 def prompt_form(prompt: str, label: str) -> str:
-    """`a cat in the snow` -> `a {} in the snow`."""
-    return re.sub(rf"\b{re.escape(label)}\b", "{}", prompt, count=1)
+    """`a cat in the snow` -> `a {} in the snow`, its plural too, so that the same words for different subjects meet in one row."""
+    return re.sub(rf"\b{re.escape(label)}s?\b", "{}", prompt) if label else prompt
+
+
+def leaves_out_zero(cell: Mapping[str, Any]) -> bool:
+    """Whether a difference's interval lies on one side of zero; a single subject has no interval (lo = hi)."""
+    return cell["lo"] < cell["hi"] and (cell["lo"] > 0 or cell["hi"] < 0)
 
 
 def protocols_of(scores: pd.DataFrame) -> dict[str, str]:

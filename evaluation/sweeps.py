@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import MISSING, asdict, fields
+from hashlib import sha256
 
 import wandb
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,9 +21,14 @@ from evaluation.tracking import mode
 
 
 def point_name(method: Moma) -> str:
-    """`moma` and every option that is not its default: `moma_beta0.5`. Two settings never share a name, so neither do their pictures."""
+    """`moma` and every option that is not its default: `moma_beta0.5`. Two settings never share a name, so neither do their pictures.
+
+    Options that are words (paths, lists) are shortened to what a folder's name can hold, and end in a digest of what they were.
+    """
     changed = {f.name: getattr(method, f.name) for f in fields(method) if f.default is not MISSING and getattr(method, f.name) != f.default}
-    return re.sub(r"[^\w.+-]+", "-", "_".join(["moma", *(f"{key}{value}" for key, value in changed.items())]))
+    name = re.sub(r"[^\w.+-]+", "-", "_".join(["moma", *(f"{key}{value}" for key, value in changed.items())]))
+    numbers = all(isinstance(value, (int, float)) for value in changed.values())
+    return name if numbers else f"{name}-{sha256(repr(sorted(changed.items())).encode()).hexdigest()[:8]}"
 
 
 def run_point(config: EvalConfig) -> dict:

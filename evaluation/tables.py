@@ -5,7 +5,7 @@ from typing import Any
 
 from evaluation import published
 from evaluation.protocols import Protocol
-from evaluation.statistics import LEVEL, METRICS, TABLE_1, Interval
+from evaluation.statistics import LEVEL, METRICS, TABLE_1, Interval, leaves_out_zero
 
 TITLES = {
     "dino": "DINO",
@@ -59,12 +59,12 @@ def method_table(summary: dict[str, Any]) -> str:
 
 
 def difference_table(summary: dict[str, Any]) -> str:
-    """A row a pair, a column a metric; bold where the interval leaves out zero."""
+    """A row a pair, a column a metric; bold where the interval leaves out zero (one subject has no interval)."""
     columns = shown(summary)
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for row in summary["differences"]:
         text = signed_interval(row)
-        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = f"**{text}**" if row["lo"] > 0 or row["hi"] < 0 else text
+        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = f"**{text}**" if leaves_out_zero(row) else text
     return markdown(
         ["Difference", *(TITLES[m] for m in columns)],
         [[f"{a} - {b}", *(cells.get(m, "-") for m in columns)] for (a, b), cells in pairs.items()],

@@ -1,7 +1,7 @@
 """Runs a wandb sweep file: on the server with a key, else its grid on this machine, offline, ending in the same table.
 
 `python -m experiments.sweep experiments/sweeps/beta.yaml [arguments of every point]`. An interrupted grid goes on where it stopped: pictures that
-are there are kept. Offline points are wandb runs too (`wandb sync` sends them later).
+are there are kept, and points are logged again under the ids they had. Offline points are wandb runs too (`wandb sync` sends them later).
 """
 
 import itertools
@@ -30,6 +30,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: only `method: grid` over `values` runs without a server; with WANDB_API_KEY wandb runs the others")
     if sweep["command"][2:5] != ["-m", "evaluation", "point"]:
         raise ValueError(f"{path}: its command must be `${{env}} ${{interpreter}} -m evaluation point ...`")
+    if other := [key for key in sweep["parameters"] if not key.startswith("moma.")]:
+        raise ValueError(f"{path}: the grid's table tells settings of MoMA apart (`moma.<option>`), not {', '.join(other)}")
     return sweep
 
 

@@ -1,15 +1,15 @@
-"""`python -m moma_lightning fit|validate|test|predict|generate|fetch|plan|convert ...`."""
+"""`python -m moma_lightning fit|validate|generate|fetch|plan|convert ...`."""
 
 import sys
 from collections.abc import Callable
 
 USAGE = """usage: python -m moma_lightning <command> ...
 
-  fit | validate | test | predict   train or judge a stage: --config experiments/<experiment>/stage1.yaml
-  generate                          pictures of a subject from one picture of it and prompts
-  fetch                             download the models that an experiment names: --experiment experiments/<experiment>
-  plan                              memory and time of a training, without a GPU: --stage experiments/<experiment>/stage2.yaml --gpus 64 --gpu_mem 80
-  convert                           adapters between this project's, IP-Adapter's and the released MoMA's files: --from X --to Y
+  fit | validate   train or judge a stage: --config experiments/<experiment>/stage1.yaml
+  generate         pictures of a subject from one picture of it and prompts
+  fetch            download the models that an experiment names: --experiment experiments/<experiment>
+  plan             memory and time of a training, without a GPU: --stage experiments/<experiment>/stage2.yaml --gpus 64 --gpu_mem 80
+  convert          adapters between this project's, IP-Adapter's and the released MoMA's files: --from X --to Y
 
 python -m moma_lightning <command> --help lists a command's options."""
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         from moma_lightning.checkpoints.convert import main as convert
 
         told(convert, command, arguments[1:])
-    elif command in ("fit", "validate", "test", "predict"):
+    elif command in ("fit", "validate"):
         from moma_lightning.cli import MoMACLI
 
         MoMACLI()

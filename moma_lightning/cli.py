@@ -22,7 +22,7 @@ from moma_lightning.training.strategy import ShardedStrategy
 
 __all__ = ["MoMACLI", "Run", "ShardedStrategy"]  # the strategy: importing it makes `--trainer.strategy sharded` known
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate")  # of the Trainer's; the stages have no others
 CHECKPOINTS = "checkpoints"
 
 
@@ -47,6 +47,10 @@ class MoMACLI(LightningCLI):
             parser_kwargs=parser_mode | dict.fromkeys(SUBCOMMANDS, parser_mode),
             **kwargs,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -28,6 +29,7 @@ def generate(
     num_images_per_prompt: int = 1,
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     foundation: FoundationConfig = FoundationConfig(),  # noqa: B008 - never changed
 ) -> None:
     """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it.
@@ -48,12 +50,15 @@ def generate(
         num_images_per_prompt: Pictures a prompt.
         seed: Seed of the first picture's noise; the next ones count up.
         device: Where to compute.
+        dtype: Of the weights; 16 bits are for GPUs.
         foundation: The base models.
     """
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None).to(device)
+    if dtype != "float32":  # an MLLM in 16 bits stays so
+        pipe = pipe.to(getattr(torch, dtype))
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     worded = [prompt_template.format(prompt=text, label=label) for text in prompts]
@@ -63,7 +68,7 @@ def generate(
         text = prompts[i // num_images_per_prompt]
         path = Path(out) / f"{i:03d}-{re.sub('[^a-z0-9]+', '-', text.lower())[:60]}.png"
         write_beside(path, picture.save)
-        record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder,
+        record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, dtype=dtype,
                                  prompt_template=prompt_template, **settings), indent=2)  # fmt: skip
         write_beside(path.with_suffix(".json"), lambda beside: beside.write_text(record + "\n"))
         print(path)

@@ -15,7 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 REPOSITORY = Path(__file__).parents[1]
-_HUB_NAME = re.compile(r"(?P<repo_id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w.-]+)(/(?P<path>.+))?)?")
+_HUB_NAME = re.compile(r"(?P<repo_id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.-]+)(/(?P<path>.+))?)?")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def noise_prediction_losses(
     return errors.mean((1, 2, 3))
 
 
-def min_snr_weight(alphas_cumprod: Float[Tensor, " batch"], gamma: float) -> Float[Tensor, " batch"]:
-    """min(SNR, gamma) / SNR, the weight of a noise-prediction loss (Hang et al., ICCV 2023, Eq. 4 for epsilon)."""
+def min_snr_weight(alphas_cumprod: Float[Tensor, " batch"], gamma: float, velocity: bool = False) -> Float[Tensor, " batch"]:
+    """min(SNR, gamma) / SNR, the weight of a noise-prediction loss; / (SNR + 1) of a velocity's (Hang et al., ICCV 2023, section 3.4)."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)

@@ -71,9 +71,11 @@ class MoMAPipeline(DiffusionPipeline):
 
     def to(self, *args, **kwargs) -> "MoMAPipeline":
         super().to(*args, **kwargs)
-        for part in (self.adapter, self.decoder, self.clip, self.masker):
+        for part in (self.adapter, self.decoder, self.clip):
             if isinstance(part, nn.Module):
                 part.to(*args, **kwargs)
+        if isinstance(self.masker, nn.Module):
+            self.masker.to(self.device)  # SAM makes float32 of its points, and stays in it
         return self
 
     @torch.no_grad()
@@ -176,7 +178,7 @@ class MoMAPipeline(DiffusionPipeline):
 
     def _find(self, image: Image.Image) -> Tensor:
         if self.masker is None:
-            raise ValueError("no mask was given and no SAM is loaded: pass mask=..., or set foundation.sam")
+            raise ValueError("no mask was given and there is no SAM: pass mask=..., or set foundation.sam to one that is there")
         return self.masker(ImageOps.exif_transpose(image).convert("RGB"))
 
     def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
@@ -185,7 +187,7 @@ class MoMAPipeline(DiffusionPipeline):
             return None
         if image_embeds is None:
             image_embeds = self._embed(subject, prompts)
-        image_embeds = image_embeds.to(self._execution_device).expand(len(prompts), -1).repeat_interleave(repeats, 0)
+        image_embeds = image_embeds.to(self._execution_device, self.adapter.image_proj.proj.weight.dtype).expand(len(prompts), -1).repeat_interleave(repeats, 0)
         if guided:
             image_embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds])
         return self.adapter.context_conditioning(image_embeds, scale)

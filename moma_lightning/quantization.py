@@ -10,8 +10,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 Quantization = Literal["8bit", "4bit"]
-#: Vision towers and connectors keep their precision, the latter as they are trained: the language model alone is quantized.
-KEPT = ["lm_head", "vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
+#: Vision towers and connectors keep their precision, the latter as they are trained: the language model alone is quantized. Regexes that
+#: transformers matches from the start of a module's full name ("model.vision_tower...").
+KEPT = ["lm_head", r"(?:.*\.)?(?:vision_tower|vision_model|visual|multi_modal_projector|connector)"]
 
 
 def require_bitsandbytes(option: str) -> None:

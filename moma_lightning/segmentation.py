@@ -54,6 +54,10 @@ def save_sam(sam: Sam, config: SamConfig, folder: Path) -> None:
     save_file({key: value.contiguous() for key, value in sam.state_dict().items()}, folder / "model.safetensors")
 
 
+class NothingFoundError(ValueError):
+    """SAM found no object where it was asked for one."""
+
+
 class SamMasker(nn.Module):
     """The mask of a picture's main object: SAM asked with the centre as subject and the four corners as background."""
 
@@ -82,7 +86,7 @@ class SamMasker(nn.Module):
     def forward(self, image: Image.Image | Float[Tensor, "3 height width"]) -> Float[Tensor, "1 height width"]:
         """Mask (0 or 1) of the main object, on SAM's device: of three candidates the one with the best predicted IoU.
 
-        `image` is a PIL picture or pixels in [-1, 1]. Raises ValueError when SAM finds nothing at the centre.
+        `image` is a PIL picture or pixels in [-1, 1]. Raises NothingFoundError (a ValueError) when SAM finds nothing at the centre.
         """
         pixels = as_rgb(image)
         height, width = pixels.shape[:2]
@@ -91,7 +95,7 @@ class SamMasker(nn.Module):
         masks, quality, _ = predictor.predict(*point_prompts(height, width), multimask_output=True)
         mask = masks[int(np.argmax(quality))]
         if not mask.any():
-            raise ValueError(f"SAM found no object at the centre of the {width}x{height} picture: give a mask yourself")
+            raise NothingFoundError(f"SAM found no object at the centre of the {width}x{height} picture: give a mask yourself")
         return torch.from_numpy(mask)[None].to(self.sam.device, torch.float32)
 
 

@@ -8,9 +8,10 @@
 
 import importlib.metadata
 import json
+import math
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from datamodules.openimages.candidates import JoinDigit
 from datamodules.openimages.captions import CaptionRules
 from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig, Split
 from datamodules.openimages.engine import Engine, Stage
+from datamodules.openimages.fetch import is_url
 from datamodules.openimages.given_captions import write_captions
 from datamodules.openimages.sources import DIGITS, Sources
 from datamodules.openimages.tables import COLUMNS, SplitTable
@@ -72,7 +74,7 @@ class Builder:
     """The steps, in order. Each leaves files by which the next run of the same configuration knows that it is done."""
 
     def __init__(self, config: BuildConfig, decides: dict[str, Any], engine: Engine):
-        self.config, self.decides, self.engine = config, decides, engine
+        self.config, self.decides, self.engine = with_absolute_paths(config), decides, engine
         self.out = Path(config.out).absolute()
         self.cache = self.out / "work" / "sources"
         # A larger limit, or shards of another size, go on from the same work.
@@ -120,8 +122,9 @@ class Builder:
         """Work through units until the limit is reached: their samples, and how many candidates were looked at for them."""
         config, done, kept, wave = self.config, 0, 0, units
         while True:
-            if config.limit is not None:
-                wave = max(1, -(-(config.limit - kept) * 3 // (2 * config.run.unit)))
+            if config.limit is not None:  # a few more than will do by what units gave so far: each wave starts captioners anew
+                each = kept / done if done else config.run.unit * 2 / 3
+                wave = max(config.run.captioners, math.ceil(1.05 * (config.limit - kept) / max(each, 1)))
             upto = min(units, done + wave)
             self._work_through(range(done, upto))
             done = upto
@@ -186,6 +189,23 @@ class Builder:
             for path in [*self.out.glob(f"{self.config.split}-*.tar"), self.out / f"{self.config.split}-index.parquet"]:
                 path.unlink(missing_ok=True)
             write_beside(marker, lambda beside: beside.write_text(wanted))
+
+
+def with_absolute_paths(config: BuildConfig) -> BuildConfig:
+    """What workers are told: on other nodes of a cluster they run in another folder."""
+    def absolute(path: str) -> str:
+        return path if is_url(path) else str(Path(path).absolute())
+
+    def of_words(name: str) -> str:  # our own lists have names without a slash
+        return absolute(name) if "/" in name else name
+
+    sources, captions = config.sources, config.captions
+    sources = replace(sources, annotations=absolute(sources.annotations), pictures=absolute(sources.pictures),
+                      captions=sources.captions and absolute(sources.captions))  # fmt: skip
+    local = {name: absolute(value) for name, value in captions.init_args.items() if isinstance(value, str) and Path(value).exists()}
+    captions = replace(captions, word_lists=list(map(of_words, captions.word_lists)),
+                       people_words=captions.people_words and of_words(captions.people_words), init_args=captions.init_args | local)  # fmt: skip
+    return replace(config, sources=sources, captions=captions)
 
 
 def deciding(config: BuildConfig) -> dict[str, Any]:

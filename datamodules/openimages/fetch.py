@@ -60,10 +60,17 @@ class Fetcher:
         return self._retry(url, once)
 
     def download(self, url: str, path: Path) -> None:
-        """A large file to `path`, by way of `<path>.part`, which a later call goes on with."""
+        """A large file to `path`, by way of `<path>.part`, which a later call goes on with; retries count anew where some of it came."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        self._retry(url, lambda: self._continue(url, part))
+        while True:
+            before = _size(part)
+            try:
+                self._retry(url, lambda: self._continue(url, part))
+                break
+            except UnreachableError:
+                if _size(part) <= before:
+                    raise
         part.replace(path)
 
     def read_range(self, url: str, start: int, length: int) -> bytes:
@@ -89,7 +96,7 @@ class Fetcher:
         return BufferedReader(RangeFile(self, url), buffer_size=1 << 18)
 
     def _continue(self, url: str, part: Path) -> None:
-        have = part.stat().st_size if part.exists() else 0
+        have = _size(part)
         with self._get(url, {"Range": f"bytes={have}-"} if have else {}, allow=(416,)) as answer:
             if answer.status_code == 416:  # nothing left: whole already, or of another version
                 total = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -170,6 +177,10 @@ class RangeFile(RawIOBase):
         buffer[:length] = self.fetcher.read_range(self.url, self.position, length)
         self.position += length
         return length
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _check_length(length: int, answer: requests.Response) -> None:

@@ -73,11 +73,6 @@ def kind_name(kind: str) -> str:
     return KINDS.get(kind, kind.replace("_", " "))
 
 
-def prompt_form(prompt: str, label: str) -> str:
-    """The prompt with an ellipsis for its subject, so that the same words for different subjects meet in one row."""
-    return re.sub(rf"\b{re.escape(label)}s?\b", "…", prompt) if label else prompt
-
-
 def methods_of(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """The methods of a summary.json, or of an ablation's file: every entry that is a table of intervals."""
     return {name: cells for name, cells in summary.items() if isinstance(cells, dict) and all(is_interval(cell) for cell in cells.values())}

@@ -20,7 +20,8 @@ from evaluation.statistics import oracles
 from moma_lightning.files import write_bytes
 
 #: Grids whose pictures are sampled for them.
-MADE = ("figure8", "figure9", "figure10_community")
+COMMUNITY = "figure10_community"  # on the config's `report.bases`
+MADE = ("figure8", "figure9", COMMUNITY)
 
 logger = logging.getLogger(__name__)
 

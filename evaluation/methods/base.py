@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
+import torch
 from PIL import Image
 
-from datamodules.dreambooth import Subject
+from datamodules.dreambooth import Subject, load_mask, load_picture
 from evaluation.protocols import Sampler
-from evaluation.stamps import load_picture
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import identity
 from moma_lightning.foundation import FoundationConfig
@@ -31,29 +31,44 @@ class Reference:
 
     @property
     def mask(self) -> Image.Image | None:
-        return load_picture(self.mask_path).convert("L") if self.mask_path else None
+        """0 and 255; None where the data has none."""
+        return load_mask(self.mask_path) if self.mask_path else None
 
 
 @dataclass
 class Models:
-    """The weights under evaluation. Holds one pipeline at a time: methods are run one after another."""
+    """The weights under evaluation. Holds one pipeline at a time, on whichever base: methods are run one after another.
+
+    held: that pipeline and its own scheduler, by all that loading it depends on. dtype: of the project's own pipeline's weights while it draws.
+    """
 
     foundation: FoundationConfig
     adapter: str | None = None
     decoder: str | None = None
     device: str = "cpu"
-    loaded: tuple[Any, Any] | None = field(default=None, repr=False)
+    dtype: str = "float32"
+    held: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     digests: dict[str, str] = field(default_factory=dict)
 
     def pipeline(self, adapter: str | None, decoder: str | None) -> MoMAPipeline:
-        return self.hold((adapter, decoder), lambda: load_pipeline(self.foundation, adapter, decoder))
+        key = (self.foundation.base, self.foundation.base_config, adapter, decoder)
+
+        def load() -> MoMAPipeline:
+            pipeline = load_pipeline(self.foundation, adapter, decoder).to(self.device)
+            return pipeline if self.dtype == "float32" else pipeline.to(getattr(torch, self.dtype))  # an MLLM in 16 bits stays so
+
+        return self.hold(key, load)
 
     def hold(self, key: Any, load: Callable[[], Any]) -> Any:
-        """The pipeline that `load` makes, on the device; kept while the next one asked for has the same key."""
-        if self.loaded is None or self.loaded[0] != key:
-            self.loaded = None  # frees the old one before the new one is read
-            self.loaded = (key, load().to(self.device))
-        return self.loaded[1]
+        """The pipeline that `load` makes, on the device, with its own scheduler; kept while the next one asked for has the same key."""
+        if key not in self.held:
+            self.held.clear()  # frees the old one before the new one is read
+            pipeline = load().to(self.device)
+            self.held[key] = pipeline, getattr(pipeline, "scheduler", None)
+        pipeline, scheduler = self.held[key]
+        if scheduler is not None:
+            pipeline.scheduler = scheduler  # the method before may have put another one there
+        return pipeline
 
     def on_base(self, base: str | None) -> "Models":
         """The same adapters on another fine-tune of the base model, None for the foundation's own.
@@ -63,7 +78,7 @@ class Models:
         if base is None:
             return self
         configs = self.foundation.base_config or self.foundation.base
-        return replace(self, foundation=replace(self.foundation, base=base, base_config=configs), loaded=None)
+        return replace(self, foundation=replace(self.foundation, base=base, base_config=configs))
 
     def digest(self, path_or_id: str | None) -> str | None:
         """Digest of a file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""

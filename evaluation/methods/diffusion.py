@@ -14,6 +14,7 @@ from evaluation.methods.base import Method, Models, Reference, use_scheduler
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.foundation import FoundationConfig
+from moma_lightning.single_file import is_single_file
 
 
 class DiffusionMethod(Method):
@@ -29,10 +30,12 @@ class DiffusionMethod(Method):
     def weights(self, models: Models) -> dict[str, str | None]:
         adapter, decoder = self.checkpoints(models)
         foundation = models.foundation
-        used = {"base": foundation.base, "vae": foundation.vae, "adapter": adapter, "decoder": decoder}
+        configs = foundation.base_config if is_single_file(foundation.base) else None
+        used = {"base": foundation.base, "base_config": configs, "vae": foundation.vae, "adapter": adapter, "decoder": decoder}
         if decoder is not None:
             used |= {"mllm": foundation.mllm}
-        return {name: models.digest(path) for name, path in used.items()} | (mllm_precision(foundation) if decoder is not None else {})
+        precision: dict[str, str | None] = {} if models.dtype == "float32" else {"dtype": models.dtype}
+        return {name: models.digest(path) for name, path in used.items()} | precision | (mllm_precision(foundation) if decoder is not None else {})
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler, self.pipeline, self.last = sampler, models.pipeline(*self.checkpoints(models)), None

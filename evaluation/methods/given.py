@@ -44,10 +44,13 @@ class Folder(Method):
             return list(reader)
 
     def weights(self, models: Models) -> dict[str, str | None]:
-        digest = hashlib.sha256(Path(self.table).read_bytes())
-        for row in self.rows():
-            digest.update(self._path(row).read_bytes() if self._path(row).exists() else b"missing")
-        return {"pictures": digest.hexdigest()[:16]}
+        name = f"{self.table} and its pictures"
+        if name not in models.digests:
+            digest = hashlib.sha256(Path(self.table).read_bytes())
+            for row in self.rows():
+                digest.update(self._path(row).read_bytes() if self._path(row).exists() else b"missing")
+            models.digests[name] = digest.hexdigest()[:16]
+        return {"pictures": models.digests[name]}
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.pictures: dict[tuple[str, str, str], list[Path]] = defaultdict(list)

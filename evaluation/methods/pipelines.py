@@ -33,11 +33,15 @@ class ForeignPipeline(Method):
     def load(self) -> Any:
         """The pipeline in float32."""
 
+    def loading(self) -> tuple[Any, ...]:
+        """All that `load` depends on."""
+        return type(self).__name__, self.source()
+
     def weights(self, models: Models) -> dict[str, str | None]:
         return {"pipeline": models.digest(self.source())}
 
     def setup(self, models: Models, sampler: Sampler) -> None:
-        self.sampler, self.pipeline = sampler, models.hold((type(self).__name__, self.source()), self.load)
+        self.sampler, self.pipeline = sampler, models.hold(self.loading(), self.load)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def settings(self, tasks: list[PictureTask]) -> dict[str, Any]:
@@ -74,6 +78,9 @@ class Pipeline(ForeignPipeline):
     def source(self) -> str:
         return self.pretrained
 
+    def loading(self) -> tuple[Any, ...]:
+        return *super().loading(), self.pipeline_class, repr(self.load_kwargs)
+
     def load(self) -> Any:
         try:
             kind = pkgutil.resolve_name(self.pipeline_class)
@@ -97,6 +104,8 @@ class Pipeline(ForeignPipeline):
         prompts = [self.sampler.prompt_template.format(prompt=task.prompt, label=task.label) for task in tasks]
         labels = [task.label for task in tasks]
         one = slice(None) if self.batched else 0
+        if "mask" in self.arguments.values() and reference.mask is None:
+            raise ValueError(f"{self.pipeline_class} wants the mask of {reference.path}, which has none: the data needs masks, the sampler `masks: dataset`")
         given = {"prompt": lambda: prompts[one], "label": lambda: labels[one], "image": lambda: reference.image, "mask": lambda: reference.mask}
         settings = {name: value for name, value in self.settings(tasks).items() if name in self.taken}
         return settings | {name: given[what]() for name, what in self.arguments.items()} | self.kwargs

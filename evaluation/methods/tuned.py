@@ -70,6 +70,8 @@ class TunedMethod(DiffusionMethod):
         return subject.images if self.pictures == "all" else []
 
     def setup(self, models: Models, sampler: Sampler) -> None:
+        if models.dtype != "float32":
+            raise ValueError(f"{type(self).__name__} trains, which needs `dtype: float32`, not {models.dtype}")
         super().setup(models, sampler)
         self.identity = {"options": self.options(), "weights": self.weights(models), "size": self.size}
         self.held: tuple[str, Weights] | None = None

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from evaluation.metrics.configs import EncoderConfig
 from evaluation.metrics.encoders import ImageTextEncoder, build_encoder
+from moma_lightning.digests import identity
 from moma_lightning.files import write_beside
+from moma_lightning.hub import local_path
 
 
 class CachedEncoder(ImageTextEncoder):
@@ -90,8 +92,10 @@ def build_encoders(
 
 
 def fingerprint(encoder: nn.Module, config: EncoderConfig) -> str:
-    """Twelve digits that change with any setting and any weight."""
+    """Twelve digits that change with any setting, any weight and, of a model in a folder, any file, its processor's too."""
     digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
+    if local_path(config.model) is not None:
+        digest.update(identity(config.model).encode())
     digest.update(weights_digest(encoder).encode())
     return digest.hexdigest()[:12]
 

@@ -67,13 +67,13 @@ class MaskedSimilarity(SubjectSimilarity):
 
 
 class BackgroundAlignment(TextAlignment):
-    """TextAlignment of the prompt with what is around the subject. NaN where the subject fills the picture.
+    """TextAlignment of the prompt with what is around the subject. NaN where the subject fills the picture, or none was found.
 
     The prompt keeps its subject's name, so values lie below CLIP-T's: they are for comparing methods, not for reading alone.
     """
 
     def update(self, images: Sequence[Image.Image], masks: Sequence[Mask], prompts: Sequence[str]) -> None:  # type: ignore[override]
-        partial = [not mask.all() for mask in masks]
+        partial = [bool(mask.any() and not mask.all()) for mask in masks]
         rest = [background_alone(image, mask) for image, mask, seen in zip(images, masks, partial, strict=True) if seen]
         values = torch.full((len(images),), torch.nan)
         if rest:

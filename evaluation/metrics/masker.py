@@ -11,7 +11,7 @@ from torch import nn
 from evaluation.metrics.cache import pixel_digest, weights_digest
 from evaluation.metrics.masked import Mask
 from moma_lightning.files import write_bytes
-from moma_lightning.segmentation import SamMasker
+from moma_lightning.segmentation import NothingFoundError, SamMasker
 
 #: Masks in memory where a folder has them too: those of a whole evaluation at 512 pixels would be gigabytes.
 HELD = 512
@@ -20,7 +20,7 @@ HELD = 512
 class Masker:
     """Masks by pixels, in memory and, given a folder, as PNG files between runs.
 
-    sam: a SamMasker, or another module that takes a picture and raises ValueError where it finds nothing. Then the mask is empty:
+    sam: a SamMasker, or another module that takes a picture and raises NothingFoundError where it finds nothing. Then the mask is empty:
     that is an answer too, and is kept like the others.
     """
 
@@ -56,5 +56,5 @@ class Masker:
     def _find(self, image: Image.Image) -> Mask:
         try:
             return self.sam(image)[0].cpu().numpy() > 0.5
-        except ValueError:
+        except NothingFoundError:
             return np.zeros((image.height, image.width), bool)

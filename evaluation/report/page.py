@@ -18,14 +18,14 @@ from evaluation.config import EvalConfig
 from evaluation.figures.ablations import Ablation, read_ablations
 from evaluation.figures.charts import curve, figure_7, interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import Grid, draw_grid
-from evaluation.figures.names import method_name, metric_name, prompt_form
+from evaluation.figures.names import method_name, metric_name
 from evaluation.figures.scored import comparison
 from evaluation.figures.style import colors_of, encoded, svg_address
 from evaluation.figures.tables import Cells, difference_rows, means_by, metrics_in, named_rows, read_scores, read_summary
-from evaluation.figures.write import MADE, read_grid, scored_grids
+from evaluation.figures.write import COMMUNITY, MADE, read_grid, scored_grids
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
-from evaluation.statistics import LEVEL, METRICS, oracles
+from evaluation.statistics import LEVEL, METRICS, oracles, prompt_form
 from moma_lightning.files import write_bytes
 
 CURVES = ("train/loss", "val/")
@@ -117,14 +117,14 @@ def as_chart(figure: Figure, title: str) -> Chart:
 def grids(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> list[Grid]:
     """Figures 4 to 6 and 10 from the scores, 8 to 10 as `figures` left them, by their numbers."""
     found = [compared if grid.name == "figure6" else grid for grid in scored_grids(config, scores)]
-    found += [read_grid(config, name) for name in MADE]
+    found += [read_grid(config, name) for name in MADE if config.report.bases or name != COMMUNITY]
     return sorted([grid for grid in found if grid is not None], key=lambda grid: grid.number)
 
 
 def breakdowns(scores: pd.DataFrame) -> list[dict[str, Any]]:
     """Means by subject and by prompt, a table a metric."""
     generated = scores[scores["prompt_kind"] != "real"]
-    forms = [prompt_form(prompt, label) for prompt, label in zip(generated["prompt"], generated["label"], strict=True)]
+    forms = [prompt_form(prompt, label).replace("{}", "…") for prompt, label in zip(generated["prompt"], generated["label"], strict=True)]
     return [
         {"name": "subject", "about": "The mean over each subject's pictures.", "tables": means_tables(scores, "subject")},
         {"name": "prompt", "about": "The mean over all subjects; … stands for the subject.", "tables": means_tables(generated.assign(form=forms), "form")},

@@ -8,7 +8,7 @@ import pandas as pd
 
 from evaluation.figures.names import method_name, metric_name
 from evaluation.figures.tables import Cells
-from evaluation.statistics import METRICS
+from evaluation.statistics import METRICS, leaves_out_zero
 
 #: Numbers beside each other that a phone holds without a swipe.
 ACROSS = 4
@@ -75,7 +75,7 @@ def difference_tables(rows: Mapping[str, Cells], metrics: Sequence[str]) -> list
     """Paired differences; those whose interval leaves out zero stand out."""
 
     def value(cells: Cells, metric: str) -> Value | None:
-        return value_of(cells[metric], signed=True, stands_out=cells[metric]["lo"] > 0 or cells[metric]["hi"] < 0) if metric in cells else None
+        return value_of(cells[metric], signed=True, stands_out=leaves_out_zero(cells[metric])) if metric in cells else None
 
     return [
         Table("Difference", list(map(metric_name, group)), [(name, [value(cells, m) for m in group]) for name, cells in rows.items()])

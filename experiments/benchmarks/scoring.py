@@ -22,11 +22,11 @@ Run = Callable[[], object]
 
 def forward_against_scoring(config: DinoConfig, model: torch.nn.Module | None, size: int, device: torch.device) -> tuple[Run, Run]:
     """The scoring side reads PNGs, looks each up in an empty cache, preprocesses, and embeds."""
-    encoder, folder = DinoEncoder(config, model), tempfile.TemporaryDirectory()
+    encoder, folder = DinoEncoder(config, model).to(device), tempfile.TemporaryDirectory()
     paths = [Path(folder.name) / f"{i}.png" for i in range(BATCH)]
     for i, path in enumerate(paths):
         photograph(i).crop((0, 0, 768, 768)).resize((size, size), Image.Resampling.BICUBIC).save(path)
-    ready = encoder.preprocess([load_picture(path) for path in paths])
+    ready = encoder.preprocess([load_picture(path) for path in paths]).to(device)
 
     def scoring(paths: Sequence[Path]) -> None:
         assert folder.name

@@ -24,7 +24,7 @@ LABEL, BATCH = "cat", 24
 Run = Callable[[], object]
 
 
-def batch_of(count: int) -> TripletBatch:
+def batch_of(count: int, device: torch.device) -> TripletBatch:
     """Rendered pictures with captions of different lengths."""
     rng = np.random.default_rng(0)
     rendered = render([world.sample_picture(rng, world.identity("train", i, LABEL)) for i in range(count)])
@@ -32,7 +32,7 @@ def batch_of(count: int) -> TripletBatch:
     texts = [f"a {LABEL} {places[i % 3]}" for i in range(count)]
     pixels = torch.stack([pictures.to_pixel_values(Image.fromarray(picture)) for picture in rendered[0]])
     masks = torch.stack([pictures.to_subject_mask(Image.fromarray(mask).convert("L")) for mask in rendered[1]])
-    return TripletBatch(pixels, masks, texts, [LABEL] * count, [str(i) for i in range(count)])
+    return TripletBatch(pixels.to(device), masks.to(device), texts, [LABEL] * count, [str(i) for i in range(count)])
 
 
 def step(parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor]) -> Run:
@@ -51,9 +51,9 @@ def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def stage2(**options) -> Stage2:
+def stage2(device: torch.device, **options) -> Stage2:
     decoder = f"{MINI}/moma/image_feature_decoder" if options.get("context", "decoder") == "decoder" else None
-    return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(), decoder)
+    return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(), decoder).to(device)
 
 
 def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch) -> Run:
@@ -66,14 +66,14 @@ def cached(module: Stage2, batch: TripletBatch) -> CachedBatch:
 
 def against_ip_adapter(from_cache: bool) -> Callable[[torch.device], tuple[Run, Run]]:
     def prepare(device: torch.device) -> tuple[Run, Run]:
-        batch, moma, ip_adapter = batch_of(BATCH), stage2(), stage2(context="image_encoder", subject=False)
+        batch, moma, ip_adapter = batch_of(BATCH, device), stage2(device), stage2(device, context="image_encoder", subject=False)
         return tuple(stage2_step(module, cached(module, batch) if from_cache else batch) for module in (moma, ip_adapter))  # type: ignore[return-value]
 
     return prepare
 
 
 def online_against_cached(device: torch.device) -> tuple[Run, Run]:
-    module, batch = stage2(), batch_of(BATCH)
+    module, batch = stage2(device), batch_of(BATCH, device)
     return stage2_step(module, batch), stage2_step(module, cached(module, batch))
 
 
@@ -82,7 +82,7 @@ def stage1_against_bare_mllm(device: torch.device, target: bool = False) -> tupl
 
     target: it makes CLIP's embeddings of the pictures too, as any training towards them has to.
     """
-    module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()), batch_of(BATCH)
+    module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()).to(device), batch_of(BATCH, device)
     decoder = module.decoder
     white = white_background(batch.pixel_values, batch.subject_mask)
     pixels = preprocess_square(white, decoder.picture_side, decoder.image_processor)

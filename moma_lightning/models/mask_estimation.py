@@ -51,5 +51,5 @@ def find_label_tokens(
                 if ids[start : start + len(spelling)] == list(spelling):
                     weights[row, start : start + len(spelling)] = 1
         if not weights[row].any():
-            raise ValueError(f"the subject word {label!r} does not occur in the prompt {prompts[row]!r}: name it there")
+            raise ValueError(f"the subject word {label!r} does not occur in the prompt {prompts[row]!r}, or beyond what the tokenizer reads: name it there")
     return weights

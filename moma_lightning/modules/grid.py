@@ -1,5 +1,6 @@
 """Stage 2's pictures in validation: reference | redrawn from its own caption."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,20 @@ class GridConfig:
 
 @torch.no_grad()
 def redrawn(pipe, batch, pictures, embeds, beta: float, config: GridConfig) -> list[list[Image.Image]]:
-    """A row (reference, new picture) for each of the first samples; the noise is the sample's number's.
+    """A row (reference, new picture) for each of the first samples that can be drawn; the noise is the sample's number's.
 
     pictures: [batch, 3, height, width] in [-1, 1]. embeds: [batch, dim], the context's.
     """
     rows = []
     for i in range(min(config.pictures, len(batch))):
         reference = pipe.image_processor.postprocess(pictures[i : i + 1].cpu(), "pil")[0]
-        output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], beta=beta, image_embeds=embeds[i : i + 1],
-                      guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
-                      generator=torch.Generator("cpu").manual_seed(i))  # fmt: skip
+        try:
+            output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], beta=beta, image_embeds=embeds[i : i + 1],
+                          guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
+                          generator=torch.Generator("cpu").manual_seed(i))  # fmt: skip
+        except ValueError as error:  # training does not read the label's place in the caption, and must not end for want of a picture
+            warnings.warn(f"{batch.key[i]} is not redrawn: {error}", stacklevel=2)
+            continue
         rows.append([reference, output.images[0]])
     return rows
 

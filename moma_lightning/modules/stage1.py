@@ -78,6 +78,7 @@ class Stage1(TrainedPartModule):
         self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})  # type: ignore[assignment]
         self.register_buffer("target_sum", torch.zeros(decoder.embed_dim))
         self.register_buffer("target_count", torch.zeros(()))
+        self._ddp_params_and_buffers_to_ignore = ["target_sum", "target_count"]  # DDP would put rank 0's sums in every rank's place
 
     def forward(self, batch: TripletBatch | CachedBatch, edit_rate: float = 0.0) -> Float[Tensor, "batch embed_dim"]:
         """Predicted CLIP(I_ref) of each sample."""

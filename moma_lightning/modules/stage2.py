@@ -82,7 +82,7 @@ class Stage2(TrainedPartModule):
         super().__init__(optimizer, training)
         self.config, self.grid, self.foundation, self.decoder_name = stage2, grid, foundation, decoder
         base, embed_dim = load_base(foundation), image_embed_dim(foundation)
-        image_encoder = None if stage2.cached else load_image_encoder(foundation)
+        image_encoder = load_image_encoder(foundation) if stage2.context == "image_encoder" and not stage2.cached else None
         feature_decoder = load_decoder(decoder, foundation, embed_dim) if stage2.context == "decoder" and not stage2.cached else None
         self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, embed_dim))
 
@@ -92,6 +92,8 @@ class Stage2(TrainedPartModule):
         self.text_encoder_2, self.image_encoder, self.adapter = base.text_encoder_2, image_encoder, adapter
         self.decoder = frozen(decoder) if decoder is not None else None
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler.config)
+        if self.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"the base predicts {self.noise_scheduler.config.prediction_type!r}: stage 2 trains on epsilon and v_prediction")
         self.grid_samples: TripletBatch | CachedBatch | None = None
 
     def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch | CachedBatch,
@@ -145,6 +147,8 @@ class Stage2(TrainedPartModule):
     def cache_identity(self) -> dict[str, str]:
         models = {"vae": vae_name(self.foundation)}
         if self.config.context == "decoder":
+            if self.decoder_name is None:
+                raise ValueError("a cache is held against the decoder that made it: set model.init_args.decoder to its image_feature_decoder folder")
             models |= {"decoder": str(self.decoder_name), "mllm": self.foundation.mllm}
         else:
             models["image_encoder"] = self.foundation.image_encoder
@@ -197,14 +201,17 @@ class Stage2(TrainedPartModule):
     def weighted(self, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         if self.config.min_snr_gamma is None:
             return values
-        return values * losses.min_snr_weight(self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps], self.config.min_snr_gamma)
+        alphas = self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps]
+        return values * losses.min_snr_weight(alphas, self.config.min_snr_gamma, self.noise_scheduler.config.prediction_type == "v_prediction")
 
     def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
         values, timesteps = self.sample_losses(batch, drop=True)
         loss = values.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps):  # not written: Lightning would write this step's values later
+            return loss
         self._log_bands("train", values.detach(), timesteps)
-        if self.config.subject and self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.config.subject:
             self.log_dict({f"lambda/{i}": layer.lambda_.detach()[0] for i, layer in self.adapter.subject.items()}, batch_size=len(batch))
         return loss
 
@@ -275,6 +282,6 @@ def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config
     if foundation.ip_adapter:
         path = local_path(foundation.ip_adapter) or Path(foundation.ip_adapter)
         state, _ = read_adapter_file(path)
-        load_into(adapter, {n: v for n, v in state.items() if not n.startswith("subject_adapter.")}, path)
+        load_into(adapter, {n: v for n, v in state.items() if not n.startswith(("subject_adapter.", "mapping."))}, path)
     adapter.subject.requires_grad_(config.subject)
     return adapter

@@ -118,9 +118,6 @@ def take_out_idle(module: TrainedPartModule) -> int:
     if isinstance(module, Stage2):
         idle.append(module.vae.decoder)
         module.vae.decoder = nn.Identity()
-        if module.decoder is not None:
-            idle.append(module.image_encoder)
-            module.image_encoder = nn.Identity()  # type: ignore[assignment]
     return sum(_bytes(list(part.parameters())) for part in idle)
 
 

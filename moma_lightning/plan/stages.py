@@ -92,10 +92,10 @@ def _build(experiment: Experiment) -> TrainedPartModule:
     if config.context == "decoder":
         decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, getattr(torch, foundation.mllm_dtype))
     adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
-    return stage2_of(base, encoder, decoder, adapter, config, optimizer, experiment.training)
+    return stage2_of(base, encoder if decoder is None else None, decoder, adapter, config, optimizer, experiment.training)
 
 
-def stage2_of(base: Base, image_encoder: ImageEncoder, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter, config: Stage2Config,
+def stage2_of(base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter, config: Stage2Config,
               optimizer: optim.OptimizerConfig, training: TrainingOptions) -> Stage2:  # fmt: skip
     """A stage 2 of parts that are at hand, where `Stage2(...)` would load them. It trains; it draws no pictures in validation."""
     module = unloaded(Stage2, optimizer, training)

@@ -101,9 +101,9 @@ class StopOnNonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._look_now(trainer)
-        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        kept = getattr(pl_module, "kept", pl_module.state_dict)()  # frozen weights are left out of the checkpoint after this
         for name, tensor in checkpoint["state_dict"].items():
-            if name in trained and not torch.isfinite(local(tensor)).all():
+            if name in kept and tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
                 self._stop(trainer, f"{name} is not finite", self.samples, trainer.global_step)
 
     def _look_now(self, trainer: Trainer) -> None:

@@ -5,7 +5,7 @@ import pytest
 from evaluation import ablations
 from evaluation.ablations import run_ablation
 from evaluation.config import AblationConfig
-from evaluation.figures.ablations import read_ablations
+from evaluation.figures.ablations import made_with, read_ablations
 from evaluation.methods import Moma
 from evaluation.sweeps import point_name
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders
@@ -22,7 +22,7 @@ def test_tables_are_written_beside_the_papers(tmp_path, name, row):
     config = fake_config(tmp_path, {})
     config.ablation = AblationConfig(name, "A title", {"full": Painter(0.2), "none": Painter(0.9)}, published=name)
     summary = run_ablation(config)
-    assert json.loads((config.ablations_folder / f"{name}.json").read_text()) == {"title": "A title"} | summary
+    assert json.loads((config.ablations_folder / f"{name}.json").read_text()) == {"title": "A title", "made_with": made_with(config)} | summary
     assert list(summary) == ["full", "none", "differences"] and summary["full"]["dino"]["mean"] > summary["none"]["dino"]["mean"]
     page = (config.ablations_folder / f"{name}.md").read_text()
     assert page.startswith("# A title") and "| full |" in page and row in page and "not comparable with mini" in page
@@ -60,4 +60,5 @@ def test_an_ablation_has_to_be_named(tmp_path):
 
 def test_points_are_named_by_what_they_change():
     assert [point_name(m) for m in (Moma(), Moma(beta=0.5), Moma(beta=0.0, mask_strength=1.0))] == ["moma", "moma_beta0.5", "moma_beta0.0_mask_strength1.0"]
-    assert point_name(Moma(adapter="runs/a b/adapter")) == "moma_adapterruns-a-b-adapter"
+    words = [point_name(m) for m in (Moma(adapter="runs/a b"), Moma(adapter="runs-a-b"), Moma(adapter="x", base="y"), Moma(adapter="x_basey"))]
+    assert words[0].startswith("moma_adapterruns-a-b-") and len(set(words)) == 4

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+from torch.multiprocessing import ProcessRaisedException
 
 from evaluation.cli import COMMANDS, main, parse
+from evaluation.config import EvalConfig
 from evaluation.methods import IpAdapter, Moma, RealImages, TextOnly
 from evaluation.tracking import mode
 from tests.evaluation.fakes import write_data
@@ -55,7 +57,7 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
     assert "stepz" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../up", "differences", "title"])
+@pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with"])
 def test_method_names_must_be_folders(tmp_path, capsys, name):
     (tmp_path / "eval.yaml").write_text(f"methods: {{{name}: TextOnly}}\n")
     with pytest.raises(SystemExit):
@@ -81,8 +83,24 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "dataset/tabby/01.png").write_bytes(b"no picture")
     (tmp_path / "eval.yaml").write_text("protocol: mini\noverrides: {extra_scores: []}\nmethods: {real_images: RealImages}\n")
-    with pytest.raises(SystemExit, match="evaluation score: .*tabby/01.png is not a whole picture"):
+    with pytest.raises(SystemExit, match="evaluation score: .*tabby/01.png cannot be read as a picture"):
         main(["score", "--config", str(tmp_path / "eval.yaml"), f"--data={data}", f"--run={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(("told", "ends"), [("ValueError: an empty mask", SystemExit), ("RuntimeError: out of memory", ProcessRaisedException)])
+def test_what_a_process_of_several_says_is_one_clear_line_too(monkeypatch, told, ends):
+    def run(config):
+        raise ProcessRaisedException(f"-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  File x\n{told}\n", 1, 2)
+
+    monkeypatch.setitem(COMMANDS, "generate", (run, ""))
+    with pytest.raises(ends, match=told.partition(": ")[2]):
+        main(["generate", "--config", str(MINI)])
+
+
+def test_no_more_processes_than_subjects_and_gpus(monkeypatch):
+    assert EvalConfig(num_processes=8, device="cpu").processes(3) == 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert EvalConfig(num_processes=2, device="cuda").processes(30) == 1
 
 
 def test_wandb_never_asks(monkeypatch):

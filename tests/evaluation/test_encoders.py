@@ -1,3 +1,5 @@
+import json
+import shutil
 import sys
 import types
 
@@ -242,6 +244,15 @@ def test_fingerprint_changes_with_weights_and_settings(clip_folder):
     assert fingerprint(encoder, ClipConfig(str(clip_folder), backend="torchvision")) != before
     encoder.model.logit_scale.data += 1
     assert fingerprint(encoder, config) != before
+
+
+def test_fingerprint_changes_with_the_processor_beside_the_weights(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    encoder = ClipEncoder(ClipConfig(str(folder)))
+    before = fingerprint(encoder, ClipConfig(str(folder)))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert fingerprint(encoder, ClipConfig(str(folder))) != before
 
 
 def test_cache_encodes_each_picture_once_and_survives(tmp_path):

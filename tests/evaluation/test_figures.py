@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,10 +10,10 @@ from PIL import Image
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
-from evaluation.figures.ablations import read_ablations, varying
+from evaluation.figures.ablations import made_with, read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
-from evaluation.figures.names import kind_name, method_name, methods_of, metric_name, prompt_form
+from evaluation.figures.names import kind_name, method_name, methods_of, metric_name
 from evaluation.figures.scored import comparison, one_method, own_method, richest, settings_grid
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows, means_by
@@ -36,9 +37,10 @@ def evaluated(tmp_path_factory):
     config.ablations_folder.mkdir()
     one = {"dino": {"mean": 0.2, "lo": 0.1, "hi": 0.3}}
     difference = {"a": "noise_0.5", "b": "noise_1", "metric": "dino", "mean": 0.0, "lo": -0.1, "hi": 0.1}
-    noise = {"noise_1": one, "noise_0.5": one, "differences": [difference], "title": "More or less noise"}
+    own = {"made_with": made_with(config)}
+    noise = {"noise_1": one, "noise_0.5": one, "differences": [difference], "title": "More or less noise"} | own
     (config.ablations_folder / "noise.json").write_text(json.dumps(noise))
-    (config.ablations_folder / "start.json").write_text(json.dumps({"moma_beta1": one, "from_scratch": one, "differences": []}))
+    (config.ablations_folder / "start.json").write_text(json.dumps({"moma_beta1": one, "from_scratch": one, "differences": []} | own))
     return config
 
 
@@ -60,11 +62,6 @@ def test_methods_are_called_what_people_call_them(key, name):
 def test_metrics_and_kinds_without_a_title_read_as_words():
     assert (metric_name("clip_t_context"), metric_name("how_round")) == ("CLIP-T(c)", "how round")
     assert (kind_name("texture"), kind_name("camera_angle")) == ("new texture", "camera angle")
-
-
-def test_prompts_of_different_subjects_meet():
-    assert prompt_form("a toy robot in the snow", "toy robot") == prompt_form("a cat in the snow", "cat") == "a … in the snow"
-    assert prompt_form("a category", "cat") == "a category"
 
 
 def test_only_tables_of_intervals_are_methods():
@@ -106,9 +103,19 @@ def test_what_is_no_table_beside_the_ablations_is_passed_over(evaluated):
         (evaluated.ablations_folder / "mask_iou.json").unlink()
 
 
+@pytest.mark.parametrize("change", [{"overrides": {"seed": 1}}, {"adapter": "other"}])
+def test_ablations_of_another_protocol_or_other_weights_are_left_out(evaluated, change, tmp_path, caplog):
+    (tmp_path / "other").mkdir()
+    changed = {key: str(tmp_path / value) if value == "other" else evaluated.overrides | value for key, value in change.items()}
+    if "overrides" in changed:
+        changed["overrides"]["sampler"] = changed["overrides"].get("sampler", {}) | {"seed": changed["overrides"].pop("seed")}
+    assert read_ablations(replace(evaluated, **changed)) == []
+    assert "noise is left out: it was made under another protocol or with other weights" in caplog.text
+
+
 def test_options_come_from_the_stamps(evaluated):
     """The fake painters differ in `noise` alone, and their names do not tell it."""
-    rows = {name: {"dino": {"mean": 0, "lo": 0, "hi": 0}} for name in ("text_only", "moma_beta1")}
+    rows = {name: {"dino": {"mean": 0, "lo": 0, "hi": 0}} for name in ("text_only", "moma_beta1")} | {"made_with": made_with(evaluated)}
     (evaluated.ablations_folder / "painters.json").write_text(json.dumps(rows))
     try:
         found = next(ablation for ablation in read_ablations(evaluated) if ablation.key == "painters")

@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -118,6 +119,37 @@ def test_pictures_one_by_one_with_the_pipelines_own_scheduler(monkeypatch, refer
     assert len(method.generate(SUBJECT, reference, TASKS)) == 2
     assert [given["prompt"] for given in method.pipeline.calls] == ["a mug in the snow", "a red mug"]
     assert isinstance(method.pipeline.scheduler, EulerDiscreteScheduler)
+
+
+def test_a_held_pipeline_is_that_of_the_same_class_and_options_and_comes_with_its_own_scheduler(monkeypatch):
+    monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder, here("BlipRecorder"): BlipRecorder}.__getitem__)
+    models, rows = Models(FoundationConfig()), [Pipeline("o/n", here("Recorder")), Pipeline("o/n", here("Recorder"), own_scheduler=True),
+                                                Pipeline("o/n", here("Recorder"), load_kwargs={"variant": "fp16"})]  # fmt: skip
+    for row in rows:
+        row.setup(models, SAMPLER)
+    assert rows[0].pipeline is rows[1].pipeline and isinstance(rows[1].pipeline.scheduler, EulerDiscreteScheduler)
+    assert rows[2].pipeline is not rows[0].pipeline and rows[2].pipeline.loaded[1]["variant"] == "fp16"
+
+
+def test_one_pipeline_is_held_on_whichever_base(monkeypatch):
+    def load(foundation, *_):
+        made = Mock(spec=MoMAPipeline, base=foundation.base)
+        made.to.return_value = made
+        return made
+
+    monkeypatch.setattr("evaluation.methods.base.load_pipeline", load)
+    models = Models(FoundationConfig(base="one"))
+    own = models.pipeline("adapter", "decoder")
+    assert models.on_base("other").pipeline("adapter", "decoder").base == "other"
+    assert len(models.held) == 1 and models.pipeline("adapter", "decoder") is not own
+
+
+def test_a_mask_that_is_not_there_is_told(monkeypatch, reference):
+    monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
+    method = Pipeline("o/n", here("Recorder"), {"prompt": "prompt", "image": "mask"})
+    method.setup(Models(FoundationConfig()), SAMPLER)
+    with pytest.raises(ValueError, match="which has none"):
+        method.generate(SUBJECT, Reference(reference.path), TASKS)
 
 
 def test_what_a_pipeline_does_not_take_is_named(monkeypatch):

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from evaluation.metrics import Masker, masker
-from moma_lightning.segmentation import SamConfig, SamMasker, build_sam
+from moma_lightning.segmentation import NothingFoundError, SamConfig, SamMasker, build_sam
 from tests.evaluation.fakes import random_picture
 
 
@@ -18,7 +18,7 @@ class Half(torch.nn.Module):
     def forward(self, image):
         self.seen += 1
         if not np.asarray(image).any():
-            raise ValueError("SAM found no object")
+            raise NothingFoundError("SAM found no object")
         mask = torch.zeros(1, image.height, image.width)
         mask[..., : image.width // 2] = 1
         return mask

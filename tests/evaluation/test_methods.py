@@ -10,7 +10,7 @@ from PIL import Image
 
 from datamodules.dreambooth import DreamBooth
 from evaluation.generation import generate
-from evaluation.methods import Folder, IpAdapter, Models, Moma, StockIpAdapter, TextOnly
+from evaluation.methods import Folder, IpAdapter, Models, Moma, Reference, StockIpAdapter, TextOnly
 from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler, named
 from evaluation.tasks import tasks_of
@@ -188,6 +188,21 @@ def test_weights_are_named_by_their_content(tmp_path):
     assert before[IpAdapter] == after[IpAdapter]
     assert {k for k in before[Moma] if before[Moma][k] != after[Moma][k]} == {"mllm"}
     assert before[Moma]["adapter"] == content_digest(tmp_path / "adapter")
+
+
+def test_what_a_base_in_one_file_is_read_with_is_stamped(tmp_path):
+    (tmp_path / "base.safetensors").write_text("weights")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    a, b = (TextOnly().weights(Models(FoundationConfig(str(tmp_path / "base.safetensors"), base_config=str(tmp_path / name)))) for name in ("a", "b"))
+    assert a["base"] == b["base"] and a["base_config"] != b["base_config"]
+
+
+def test_a_reference_is_read_as_the_data_module_reads_it(tmp_path):
+    """What is transparent is white."""
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "00.png")
+    assert Reference(tmp_path / "00.png").image.getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("change", [{"mllm_dtype": "bfloat16"}, {"mllm_quantization": "4bit"}])

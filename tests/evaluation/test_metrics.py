@@ -123,9 +123,7 @@ def test_pictures_without_a_subject_have_no_masked_score():
     assert float(metric.compute()) == pytest.approx(values[1])
     background = BackgroundAlignment(ColorEncoder())
     background.update(pictures, [nothing, everything], ["a", "b"])
-    text = ColorEncoder().encode_texts(["a"])[0].numpy()
-    assert background.per_picture()[0].item() == pytest.approx(cosine(plain_vector(pictures[0]), text), abs=1e-5)
-    assert np.isnan(background.per_picture()[1])
+    assert background.per_picture().isnan().all()
 
 
 def test_background_alignment_does_not_see_the_subject():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
+from evaluation.figures.ablations import made_with
 from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
 from evaluation.figures.style import DPI
 from evaluation.figures.write import read_grid
@@ -62,7 +63,7 @@ def evaluated(tmp_path_factory):
     config.ablations_folder.mkdir()
     for name, values in (("beta", (0.5, 1.0)), ("steps", (6, 12))):
         rows = {f"{name}_{value:g}": {"dino": {"mean": value / 7, "lo": 0.1, "hi": 0.2}} for value in values}
-        (config.ablations_folder / f"{name}.json").write_text(json.dumps(rows | {"title": f"About {name}", "differences": []}))
+        (config.ablations_folder / f"{name}.json").write_text(json.dumps(rows | {"title": f"About {name}", "differences": [], "made_with": made_with(config)}))
     write_figures(config)
     write_report(config)
     return config

@@ -163,5 +163,6 @@ def test_breakdown_by_subject_and_prompt():
 
 
 def test_the_subject_is_taken_out_of_its_prompt_as_a_word():
-    assert prompt_form("a cat in the category of cat", "cat") == "a {} in the category of cat"
+    assert prompt_form("a cat in the category of cat", "cat") == "a {} in the category of {}"
     assert prompt_form("a stuffed animal (blue)", "stuffed animal") == "a {} (blue)"
+    assert prompt_form("two cats in the snow", "cat") == "two {} in the snow" and prompt_form("snow", "") == "snow"

@@ -75,7 +75,7 @@ def test_every_case_has_a_name_of_its_own():
 
 def test_training_steps_compare_the_same_training():
     """From a cache the loss is the online one for the same draws; every trained parameter moves."""
-    module, batch = training_step.stage2(), training_step.batch_of(2)
+    module, batch = training_step.stage2(torch.device("cpu")), training_step.batch_of(2, torch.device("cpu"))
     losses = []
     for given in (batch, training_step.cached(module, batch)):
         torch.manual_seed(0)

@@ -8,8 +8,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, DynamicCache
 
-from moma_lightning.foundation import ImageEncoder
+from moma_lightning.foundation import MINI, ImageEncoder
 from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.segmentation import SamMasker
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
 
 PROMPTS = ["a cat on the beach", "a cat in the snow"]
@@ -254,3 +255,18 @@ def test_a_mask_of_other_proportions_is_refused_and_exif_turns_masks_too(base):
     turned = pipe.prepare_subject(portrait, Image.open(stored), "cat", 64 * 64).mask[0, 0]
     upper, lower = turned.chunk(2)
     assert upper.mean() > 0.9 and lower.mean() < 0.1
+
+
+@pytest.mark.parametrize("given", [{"mask": square_mask()}, {"mask": None}])
+def test_weights_of_16_bits_draw_what_those_of_32_do(given):
+    """SAM, which stays in float32, and embeddings of float32 among them. The two differ by rounding; the noise is given."""
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    masker, shown = SamMasker.from_pretrained(f"{MINI}/sam"), Image.new("RGB", (64, 64), "white")
+    shown.paste("red", (20, 20, 44, 44))
+    drawn = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        own = tiny_base()
+        pipe = MoMAPipeline.from_base(own, tiny_adapter(own, lambda_=0.5), masker=masker).to("cpu", dtype)
+        assert next(pipe.masker.parameters()).dtype == torch.float32 and pipe.unet.dtype == dtype
+        drawn[dtype] = run(pipe, image=shown, label="cat", latents=latents.to(dtype), **given).images
+    assert np.abs(drawn[torch.bfloat16] - drawn[torch.float32]).mean() < 0.02

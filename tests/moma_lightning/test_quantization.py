@@ -9,12 +9,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from moma_lightning import foundation, optim
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.lora import LoraOptions
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.quantization import KEPT
 from moma_lightning.training.sharding import shard
+from tests.tiny_mllms import MLLMS, write
 
 
 @pytest.fixture
@@ -74,7 +78,18 @@ def test_asks_for_nf4_of_the_language_model_on_this_processs_gpu(gpu, tiny_found
     config = options["quantization_config"]
     assert config.load_in_4bit and not config.load_in_8bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16 == options["dtype"] and options["device_map"] == {"": 3}
-    assert {"vision_tower", "vision_model", "visual", "multi_modal_projector", "connector", "lm_head"} == set(config.llm_int8_skip_modules)
+    assert config.llm_int8_skip_modules == KEPT
+
+
+@pytest.mark.parametrize("family", MLLMS)
+def test_the_language_model_alone_is_converted(family, tmp_path):
+    write(family, tmp_path)
+    with torch.device("meta"):
+        mllm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
+    linear = {name for name, module in mllm.named_modules() if isinstance(module, torch.nn.Linear)}
+    converted = {name for name in linear if should_convert_module(name, KEPT)}
+    own = {name for name in linear if name.startswith(("model.language_model.", "model.text_model."))}
+    assert converted == own and 0 < len(own) < len(linear)
 
 
 def test_asks_for_int8(gpu, tiny_foundation, monkeypatch):
@@ -82,7 +97,7 @@ def test_asks_for_int8(gpu, tiny_foundation, monkeypatch):
     monkeypatch.setenv("SLURM_LOCALID", "1")
     options = asked(replace(tiny_foundation, mllm_quantization="8bit"), monkeypatch)
     assert options["quantization_config"].load_in_8bit and not options["quantization_config"].load_in_4bit
-    assert options["device_map"] == {"": 1} and "connector" in options["quantization_config"].llm_int8_skip_modules
+    assert options["device_map"] == {"": 1} and options["quantization_config"].llm_int8_skip_modules == KEPT
 
 
 def test_without_it_nothing_is_asked(tiny_foundation, monkeypatch):

@@ -1,10 +1,14 @@
+import csv
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from moma_lightning import losses
@@ -164,6 +168,29 @@ def test_two_steps_kill_and_resume_equal_four_steps(build, tmp_path):
     assert all(torch.equal(undisturbed[n], resumed[n]) for n in undisturbed)
     saved = torch.load(tmp_path / "b" / "last.ckpt", weights_only=False)["state_dict"]
     assert set(saved) == {f"adapter.{n}" for n in undisturbed}
+
+
+def test_logged_lambda_is_that_of_the_logged_step(build, tmp_path):
+    """Lightning writes every n-th step with what was logged last, which must not be of a step before."""
+    module = build()
+    seen = []
+    module.on_before_zero_grad = lambda _: seen.append(next(iter(module.adapter.subject.values())).lambda_.item())  # as each step begins
+    logger = CSVLogger(tmp_path, name="", version="")
+    run = Trainer(max_steps=4, default_root_dir=tmp_path, accelerator="cpu", logger=logger, log_every_n_steps=2, enable_progress_bar=False,
+                  enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0, limit_val_batches=0)  # fmt: skip
+    run.fit(module, loader(0, 1, 2, 3))
+    rows = {int(row["step"]): row for row in csv.DictReader((tmp_path / "metrics.csv").open())}
+    name = f"lambda/{next(iter(module.adapter.subject))}"
+    assert sorted(rows) == [1, 3] and [float(rows[step][name]) for step in (1, 3)] == pytest.approx([seen[1], seen[3]])
+
+
+def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build, tmp_path):
+    module = build()
+    module.grid = GridConfig(pictures=2, num_inference_steps=2)
+    odd = replace(batch(5), caption=["a lake without it", "a cat on a lake", "a cat"])
+    with pytest.warns(UserWarning, match="5-0 is not redrawn: .*'cat' does not occur"):
+        trainer(tmp_path, 1).fit(module, loader(0), DataLoader([odd], batch_size=None))
+    assert Image.open(next((tmp_path / "pictures").iterdir())).height < 2 * 40
 
 
 def test_the_picture_grid_of_validation_is_written(build, tmp_path):
