@@ -1,7 +1,7 @@
 """Runs a wandb sweep file: on the server with a key, else its grid on this machine, offline, ending in the same table.
 
-`python -m experiments.sweep experiments/sweeps/beta.yaml [arguments of every point]`. An interrupted grid goes on where it stopped: pictures that
-are there are kept, and points are logged again under the ids they had. Offline points are wandb runs too (`wandb sync` sends them later).
+`python -m experiments.sweep experiments/sweeps/beta.yaml [arguments of every point]`. An interrupted grid goes on with the pictures that
+are there, and scores and logs every point again: of an interrupted one, sync the last run of each point. Offline points are wandb runs too (`wandb sync` sends them later).
 """
 
 import itertools

@@ -16,7 +16,7 @@ import requests
 from datamodules.openimages.config import FetchConfig
 
 T = TypeVar("T")
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # what a cut connection loses at most
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)
 

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from miniature_bucket import Miniature
 
 from datamodules.openimages.assemble import deal, read_light
-from datamodules.openimages.build import build
-from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig
+from datamodules.openimages.build import BuildConfig, build, deciding, with_absolute_paths
+from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.fetch import UnreachableError
 from datamodules.openimages.units import SCHEMA, write_rows
 
@@ -51,6 +51,20 @@ def test_shards_are_balanced_and_indexed(undisturbed, plain_bucket, config_of):
         assert file.read(4096).startswith(b'{"area"')
         file.seek(row.picture_offset)
         assert file.read(2) == b"\xff\xd8"
+
+
+def test_workers_are_told_absolute_paths_and_the_configuration_stays_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("blip2", "own"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "captions.csv").write_text("ImageID,caption\n")
+    (tmp_path / "own/words.txt").write_text("mauve\n")
+    given = BuildConfig(sources=SourcesConfig("annotations", "https://there/pictures", captions="captions.csv"),
+                        captions=CaptionConfig(init_args={"model": "blip2"}, word_lists=["colors.txt", "own/words.txt"], people_words=None))  # fmt: skip
+    before, told = deciding(given), with_absolute_paths(given)
+    assert told.sources == replace(given.sources, annotations=f"{tmp_path}/annotations", captions=f"{tmp_path}/captions.csv")
+    assert told.captions.init_args == {"model": f"{tmp_path}/blip2"} and told.captions.word_lists == ["colors.txt", f"{tmp_path}/own/words.txt"]
+    assert deciding(given) == before and with_absolute_paths(BuildConfig()) == BuildConfig()
 
 
 def test_deal_is_even():

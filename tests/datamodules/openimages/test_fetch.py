@@ -40,6 +40,15 @@ def test_a_cut_download_goes_on_where_it_was_cut(bucket, fetcher, tmp_path):
     assert 0 < start <= len(CONTENT) // 2 and (tmp_path / "copy").read_bytes() == CONTENT
 
 
+def test_a_download_that_is_cut_more_often_than_it_may_be_retried_goes_on_while_some_of_it_comes(bucket, fetcher, tmp_path):
+    bucket.faults["file"] = ["cut"] * 9
+    fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+    bucket.faults["file"] = [503] * 9
+    with pytest.raises(UnreachableError, match="after 3 retries"):
+        fetcher.download(f"{bucket.url}/file", tmp_path / "other")
+
+
 def test_a_part_that_is_whole_already_is_taken(bucket, fetcher, tmp_path):
     (tmp_path / "copy.part").write_bytes(CONTENT)
     fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
