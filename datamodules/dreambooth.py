@@ -134,10 +134,11 @@ def load_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def load_mask(path: Path) -> Image.Image:
-    """A mask in mode "L", 0 and 255; ValueError names a file that cannot be read."""
+def load_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """A mask in mode "L", 0 and 255, scaled to its picture's `size` (width, height); ValueError names a file that cannot be read or does not fit."""
     try:
-        return pictures.open_mask(path)
+        mask = pictures.open_mask(path)
+        return mask if size is None else pictures.fit_mask(mask, size)
     except pictures.PICTURE_ERRORS as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from datamodules.pictures import fit_mask
+from datamodules.dreambooth import load_mask
 from evaluation.methods import Reference
 from evaluation.metrics import (
     BackgroundAlignment,
@@ -51,7 +51,7 @@ class Judges:
 
     def mask_of_real(self, real: Reference) -> Mask:
         """The data set's own, where it has one and the protocol wants it."""
-        return self.mask(real.image) if real.mask is None else np.asarray(fit_mask(real.mask, real.image.size)) > 0
+        return self.mask(real.image) if real.mask_path is None else np.asarray(load_mask(real.mask_path, real.image.size)) > 0
 
     def save(self) -> None:
         for encoder in self.encoders.values():

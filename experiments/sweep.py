@@ -1,7 +1,8 @@
 """Runs a wandb sweep file: on the server with a key, else its grid on this machine, offline, ending in the same table.
 
 `python -m experiments.sweep experiments/sweeps/beta.yaml [arguments of every point]`. An interrupted grid goes on with the pictures that
-are there, and scores and logs every point again: of an interrupted one, sync the last run of each point. Offline points are wandb runs too (`wandb sync` sends them later).
+are there, and scores and logs every point again. Offline points are wandb runs too: `wandb sync` sends them later, of an interrupted grid
+the last one of each point.
 """
 
 import itertools

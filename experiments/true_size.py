@@ -23,7 +23,8 @@ from experiments.mini.recipe.captions import build_tokenizer
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
 from moma_lightning.models.adapter import install_processors
-from moma_lightning.modules.stage2 import Stage2, Stage2Config, build_adapter
+from moma_lightning.modules.stage2 import Stage2
+from moma_lightning.modules.stage2_parts import Stage2Config, build_adapter
 from moma_lightning.optim import OptimizerConfig, configure
 from moma_lightning.plan.stages import stage2_of
 from moma_lightning.training.options import TrainingOptions

@@ -1,8 +1,6 @@
 """Stage 2, diffusion learning: subject and context attention on the frozen UNet (paper section 3.2, Eq. 1 and 3)."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from moma_lightning import losses
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
-from moma_lightning.checkpoints import load_into, read_adapter_file, save_adapter
+from moma_lightning.checkpoints import save_adapter
 from moma_lightning.digests import identity
 from moma_lightning.foundation import (
     Base,
@@ -24,17 +22,16 @@ from moma_lightning.foundation import (
     load_image_encoder,
     vae_name,
 )
-from moma_lightning.hub import local_path
-from moma_lightning.models.adapter import MoMAAdapter, Variant
+from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
-from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.modules import grid
 from moma_lightning.modules.base import TrainedPartModule, stated
 from moma_lightning.modules.grid import GridConfig
+from moma_lightning.modules.stage2_parts import Stage2Config, build_adapter, load_decoder
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
 from moma_lightning.pipeline import MoMAPipeline
@@ -43,31 +40,6 @@ from moma_lightning.training.options import TrainingOptions, blocks_of
 from moma_lightning.training.sharding import whole_parameters
 
 BANDS = 4
-
-
-@dataclass
-class Stage2Config:
-    """What stage 2 trains and on what.
-
-    variant: what K' and V' are made of and what the reference pass sees (`MoMAAdapter`, `subject.VARIANTS`).
-    context: the context embedding's source: stage 1's decoder (MoMA) or CLIP of the whole picture (IP-Adapter).
-    subject: train the subject attention; False is an IP-Adapter.
-    context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
-    num_tokens: N of section 3.2.
-    subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
-    min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
-    cached: the shards are a cache's (`make cache-stage2`), so the MLLM and the image encoder are not loaded at all.
-    """
-
-    variant: Variant = "released"
-    context: Literal["decoder", "image_encoder"] = "decoder"
-    subject: bool = True
-    context_dropout: float = 0.1
-    text_dropout: float = 0.0
-    num_tokens: int = 4
-    subject_weight: float = 0.0
-    min_snr_gamma: float | None = None
-    cached: bool = False
 
 
 class Stage2(TrainedPartModule):
@@ -265,23 +237,3 @@ class Stage2(TrainedPartModule):
             if self.trainer.is_global_zero:
                 card = {"steps": self.global_step, "context": self.config.context}
                 save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
-
-
-def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: int) -> ImageFeatureDecoder:
-    """Stage 1's result. ValueError for none, and for one whose embeddings are not as wide as `embed_dim`, the image encoder's."""
-    if folder is None:
-        raise ValueError("stage 2 with context=decoder needs stage 1's result: set model.init_args.decoder to its image_feature_decoder folder")
-    path = local_path(folder) or Path(folder)
-    check_embed_dims({f"the image encoder {foundation.image_encoder}": embed_dim, f"the decoder {path}": decoder_embed_dim(path)})
-    return ImageFeatureDecoder.from_pretrained(path, foundation)
-
-
-def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config, image_embed_dim: int) -> MoMAAdapter:
-    """A fresh adapter; its context side and projector start from `foundation.ip_adapter` where one is named (section 4.1)."""
-    adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=config.num_tokens, variant=config.variant)
-    if foundation.ip_adapter:
-        path = local_path(foundation.ip_adapter) or Path(foundation.ip_adapter)
-        state, _ = read_adapter_file(path)
-        load_into(adapter, {n: v for n, v in state.items() if not n.startswith(("subject_adapter.", "mapping."))}, path)
-    adapter.subject.requires_grad_(config.subject)
-    return adapter

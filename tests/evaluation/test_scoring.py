@@ -10,15 +10,16 @@ from PIL import Image
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_tables
+from evaluation.extra_scores import Judges
 from evaluation.generation import generate
-from evaluation.methods import RealImages
+from evaluation.methods import RealImages, Reference
 from evaluation.metrics import Masker
 from evaluation.metrics.masked import background_alone, subject_alone
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
-from evaluation.protocols import PRESETS
+from evaluation.protocols import PRESETS, named
 from evaluation.scoring import comparison, score
-from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, write_data
+from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, random_picture, write_data
 
 METHODS = {"real_images": RealImages(), "copy": Painter(0.0), "blurred": Painter(0.6)}
 
@@ -195,6 +196,16 @@ def test_masks_of_real_pictures_are_sams_where_the_protocol_says_so(tmp_path):
         vectors = ColorEncoder().encode_images([subject_alone(Image.open(path), middle) for path in rows.path]).numpy()
         cosines = vectors @ vectors.T
         np.testing.assert_allclose(rows.dino_masked, (cosines.sum(1) - 1) / 2, atol=1e-5)
+
+
+def test_a_real_pictures_mask_of_other_pixels_is_scaled_to_it_and_one_of_other_proportions_is_named(tmp_path):
+    judges = Judges(named("dreambooth"), {})
+    random_picture(0).save(tmp_path / "00.png")
+    Image.new("L", (12, 12), 255).save(tmp_path / "half.png")
+    Image.new("L", (24, 12), 255).save(tmp_path / "wide.png")
+    assert judges.mask_of_real(Reference(tmp_path / "00.png", tmp_path / "half.png")).shape == (24, 24)
+    with pytest.raises(ValueError, match=r"wide.png .* does not fit a picture of 24x24"):
+        judges.mask_of_real(Reference(tmp_path / "00.png", tmp_path / "wide.png"))
 
 
 def test_masked_scores_without_a_masker_are_refused(tmp_path):

@@ -1,0 +1,57 @@
+"""What stage 2 is made of: its options, stage 1's decoder and a fresh adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moma_lightning.checkpoints import load_into, read_adapter_file
+from moma_lightning.foundation import Base, FoundationConfig
+from moma_lightning.hub import local_path
+from moma_lightning.models.adapter import MoMAAdapter, Variant
+from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
+
+
+@dataclass
+class Stage2Config:
+    """What stage 2 trains and on what.
+
+    variant: what K' and V' are made of and what the reference pass sees (`MoMAAdapter`, `subject.VARIANTS`).
+    context: the context embedding's source: stage 1's decoder (MoMA) or CLIP of the whole picture (IP-Adapter).
+    subject: train the subject attention; False is an IP-Adapter.
+    context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
+    num_tokens: N of section 3.2.
+    subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
+    min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
+    cached: the shards are a cache's (`make cache-stage2`), so the MLLM and the image encoder are not loaded at all.
+    """
+
+    variant: Variant = "released"
+    context: Literal["decoder", "image_encoder"] = "decoder"
+    subject: bool = True
+    context_dropout: float = 0.1
+    text_dropout: float = 0.0
+    num_tokens: int = 4
+    subject_weight: float = 0.0
+    min_snr_gamma: float | None = None
+    cached: bool = False
+
+
+def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: int) -> ImageFeatureDecoder:
+    """Stage 1's result. ValueError for none, and for one whose embeddings are not as wide as `embed_dim`, the image encoder's."""
+    if folder is None:
+        raise ValueError("stage 2 with context=decoder needs stage 1's result: set model.init_args.decoder to its image_feature_decoder folder")
+    path = local_path(folder) or Path(folder)
+    check_embed_dims({f"the image encoder {foundation.image_encoder}": embed_dim, f"the decoder {path}": decoder_embed_dim(path)})
+    return ImageFeatureDecoder.from_pretrained(path, foundation)
+
+
+def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config, image_embed_dim: int) -> MoMAAdapter:
+    """A fresh adapter; its context side and projector start from `foundation.ip_adapter` where one is named (section 4.1)."""
+    adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=config.num_tokens, variant=config.variant)
+    if foundation.ip_adapter:
+        path = local_path(foundation.ip_adapter) or Path(foundation.ip_adapter)
+        state, _ = read_adapter_file(path)
+        load_into(adapter, {n: v for n, v in state.items() if not n.startswith(("subject_adapter.", "mapping."))}, path)
+    adapter.subject.requires_grad_(config.subject)
+    return adapter
