@@ -106,7 +106,7 @@ def test_a_truncated_real_picture_is_named(tmp_path):
     config = fake_config(tmp_path, {"real_images": RealImages()})
     path = tmp_path / "data" / "dataset" / "tabby" / "01.png"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(OSError, match="tabby/01.png is not a whole picture"):
+    with pytest.raises(ValueError, match="tabby/01.png cannot be read as a picture"):
         score(Evaluation.open(config), config.methods, fake_encoders())
 
 

@@ -6,6 +6,7 @@ import wandb
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
+from evaluation.figures.ablations import made_with
 from evaluation.generation import generate
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
@@ -23,7 +24,7 @@ def config(tmp_path_factory):
     with pytest.warns(UserWarning, match="copying its input"):
         write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
     config.ablations_folder.mkdir()
-    rows = {f"beta_{beta}": {"dino": {"mean": beta, "lo": 0.0, "hi": 1.0}} for beta in (0, 1)}
+    rows = {f"beta_{beta}": {"dino": {"mean": beta, "lo": 0.0, "hi": 1.0}} for beta in (0, 1)} | {"made_with": made_with(config)}
     (config.ablations_folder / "beta.json").write_text(json.dumps(rows))
     write_figures(config)
     write_report(config)
