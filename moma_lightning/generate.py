@@ -56,9 +56,7 @@ def generate(
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None).to(device)
-    if dtype != "float32":  # an MLLM in 16 bits stays so
-        pipe = pipe.to(getattr(torch, dtype))
+    pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None, dtype).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     worded = [prompt_template.format(prompt=text, label=label) for text in prompts]

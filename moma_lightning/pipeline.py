@@ -223,10 +223,13 @@ class MoMAPipelineSDXL(MoMAPipeline, BasePipelineSDXL):
     """On an SDXL base."""
 
 
-def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | None = None, decoder: str | None = None) -> MoMAPipeline:
+def load_pipeline(
+    foundation: FoundationConfig | None = None, adapter: str | None = None, decoder: str | None = None, dtype: str = "float32"
+) -> MoMAPipeline:
     """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
 
-    adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote.
+    adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote. dtype: float32, or one of
+    16 bits for all but SAM; with float32 the MLLM keeps `foundation.mllm_dtype`.
     Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings.
     """
     foundation = foundation or FoundationConfig()
@@ -241,10 +244,11 @@ def load_pipeline(foundation: FoundationConfig | None = None, adapter: str | Non
     if decoder:
         widths[f"the decoder {decoder}"] = decoder_embed_dim(local_path(decoder) or decoder)
     check_embed_dims(widths)
-    return MoMAPipeline.from_base(
+    pipe = MoMAPipeline.from_base(
         base,
         adapter=loaded,
         decoder=ImageFeatureDecoder.from_pretrained(local_path(decoder) or Path(decoder), foundation).eval() if decoder else None,
         clip=clip,
         masker=masker,
     )
+    return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
-import torch
 from PIL import Image
 
 from datamodules.dreambooth import Subject, load_mask, load_picture
@@ -52,12 +51,7 @@ class Models:
 
     def pipeline(self, adapter: str | None, decoder: str | None) -> MoMAPipeline:
         key = (self.foundation.base, self.foundation.base_config, adapter, decoder)
-
-        def load() -> MoMAPipeline:
-            pipeline = load_pipeline(self.foundation, adapter, decoder).to(self.device)
-            return pipeline if self.dtype == "float32" else pipeline.to(getattr(torch, self.dtype))  # an MLLM in 16 bits stays so
-
-        return self.hold(key, load)
+        return self.hold(key, lambda: load_pipeline(self.foundation, adapter, decoder, self.dtype))
 
     def hold(self, key: Any, load: Callable[[], Any]) -> Any:
         """The pipeline that `load` makes, on the device, with its own scheduler; kept while the next one asked for has the same key."""

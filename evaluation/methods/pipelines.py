@@ -104,7 +104,7 @@ class Pipeline(ForeignPipeline):
         prompts = [self.sampler.prompt_template.format(prompt=task.prompt, label=task.label) for task in tasks]
         labels = [task.label for task in tasks]
         one = slice(None) if self.batched else 0
-        if "mask" in self.arguments.values() and reference.mask is None:
+        if "mask" in self.arguments.values() and reference.mask_path is None:
             raise ValueError(f"{self.pipeline_class} wants the mask of {reference.path}, which has none: the data needs masks, the sampler `masks: dataset`")
         given = {"prompt": lambda: prompts[one], "label": lambda: labels[one], "image": lambda: reference.image, "mask": lambda: reference.mask}
         settings = {name: value for name, value in self.settings(tasks).items() if name in self.taken}

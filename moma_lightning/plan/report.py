@@ -38,7 +38,7 @@ def plan(
     gpu_mem: GB of one GPU. tflops, mfu: its peak in bf16 and the part of it that is reached; times follow from these two and are
     estimates. samples: of one pass over the data. shard_size: as `ShardedStrategy`'s.
     """
-    if gpus < 1 or (shard_size is not None and gpus % shard_size):
+    if gpus < 1 or (shard_size is not None and (shard_size < 1 or gpus % shard_size)):
         raise ValueError(f"{gpus} GPUs in copies of {shard_size}: the number must be positive, and a multiple of shard_size")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu {mfu} is not in (0, 1]")

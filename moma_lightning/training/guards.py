@@ -59,8 +59,11 @@ class StopOnSignal(Callback):
         asked = torch.full((), self.requested, device=trainer.strategy.root_device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         before, self._asked = self._asked, Later.of(asked)
-        self.requested = max(self.requested, int(before.read())) if before is not None else self.requested  # so that all exit alike
-        return before is not None and bool(before.read())
+        if before is None:
+            return False
+        agreed = int(before.read())
+        self.requested = max(self.requested, agreed)  # so that all exit alike
+        return agreed > 0
 
 
 @dataclass
