@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     beside = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}{path.suffix}")
     try:
         write(beside)
-        beside.replace(path)
+        commit(beside, path)
     except Exception as error:
         beside.unlink(missing_ok=True)
         if not _is_of_the_disk(error):
@@ -31,6 +32,26 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """`write_beside` of what is in memory."""
     write_beside(path, lambda beside: beside.write_bytes(content))
+
+
+def commit(beside: Path, path: Path) -> None:
+    """Rename a written file or folder to `path`, its content first on the disk: after a power cut `path` is not an empty or half one.
+
+    Raises OSError, also where the disk only now says that it is full.
+    """
+    for written in filter(Path.is_file, beside.rglob("*")) if beside.is_dir() else [beside]:
+        _sync(written)
+    os.replace(beside, path)
+    with suppress(OSError):  # not every system knows this of a folder
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _is_of_the_disk(error: Exception) -> bool:
