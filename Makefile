@@ -63,9 +63,9 @@ cache-stage2: $(INSTALLED) ## run stage 2's frozen models over its shards once (
 eval-dreambooth: $(INSTALLED) ## make the pictures that are missing, and score them
 	$(RUN) evaluation dreambooth --config experiments/$(EXP)/eval.yaml $(ARGS)
 
-plan: $(INSTALLED) ## memory and time of EXP's stages on GPUS=8 GPUs of GPU_MEM=80 GB, without one
+plan: $(INSTALLED) ## memory and time of EXP's stages on GPUS=8 GPUs of GPU_MEM=80 GB, without one; GPUS='[8,64,512]' for a table
 	@for stage in $(or $(wildcard experiments/$(EXP)/stage1.yaml experiments/$(EXP)/stage2.yaml),experiments/$(EXP)/stage2.yaml); do \
-		$(RUN) moma_lightning plan --stage $$stage --gpus $(GPUS) --gpu_mem $(GPU_MEM) $(ARGS); echo; \
+		$(RUN) moma_lightning plan --stage $$stage --gpus '$(GPUS)' --gpu_mem $(GPU_MEM) $(ARGS); echo; \
 	done
 
 report: $(INSTALLED) ## the paper's figures, and one HTML page of them and all tables

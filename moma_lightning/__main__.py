@@ -1,9 +1,11 @@
-"""`python -m moma_lightning fit|validate|generate|fetch|plan|convert ...`."""
+"""`moma fit|validate|generate|fetch|plan|convert ...`, which `python -m moma_lightning` is too."""
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 
-USAGE = """usage: python -m moma_lightning <command> ...
+USAGE = """usage: python -m moma_lightning <command> ...   (or: moma <command> ...)
 
   fit | validate   train or judge a stage: --config experiments/<experiment>/stage1.yaml
   generate         pictures of a subject from one picture of it and prompts
@@ -14,9 +16,17 @@ USAGE = """usage: python -m moma_lightning <command> ...
 python -m moma_lightning <command> --help lists a command's options."""
 
 
-def main(arguments: list[str]) -> int:
+#: Where launchers say a process's rank, as Lightning reads them.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Dispatch on the first argument; what a command needs is imported only then, so that usage comes at once."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else None
+    if all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("moma_lightning").setLevel(logging.INFO)  # what was read of each checkpoint, once
     if command == "generate":
         from moma_lightning.generate import generate
 
@@ -59,4 +69,4 @@ def told(function: Callable[[list[str]], object], command: str, arguments: list[
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

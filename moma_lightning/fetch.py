@@ -93,7 +93,8 @@ def fetch_model(name: str) -> list[Fetched]:
 def wanted(files: list[str], path: str | None = None) -> list[str]:
     """Which files of a repository the libraries read: below `path` (or that file alone); of a folder's weights, the safest format.
 
-    A diffusers pipeline's own weights lie in its folders: single-file copies beside `model_index.json` are left out.
+    A diffusers pipeline's own weights lie in its folders: single-file copies beside `model_index.json` are left out. Raises
+    FileNotFoundError for a model whose weights are there in no form that is read (of other frameworks, or as an fp16 variant alone).
     """
     if path in files:
         return [path]  # type: ignore[list-item]
@@ -106,7 +107,11 @@ def wanted(files: list[str], path: str | None = None) -> list[str]:
         weights = [file for file in weights if "/" not in file]
     safe = {str(Path(file).parent) for file in weights if file.endswith(".safetensors")}
     weights = [file for file in weights if file.endswith(".safetensors") or str(Path(file).parent) not in safe]
-    return sorted(weights + [file for file in kept if any(fnmatch.fnmatch(file, pattern) for pattern in READ)])
+    read = [file for file in kept if any(fnmatch.fnmatch(file, pattern) for pattern in READ)]
+    models = {str(Path(file).parent) for file in read if Path(file).name == "config.json" and (is_pipeline or "/" not in below[file])}
+    if empty := models - {str(Path(file).parent) for file in weights}:
+        raise FileNotFoundError(f"no weights that are read beside {', '.join(sorted(f'{folder}/config.json'.removeprefix('./') for folder in empty))}")
+    return sorted(weights + read)
 
 
 def _checked(hub: HubName, commit: str, listed: RepoFile, path: Path) -> Fetched:

@@ -1,6 +1,7 @@
 """A folder of trained parameters: `model.safetensors` and `config.json`, written beside and renamed, read strictly."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moma_lightning.files import write_beside
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -30,10 +33,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Copy `model.safetensors` into `parameters`, by name; ValueError that names every key that does not fit."""
+    """Copy `model.safetensors` into `parameters`, by name, and log what was read; ValueError that names every key that does not fit."""
     path = folder / WEIGHTS
     tensors = read_tensors(path)
-    check_fit(str(path), tensors, parameters)
+    logger.info("%s", check_fit(str(path), tensors, parameters))
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 

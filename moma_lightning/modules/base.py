@@ -1,5 +1,6 @@
 """What both stages share: checkpoints that hold trained parameters only, and the optimizer."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations
 from moma_lightning.training.sharding import shard
 from moma_lightning.training.strategy import shard_mesh
+
+logger = logging.getLogger(__name__)
 
 
 def stated(options: Mapping[str, str | None]) -> dict[str, str]:
@@ -79,7 +82,7 @@ class TrainedPartModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         source = self._trainer.ckpt_path if self._trainer is not None and self._trainer.ckpt_path else "the checkpoint"
-        check_fit(str(source), checkpoint["state_dict"], self.kept())
+        logger.info("%s", check_fit(str(source), checkpoint["state_dict"], self.kept()))
 
     def configure_optimizers(self) -> Any:
         return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)

@@ -148,10 +148,15 @@ class Stage1(TrainedPartModule):
 
     def mean_target(self) -> Float[Tensor, " embed_dim"]:
         """The mean of what all ranks have seen in training; every rank must call this."""
+        total, count = self.seen_targets()
+        return total / count.clamp(min=1)
+
+    def seen_targets(self) -> tuple[Float[Tensor, " embed_dim"], Float[Tensor, ""]]:
+        """Sum and number of the targets that all ranks have seen; every rank must call this."""
         sums = torch.cat([self.target_sum, self.target_count[None]])
         if self._trainer is not None:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        return sums[:-1] / sums[-1].clamp(min=1)
+        return sums[:-1], sums[-1]
 
     def on_validation_epoch_end(self) -> None:
         scores = {name: match.compute() for name, match in self.matches.items()}
@@ -168,6 +173,7 @@ class Stage1(TrainedPartModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"]["target_sum"], checkpoint["state_dict"]["target_count"] = self.seen_targets()
         checkpoint["decoder"] = asdict(self.decoder.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -176,6 +182,9 @@ class Stage1(TrainedPartModule):
         if other := [f"decoder.{key}: {value} in the checkpoint, {now[key]} now" for key, value in checkpoint.get("decoder", now).items() if value != now[key]]:
             raise ValueError("\n  ".join(["the checkpoint's image-feature decoder is another:", *other]))
         super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and not self.trainer.is_global_zero:  # the sums are of all ranks: rank 0 goes on with them, the others begin anew
+            for name in ("target_sum", "target_count"):
+                checkpoint["state_dict"][name] = torch.zeros_like(checkpoint["state_dict"][name])
 
     def units(self) -> list[nn.Module]:
         encoders = [part for part in (self.image_encoder, self.caption_encoder) if part is not None]

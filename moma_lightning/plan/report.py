@@ -31,23 +31,49 @@ class Gpu:
 
 
 def plan(
-    stage: Path, gpus: int = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000, shard_size: int | None = None
-) -> None:
+    stage: Path, gpus: int | list[int] = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000,
+    shard_size: int | None = None,
+) -> None:  # fmt: skip
     """Print what a training YAML needs on `gpus` GPUs, sharded over all of them: no GPU and no weights are used.
 
+    gpus: one number, or several ('[8,64,512]') for a table with a line each.
     gpu_mem: GB of one GPU. tflops, mfu: its peak in bf16 and the part of it that is reached; times follow from these two and are
     estimates. samples: of one pass over the data. shard_size: as `ShardedStrategy`'s.
     """
-    if gpus < 1 or (shard_size is not None and (shard_size < 1 or gpus % shard_size)):
-        raise ValueError(f"{gpus} GPUs in copies of {shard_size}: the number must be positive, and a multiple of shard_size")
+    for count in gpus if isinstance(gpus, list) else [gpus]:
+        if count < 1 or (shard_size is not None and (shard_size < 1 or count % shard_size)):
+            raise ValueError(f"{count} GPUs in copies of {shard_size}: the number must be positive, and a multiple of shard_size")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu {mfu} is not in (0, 1]")
     experiment, gpu = read_experiment(stage), Gpu(gpu_mem, tflops, mfu)
+
+    def policies(count: int) -> dict[Checkpointing, Measured]:
+        return needed(lambda policy: measure(experiment.with_checkpointing(policy), count, shard_size), experiment, gpu)
+
+    if isinstance(gpus, list):
+        print(f"{stage}: sharded over GPUs of {gpu.memory:g} GB, {experiment.image_size} px; of a rank, in GB (1e9 bytes)")
+        print(parameters(experiment), flush=True)
+        print("  GPUs  parameters  gradients  optimizer    peak  checkpointing   sent  samples a step  samples/s   hours", flush=True)
+        flops = count_flops(experiment)
+        for count in gpus:
+            print(row(experiment, count, gpu, samples, policies(count), flops), flush=True)
+        print(f"  samples/s and hours at {gpu.mfu:.0%} of {gpu.tflops:g} TFLOP/s (assumed, not measured), for {samples:,} triplets")
+        return
     print(heading(stage, experiment, gpus, gpu), flush=True)
     print(parameters(experiment), flush=True)
-    policies = needed(lambda policy: measure(experiment.with_checkpointing(policy), gpus, shard_size), experiment, gpu)
-    print(memory(policies, gpu, experiment))
-    print(time(experiment, gpus, gpu, samples, policies[experiment.training.activation_checkpointing]))
+    measured = policies(gpus)
+    print(memory(measured, gpu, experiment))
+    print(time(experiment, gpus, gpu, samples, measured[experiment.training.activation_checkpointing]))
+
+
+def row(experiment: Experiment, gpus: int, gpu: Gpu, samples: int, policies: dict[Checkpointing, Measured], flops: int) -> str:
+    """A line of the table: with the first checkpointing policy that fits, or with the last."""
+    policy = next((policy for policy in policies if gpu.fits(policies[policy])), list(policies)[-1])
+    m, batch = policies[policy], gpus * experiment.batch_size * experiment.accumulate
+    rate = batch / gpu.seconds(flops * experiment.accumulate)
+    held = f"{m.parameters / GB:11.2f} {m.gradients / GB:10.2f} {m.optimizer / GB:10.2f} {m.peak / GB:7.1f}"
+    told, sent = policy if gpu.fits(m) else "does not fit", m.sent * experiment.accumulate / GB
+    return f"{gpus:6,} {held}  {told:<13} {sent:6.1f} {batch:15,} {rate:10,.0f} {samples / rate / 3600:7.3f}"
 
 
 def needed(measured: Callable[[Checkpointing], Measured], experiment: Experiment, gpu: Gpu) -> dict[Checkpointing, Measured]:

@@ -36,9 +36,7 @@ def _point(path: Path, folder: Path) -> None:
     link = path.with_name(f".{path.name}.link")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
-    if path.is_file() and not path.is_symlink():
-        path.unlink()  # a single file of an earlier, unsharded run
-    os.replace(link, path)
+    os.replace(link, path)  # also in the place of a single file of an earlier run
     for other in path.parent.glob(f".{path.name}-*"):
         if other.name != folder.name:
             shutil.rmtree(other, ignore_errors=True)

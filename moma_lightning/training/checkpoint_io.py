@@ -1,10 +1,14 @@
 """Checkpoint files that are there whole or not at all."""
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint import CheckpointException
 
 from moma_lightning.files import write_beside
 
@@ -28,6 +32,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """A file's tensors are mapped, not read: the ranks of a node then share one copy in the system's cache."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
+        if Path(path).is_dir():
+            raise ValueError(f"checkpoint {path} is a folder, as sharded training writes it: go on with --trainer.strategy sharded")
         if not Path(path).is_file():
             raise FileNotFoundError(f"checkpoint {path} is not there")
-        return torch.load(path, map_location or "cpu", mmap=True, weights_only=weights_only)
+        with naming(path):
+            return torch.load(path, map_location or "cpu", mmap=True, weights_only=weights_only)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A checkpoint that cannot be read, cut short or of another kind, is a ValueError that names it."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a whole checkpoint ({why}): go on from another by --ckpt_path, or move it away to start anew") from error

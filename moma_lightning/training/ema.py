@@ -33,6 +33,8 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        # Most strategies read a checkpoint before they move the module to its device.
+        self.average = {name: self.average[name].to(parameter.device) for name, parameter in _trained(pl_module)}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -50,8 +52,8 @@ class EMA(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         parameters = dict(_trained(pl_module))
-        loaded = checkpoint.get("ema", {})
-        if loaded and loaded.keys() != parameters.keys():
+        loaded = checkpoint.get("ema") or parameters  # of a training without an average: it starts where that one stood
+        if loaded.keys() != parameters.keys():
             raise ValueError("EMA: the checkpoint's average is of other parameters than those that are trained")
         self.average = {n: t.detach().to(parameters[n].device).clone() for n, t in shard_state(loaded, parameters).items()}
 

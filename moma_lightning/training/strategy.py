@@ -9,7 +9,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
+from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training import checkpoint_folder
+from moma_lightning.training.checkpoint_io import naming
 from moma_lightning.training.sharding import shard_optimizer_state, shard_state, whole
 
 #: The parts of a checkpoint that hold tensors; everything else is small and the same on every rank.
@@ -67,16 +69,20 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if not self.broadcast(path.is_dir()):  # rank 0's view: other nodes may see what was there before
             return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        tensors, rest = self._empty_tensors(path), torch.load(path / checkpoint_folder.REST, weights_only=weights_only)
-        dcp.load(tensors, checkpoint_id=path)
+        with naming(path):
+            rest = torch.load(path / checkpoint_folder.REST, weights_only=weights_only)
+            tensors = self._empty_tensors(path)
+            dcp.load(tensors, checkpoint_id=path)
         return rest | tensors
 
     def _empty_tensors(self, path: Path) -> dict[str, Any]:
         """What a folder's tensors are read into: laid out for the ranks of now, whatever they were at saving."""
         module = self.lightning_module
         kept = module.kept()
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        check_fit(str(path), {name.removeprefix("state_dict."): _like(entry) for name, entry in entries.items() if name.startswith("state_dict.")}, kept)
         parts: dict[str, Any] = {"state_dict": {name: t.detach().clone() for name, t in kept.items()}}
-        held = {key.split(".")[0] for key in dcp.FileSystemReader(path).read_metadata().state_dict_metadata}
+        held = {key.split(".")[0] for key in entries}
         if "ema" in held:
             parts["ema"] = {name: t.detach().clone() for name, t in module.named_parameters() if t.requires_grad}
         if "optimizer_states" in held and self.optimizers:
@@ -92,6 +98,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+
+
+def _like(entry: Any) -> torch.Tensor:
+    """A tensor without content, of the shape and dtype that a folder's metadata tells."""
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
 
 def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -1,14 +1,18 @@
 """The launchers: clean shell, and commands that start what they say. What runs them on a cluster is not there to be tested."""
 
 import itertools
+import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from datamodules.mini.export import export
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "experiments/cluster"
@@ -75,3 +79,23 @@ def test_an_unknown_experiment_is_told(script):
 
 def test_every_experiment_has_stages_that_can_be_launched():
     assert {path.parent.name for path in STAGES} >= {"mini", "sd15_llava7b"}
+
+
+@pytest.mark.timeout(600)
+def test_the_torchrun_command_trains_on_two_processes(tmp_path):
+    export(tmp_path / "data", train_count=16, val_count=8, samples_per_shard=4)
+    shards = tmp_path / "data/shards"
+    options = {"trainer.accelerator": "cpu", "trainer.strategy": "sharded", "trainer.max_steps": 2, "trainer.limit_val_batches": 1,
+               "trainer.default_root_dir": tmp_path / "run", "model.init_args.decoder": "null", "model.init_args.stage2.context": "image_encoder",
+               "data.init_args.config.train": f"{shards}/train-*.tar", "data.init_args.config.val": f"{shards}/val-*.tar",
+               "data.init_args.config.batch_size": 2, "data.init_args.config.val_batches": 1}  # fmt: skip
+    done = run("torchrun.sh", "mini", "stage2", *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+               PYTHON=sys.executable, GPUS="2", RESTARTS="0", PORT=str(free_port()), WANDB_MODE="disabled", OMP_NUM_THREADS="1")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run/finished.json").read_text())["step"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

@@ -88,6 +88,16 @@ def test_of_each_folders_weights_one_format_is_fetched():
     assert wanted(ip_adapter, "models/image_encoder") == ["models/image_encoder/config.json", "models/image_encoder/model.safetensors"]
 
 
+@pytest.mark.parametrize(("files", "empty"), [
+    (["model_index.json", "unet/config.json", "unet/model.fp16.safetensors", "vae/config.json", "vae/model.bin"], "unet/config.json"),
+    (["config.json", "tf_model.h5"], "config.json"),
+    (["vae/config.json", "README.md"], "vae/config.json"),
+])  # fmt: skip
+def test_a_model_without_weights_that_are_read_is_refused(files, empty):
+    with pytest.raises(FileNotFoundError, match=rf"^no weights that are read beside {empty}$"):
+        wanted(files, "vae" if len(files) == 2 and "/" in files[0] else None)
+
+
 def test_a_file_that_is_not_what_the_hub_says_is_refused(hub, tmp_path):
     hub.repositories["o/m"] = {"config.json": b"{}", "model.safetensors": b"whole"}
     for entry, kind in zip(fetch_model("o/m@main"), ("git digest", "sha256"), strict=True):

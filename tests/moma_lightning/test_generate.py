@@ -28,11 +28,12 @@ def generate(out: Path, prompts: list[str], *options: str) -> dict[str, np.ndarr
     return {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
 
 
-def test_pictures_are_written_with_their_settings(cat, tmp_path):
+def test_pictures_are_written_with_their_settings(cat, tmp_path, caplog):
     made = generate(tmp_path / "out", ["a cat on the beach", "a cat / in the snow"], "--image", cat, "--label", "cat", "--num_images_per_prompt", "2")
     assert list(made) == ["000-a-cat-on-the-beach.png", "001-a-cat-on-the-beach.png", "002-a-cat-in-the-snow.png", "003-a-cat-in-the-snow.png"]
     settings = json.loads((tmp_path / "out" / "003-a-cat-in-the-snow.json").read_text())
     assert settings["seed"] == 3 and settings["label"] == "cat" and settings["prompt"] == "a cat / in the snow" and settings["beta"] == 1.0
+    assert " entries, 0 missing, 0 unexpected, 0 of another shape" in caplog.text, "what was read of the adapter is not told"
 
 
 def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):

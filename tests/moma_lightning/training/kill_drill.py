@@ -3,13 +3,15 @@
     python -m tests.moma_lightning.training.kill_drill --folder /tmp/drill --kills 20 --processes 1
 
 A tiny stage 2 with its real datamodule (shards, two workers), validation, EMA and random noise. Every third kill waits for a
-checkpoint being written, the others for a random moment. What is compared: trained weights, average and optimizer state bit for
+checkpoint being written, the others for a random moment; requests to end (SIGTERM) come on top of them. With --folders each rank writes its part of a
+checkpoint. What is compared: trained weights, average and optimizer state bit for
 bit, and the samples of every step on every rank; and that every pass over the data, the readers of all ranks together, brings each sample once.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -21,13 +23,16 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from datamodules.mini.export import export
 from moma_lightning.modules.stage2 import Stage2
-from moma_lightning.training import checkpoint_io
+from moma_lightning.training import checkpoint_folder, checkpoint_io
 from tests.moma_lightning.conftest import write_base, write_mllm_and_clip
 
 EVERY, TRAIN_COUNT, STEPS_PER_EPOCH, WORKERS = 5, 48, 7, 2
+#: Seconds between a request to end and the end: what torchrun allows.
+IN_TIME = 30
 
 
 class Drilled(Stage2):
@@ -35,7 +40,7 @@ class Drilled(Stage2):
 
     def setup(self, stage):
         if "DRILL_SLOW_SAVE" in os.environ:
-            checkpoint_io.torch = SlowTorch
+            checkpoint_io.torch = checkpoint_folder.torch = SlowTorch
 
     def training_step(self, batch, batch_idx):
         with (Path(self.trainer.default_root_dir) / f"seen-{self.global_rank}.txt").open("a") as file:
@@ -45,6 +50,8 @@ class Drilled(Stage2):
 
 class SlowTorch:
     """In torch's place: `save` writes the first half of the file, waits, and writes the rest."""
+
+    load = staticmethod(torch.load)
 
     @staticmethod
     def save(checkpoint, path: Path) -> None:
@@ -66,9 +73,10 @@ def prepare(folder: Path) -> None:
         (folder / "ready").touch()
 
 
-def config(folder: Path, run: str, steps: int, processes: int) -> Path:
+def config(folder: Path, run: str, steps: int, processes: int, folders: bool) -> Path:
     path, models, shards = folder / f"{run}.yaml", folder / "models", folder / "data/shards"
-    sharded = {"strategy": "sharded", "devices": processes} if processes > 1 else {"devices": 1}
+    strategy = {"class_path": "moma_lightning.training.strategy.ShardedStrategy", "init_args": {"save_distributed_checkpoint": folders}}
+    sharded = {"strategy": strategy, "devices": processes} if processes > 1 or folders else {"devices": 1}
     path.write_text(yaml.safe_dump({
         "trainer": {"default_root_dir": str(folder / run), "accelerator": "cpu", "max_steps": steps, "log_every_n_steps": 10, "num_sanity_val_steps": 0,
                     "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": 1.0, "limit_val_batches": 1,
@@ -95,27 +103,40 @@ def start(path: Path, slow_save: bool = False) -> subprocess.Popen:
 
 
 def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random) -> str:
-    """Wait for the moment, then end the process and all its children. Every seventh is asked to end (SIGTERM), not killed."""
-    before, kind = progress(run), signal.SIGTERM if number % 7 == 1 else signal.SIGKILL
+    """Wait for the moment, then end the process and all its children; returns what was done. Every seventh is asked to end, not killed."""
+    before, kind = progress(run), signal.SIGTERM if is_asked(number) else signal.SIGKILL
     wait(process, lambda: progress(run) > before)
     moment = "at a random moment"
     if hits_a_save(number):
         moment = "while a checkpoint was being written"
-        wait(process, lambda: any((run / "checkpoints").glob(".last.*")))
+        wait(process, lambda: is_saving(run / "checkpoints"))
     elif kind == signal.SIGKILL:  # a request to end is made at once: a short training would be over, and its handlers gone, in seconds
         time.sleep(rng.random() * 2)
+    assert process.poll() in (None, 0), f"the training failed by itself: see {run.with_suffix('.log')}"
+    begun = time.monotonic()
     if kind == signal.SIGTERM:
         os.kill(process.pid, kind)
-        assert process.wait(300) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
+        assert process.wait(IN_TIME) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
     else:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
         process.wait()
-    return f"{kind.name} {moment}"
+    return f"{kind.name} {moment}, over in {time.monotonic() - begun:.1f} s"
+
+
+def is_asked(number: int) -> bool:
+    return number % 7 == 1
 
 
 def hits_a_save(number: int) -> bool:
-    return number % 3 == 0
+    return number % 3 == 0 and not is_asked(number)
+
+
+def is_saving(checkpoints: Path) -> bool:
+    """Whether a checkpoint is there that has not taken its place yet. A folder's place is a link to it."""
+    last = checkpoints / "last.ckpt"
+    placed = os.readlink(last) if last.is_symlink() else None
+    return any(path.name != placed for path in checkpoints.glob(".last.*"))
 
 
 def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 900) -> None:
@@ -133,22 +154,26 @@ def progress(run: Path) -> int:
     return len(seen.read_text().splitlines()) if seen.exists() else 0
 
 
-def undisturbed(folder: Path, steps: int, processes: int) -> Path:
-    process = start(config(folder, "whole", steps, processes))
+def undisturbed(folder: Path, steps: int, processes: int, folders: bool) -> Path:
+    process = start(config(folder, "whole", steps, processes, folders))
     assert process.wait(3000) == 0, (folder / "whole.log").read_text()[-3000:]
     return folder / "whole"
 
 
-def disturbed(folder: Path, steps: int, processes: int, kills: int, seed: int) -> Path:
+def disturbed(folder: Path, steps: int, processes: int, folders: bool, kills: int, seed: int) -> Path:
     rng, run = random.Random(seed), folder / "killed"
-    path = config(folder, "killed", steps, processes)
-    for number in range(kills):
+    path = config(folder, "killed", steps, processes, folders)
+    killed = 0
+    for number in itertools.count():
+        if killed == kills:
+            break
         process = start(path, slow_save=hits_a_save(number))
         how = interrupt(process, run, number, rng)
-        print(f"{number + 1}: {how}, {last_step(run)} steps saved", flush=True)
         if (run / "finished.json").exists():
-            print("finished before all kills were dealt out")
+            print("finished before all kills were dealt out: give it more --steps")
             break
+        killed += not is_asked(number)
+        print(f"{number + 1}: {how}, {last_step(run)} steps saved", flush=True)
     process = start(path)
     assert process.wait(3000) == 0, path.with_suffix(".log").read_text()[-3000:]
     return run
@@ -156,7 +181,8 @@ def disturbed(folder: Path, steps: int, processes: int, kills: int, seed: int) -
 
 def last_step(run: Path) -> int:
     checkpoint = run / "checkpoints/last.ckpt"
-    return torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.exists() else 0
+    small = checkpoint / checkpoint_folder.REST if checkpoint.is_dir() else checkpoint
+    return torch.load(small, weights_only=True)["global_step"] if small.exists() else 0
 
 
 def samples(run: Path, rank: int) -> dict[int, list[str]]:
@@ -167,10 +193,19 @@ def samples(run: Path, rank: int) -> dict[int, list[str]]:
 
 def differences(whole: Path, killed: Path, processes: int) -> list[str]:
     """Names of what is not equal in every bit."""
-    one, two = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, killed))
+    one, two = (tensors_of(run) for run in (whole, killed))
     tensors = [flatten({key: checkpoint[key] for key in ("state_dict", "ema", "optimizer_states")}) for checkpoint in (one, two)]
     wrong = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1].get(name, torch.zeros(0)))]
     return wrong + [f"samples of rank {rank}" for rank in range(processes) if samples(whole, rank) != samples(killed, rank)]
+
+
+def tensors_of(run: Path) -> dict:
+    """The last checkpoint's content, out of its file or folder."""
+    path = run / "checkpoints/last.ckpt"
+    if path.is_dir():
+        dcp_to_torch_save(path, run / "whole.pt")
+        path = run / "whole.pt"
+    return torch.load(path, weights_only=True)
 
 
 def uneven(run: Path, processes: int) -> list[str]:
@@ -191,12 +226,12 @@ def flatten(tree, name="") -> dict[str, torch.Tensor]:
     return {key: value for k, branch in items for key, value in flatten(branch, f"{name}.{k}").items()}
 
 
-def drill(folder: Path, kills: int, processes: int = 1, steps: int = 60, seed: int = 0) -> list[str]:
+def drill(folder: Path, kills: int, processes: int = 1, folders: bool = False, steps: int = 60, seed: int = 0) -> list[str]:
     """Everything; returns what differs."""
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
-    whole = undisturbed(folder, steps, processes)
-    killed = disturbed(folder, steps, processes, kills, seed)
+    whole = undisturbed(folder, steps, processes, folders)
+    killed = disturbed(folder, steps, processes, folders, kills, seed)
     return differences(whole, killed, processes) + uneven(killed, processes)
 
 
@@ -205,9 +240,10 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--folders", action="store_true")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     wrong = drill(**options)
-    print(json.dumps({"kills": options["kills"], "processes": options["processes"], "differences": wrong}))
+    print(json.dumps({"kills": options["kills"], "processes": options["processes"], "folders": options["folders"], "differences": wrong}))
     sys.exit(bool(wrong))

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.sharding import local, over_ranks
 from moma_lightning.training.strategy import ShardedStrategy
 
-STEPS, AFTER, GLOBAL_BATCH = 20, 3, 4
+STEPS, AFTER = 20, 3
 
 
 class SameNoise(Stage2):
@@ -41,19 +42,27 @@ class SameNoise(Stage2):
 
     def random_draws(self, latents, generator, drop):
         rng = torch.Generator().manual_seed(self.global_step)
-        size, start = len(latents), self.global_rank * len(latents)
-        noise = torch.randn(GLOBAL_BATCH, *latents.shape[1:], generator=rng)[start : start + size]
-        timesteps = torch.randint(0, 1000, (GLOBAL_BATCH,), generator=rng)[start : start + size]
-        return noise, timesteps, torch.rand(2, GLOBAL_BATCH, generator=rng)[:, start : start + size]
+        size, start, whole = len(latents), self.global_rank * len(latents), len(latents) * self.trainer.world_size
+        noise = torch.randn(whole, *latents.shape[1:], generator=rng)[start : start + size]
+        timesteps = torch.randint(0, 1000, (whole,), generator=rng)[start : start + size]
+        return noise, timesteps, torch.rand(2, whole, generator=rng)[:, start : start + size]
 
 
-def global_batch(seed: int, rank: int, ranks: int) -> TripletBatch:
+@dataclass
+class Size:
+    """pictures: of all ranks in a step; side in pixels."""
+
+    pictures: int = 4
+    side: int = 32
+
+
+def global_batch(seed: int, rank: int, ranks: int, size: Size) -> TripletBatch:
     rng = torch.Generator().manual_seed(seed)
-    mask = (torch.rand(GLOBAL_BATCH, 1, 32, 32, generator=rng) > 0.5).float()
-    pixels = torch.rand(GLOBAL_BATCH, 3, 32, 32, generator=rng) * 2 - 1
-    part = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)
-    count = GLOBAL_BATCH // ranks
-    return TripletBatch(pixels[part], mask[part], ["a cat on a lake"] * count, ["cat"] * count, [f"{seed}-{i}" for i in range(GLOBAL_BATCH)][part])
+    mask = (torch.rand(size.pictures, 1, size.side, size.side, generator=rng) > 0.5).float()
+    pixels = torch.rand(size.pictures, 3, size.side, size.side, generator=rng) * 2 - 1
+    count = size.pictures // ranks
+    part = slice(rank * count, (rank + 1) * count)
+    return TripletBatch(pixels[part], mask[part], ["a cat on a lake"] * count, ["cat"] * count, [f"{seed}-{i}" for i in range(size.pictures)][part])
 
 
 class Held(Callback):
@@ -64,15 +73,15 @@ class Held(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         parameters = list(module.parameters())
-        self.bytes["parameters"] = _bytes([*parameters, *module.buffers()])
-        self.bytes["gradients"] = _bytes([p.grad for p in parameters if p.grad is not None])
+        self.bytes["parameters"] = size_of([*parameters, *module.buffers()])
+        self.bytes["gradients"] = size_of([p.grad for p in parameters if p.grad is not None])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
-        self.bytes["optimizer"] = _bytes(states)
+        self.bytes["optimizer"] = size_of(states)
 
 
-def _bytes(tensors) -> int:
+def size_of(tensors) -> int:
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -123,30 +132,31 @@ def build_variant(name: str, places: dict):
     return build(stage, FoundationConfig(**places[foundation]), places["decoder"], config)
 
 
-def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | None = None, steps: int = STEPS, callbacks=(), **options) -> list[float]:
+def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | None = None, steps: int = STEPS, callbacks=(),
+          size: Size = Size(), **options) -> list[float]:  # fmt: skip  # noqa: B008
     """20 steps, or the few after a checkpoint's; clipped so that the norm matters."""
     recorder = Losses(*save)
     done = STEPS // 2 if resume else 0
     trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, accelerator="cpu", devices=ranks,
                       strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                       gradient_clip_val=0.05, callbacks=[recorder, *callbacks], num_sanity_val_steps=0, **{"limit_val_batches": 0} | options)
-    trainer.fit(module, Rest(done), ckpt_path=resume)
+    trainer.fit(module, Rest(done, size), ckpt_path=resume)
     return recorder.losses
 
 
 class Rest(LightningDataModule):
     """The global batches from `first` on."""
 
-    def __init__(self, first: int):
+    def __init__(self, first: int, size: Size):
         super().__init__()
-        self.first = first
+        self.first, self.size = first, size
 
     def train_dataloader(self):
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        return Sized([global_batch(seed, rank, ranks) for seed in range(self.first, STEPS)])
+        return Sized([global_batch(seed, rank, ranks, self.size) for seed in range(self.first, STEPS)])
 
     def val_dataloader(self):
-        return DataLoader([global_batch(99, self.trainer.global_rank, self.trainer.world_size)], batch_size=None)
+        return DataLoader([global_batch(99, self.trainer.global_rank, self.trainer.world_size, self.size)], batch_size=None)
 
 
 class Sized(list):

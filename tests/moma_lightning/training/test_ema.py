@@ -79,3 +79,19 @@ def test_another_models_average_is_refused(tmp_path):
 def test_decay_is_checked():
     with pytest.raises(ValueError, match=r"decay 1.0 is not in \[0, 1\)"):
         EMA(1.0)
+
+
+def test_the_average_goes_to_where_the_module_was_moved_after_it_was_read(tmp_path):
+    module, ema = Walk(), EMA(0.5)
+    ema.on_load_checkpoint(Trainer(logger=False), module, {"ema": {"weight": torch.ones(1)}})
+    ema.on_train_start(Trainer(logger=False), module.to("meta"))
+    assert ema.average["weight"].device.type == "meta"
+
+
+def test_a_checkpoint_without_an_average_starts_one_at_its_weights():
+    module, ema = Walk(), EMA(0.5)
+    ema.on_fit_start(Trainer(logger=False), module)
+    with torch.no_grad():
+        module.weight.fill_(3.0)  # as sharded training reads a checkpoint: after `on_fit_start`
+    ema.on_load_checkpoint(Trainer(logger=False), module, {})
+    assert ema.average["weight"].item() == 3.0

@@ -1,0 +1,66 @@
+"""Checkpoints that are cut short, of another kind, or could not be written."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from moma_lightning.training import checkpoint_folder
+from moma_lightning.training.checkpoint_io import WholeCheckpointIO
+
+TENSORS = {"state_dict": {"weight": torch.ones(4, 4)}}
+
+
+def save(path, step):
+    checkpoint_folder.save(path, TENSORS, {"global_step": step}, rank=0, barrier=lambda: None, broadcast=lambda value: value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_file_cut_short_is_named(tmp_path, share):
+    path = tmp_path / "last.ckpt"
+    torch.save(TENSORS | {"epoch": 1}, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a whole checkpoint .*--ckpt_path"):
+        WholeCheckpointIO().load_checkpoint(path, weights_only=True)
+
+
+def test_a_folder_read_by_a_strategy_that_does_not_shard_is_named(tmp_path):
+    save(tmp_path / "last.ckpt", 1)
+    with pytest.raises(ValueError, match=r"last\.ckpt is a folder.*--trainer\.strategy sharded"):
+        WholeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_a_folder_takes_a_files_place_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    torch.save({"global_step": 1}, path)
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(path, 2)
+    assert torch.load(path, weights_only=True) == {"global_step": 1}
+    save(path, 3)
+    assert path.is_dir() and torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 3}
+
+
+def test_a_full_disk_leaves_the_folder_from_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    save(path, 1)
+
+    def full(tensors, checkpoint_id):
+        (checkpoint_id / "__0_0.distcp").parent.mkdir()
+        (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            save(path, 2)
+    assert torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 1}
+    save(path, 2)
+    assert torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".last.ckpt-2", "last.ckpt"]
