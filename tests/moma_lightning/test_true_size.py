@@ -59,10 +59,11 @@ def test_the_released_mllms_names_are_the_decoders_own():
     assert read == {name for name in made.own_parameters() if name.startswith("mllm.")}
 
 
-def test_a_stage_1_step_of_llava_7b():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stage_1_step_of_llava_7b(dtype):
     """Forward, Eq. 4, backward and AdamW at 512 pixels: every trained parameter gets a gradient of its shape, the vision tower none."""
-    made = decoder().train()
-    pictures, target = torch.empty(2, 3, 512, 512, device="meta"), torch.empty(2, 1024, device="meta")
+    made = decoder().to(dtype).train()
+    pictures, target = torch.empty(2, 3, 512, 512, device="meta", dtype=dtype), torch.empty(2, 1024, device="meta")
     predicted = made(pictures, ["cat", "toy robot"], ["a cat on the beach", "a toy robot in the snow"])
     assert predicted.shape == (2, 1024)
     losses.image_embedding_loss(predicted, target).backward()
