@@ -181,6 +181,16 @@ def in_bf16(module, folder: Path) -> tuple[list[float], dict[str, str]]:
     return losses, dtypes
 
 
+def compiled(module, folder: Path) -> list[float]:
+    """Three steps of a compiled UNet; backend "eager" leaves the kernels as they are."""
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: compile_module(module, backend="eager")
+    try:
+        return train(module, folder, 2, ShardedStrategy(), steps=3)
+    finally:
+        torch.nn.Module.compile = compile_module
+
+
 def main(folder: Path) -> None:
     places = json.loads((folder / "foundation.json").read_text())
     foundation, decoder = FoundationConfig(**places["foundation"]), places["decoder"]
@@ -199,6 +209,7 @@ def main(folder: Path) -> None:
         held = Held()
         results[name] = train(build_variant(name, places), folder / name / "two", 2, ShardedStrategy(), steps=VARIANT_STEPS, callbacks=[held])
         results[f"{name}/held"] = held.bytes
+    results["compiled"] = compiled(build("stage2", foundation, decoder, compile=True), folder / "compiled")
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
     results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:

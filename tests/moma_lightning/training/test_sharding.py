@@ -68,6 +68,10 @@ def test_adapters_another_mllm_and_sdxl_lose_the_same_on_two(runs, name):
     assert len(losses[name]) == VARIANT_STEPS and losses[name] == pytest.approx(losses[f"{name}-alone"], abs=1e-5)
 
 
+def test_a_compiled_unet_loses_the_same_sharded(runs):
+    assert runs[1]["compiled"] == pytest.approx(runs[1]["stage2-alone"][:3], abs=1e-5)
+
+
 def test_copies_of_a_node_lose_the_same(runs):
     assert runs[1]["copies"] == pytest.approx(runs[1]["stage2-alone"][:5], abs=1e-5)
 
