@@ -8,7 +8,6 @@ import errno
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import braceexpand
 import webdataset as wds
+
+from moma_lightning.files import commit, place_beside, write_bytes
 
 REQUIRED_FIELDS = ("caption", "caption_full", "label", "image_id", "source", "license", "author")
 MANIFEST = "manifest.json"
@@ -68,30 +69,30 @@ def write_shards(
         name = f"{split}-{number:05d}.tar"
         if _is_finished(folder / name, part["shards"].get(name)):
             continue
-        written = write_shard(folder / name, samples(range(start, min(start + samples_per_shard, count))))
-        part["shards"][name] = {"count": written, "sha256": sha256(folder / name)}
+        part["shards"][name] = write_shard(folder / name, samples(range(start, min(start + samples_per_shard, count))))
         part["count"] = sum(shard["count"] for shard in part["shards"].values())
         write_json(folder / MANIFEST, read_manifest(folder) | {split: part})
     return part
 
 
-def write_shard(path: Path, samples: Iterable[ShardSample]) -> int:
-    """Write one tar beside its place and rename it; returns how many samples it has.
+def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
+    """Write one tar beside its place and rename it; returns what a manifest says of it: count, sha256.
 
     A full disk raises an OSError that names the shard, and leaves nothing of it behind.
     """
-    beside = path.with_name(f".{path.name}.writing")
+    beside = place_beside(path)
     try:
         with beside.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
             count = sum(_add(tar, sample) for sample in samples)
+        entry = {"count": count, "sha256": sha256(beside)}  # of what was written, not of what may have taken its place since
+        commit(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = "the disk is full: free some space and run again, finished shards are kept"
         raise OSError(error.errno, reason, str(path)) from error
-    beside.replace(path)
-    return count
+    return entry
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -101,9 +102,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, path)
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def sha256(path: Path) -> str:

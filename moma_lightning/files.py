@@ -1,8 +1,10 @@
 """Files that are there whole or not at all."""
 
 import errno
+import glob
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +34,19 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """`write_beside` of what is in memory."""
     write_beside(path, lambda beside: beside.write_bytes(content))
+
+
+def place_beside(path: Path) -> Path:
+    """Where this process alone may write what `commit` is to rename to `path`; what killed processes left there is removed.
+
+    The workers of a run that was killed may live on for seconds, and write on: not into the next run's file, as that has another name.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*writing"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.writing")
 
 
 def commit(beside: Path, path: Path) -> None:

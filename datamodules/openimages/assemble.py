@@ -100,10 +100,9 @@ class ShardStage:
             if sharding.sha256(path) == entry["sha256"]:
                 return item | entry
         lines: list[dict[str, Any]] = []
-        count = sharding.write_shard(path, self.samples(item, lines))
+        entry = sharding.write_shard(path, self.samples(item, lines))
         offsets = member_offsets(path)
         lines = [line | offsets[line["key"]] for line in lines]
-        entry = {"count": count, "sha256": sharding.sha256(path)}
         write_beside(index.with_suffix(".json"), lambda beside: beside.write_text(json.dumps(entry)))
         write_beside(index, lambda beside: pd.DataFrame(lines).to_parquet(beside, index=False))
         return item | entry

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from datamodules.openimages.config import SourcesConfig, Split
 from datamodules.openimages.sources import DIGITS, Sources
+from moma_lightning.files import commit, place_beside
 
 TEXT, NUMBER = pa.string(), pa.float64()
 
@@ -49,8 +49,7 @@ class SplitTable:
 
 def write_parts(path: Path, kind: str, folder: Path) -> None:
     """Split a CSV by the ImageID's first digit into `folder`, beside and renamed."""
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = place_beside(folder)
     beside.mkdir(parents=True)
     counts: Counter[str] = Counter()
     schema = pa.schema(list(COLUMNS[kind].items()))
@@ -61,7 +60,7 @@ def write_parts(path: Path, kind: str, folder: Path) -> None:
             for digit, writer in writers.items():
                 writer.write_table(table.filter(pc.equal(first, digit)))
     (beside / "counts.json").write_text(json.dumps(counts))
-    beside.rename(folder)
+    commit(beside, folder)
 
 
 def read_csv(path: Path, kind: str, counts: Counter[str]) -> Iterator[pa.Table]:

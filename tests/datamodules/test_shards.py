@@ -1,10 +1,12 @@
 import json
+import os
 import tarfile
 
 import pytest
 
 from datamodules import shards
-from datamodules.shards import ShardSample, expand_shards, require_a_shard_each, write_shards
+from datamodules.shards import ShardSample, expand_shards, require_a_shard_each, write_shard, write_shards
+from moma_lightning.files import place_beside
 
 FIELDS = {name: "x" for name in shards.REQUIRED_FIELDS}
 
@@ -63,12 +65,34 @@ def test_killed_and_resumed_is_the_same_as_never_killed(tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_full_disk_names_the_shard_and_finished_ones_are_kept(tmp_path):
-    (tmp_path / ".train-00001.tar.writing").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"the disk is full.*train-00001.tar"):
-        write(tmp_path, Source())
+def test_full_disk_names_the_shard_and_finished_ones_are_kept(tmp_path, monkeypatch):
+    def full_later(path):
+        beside = place_beside(path)
+        if path.name == "train-00001.tar":
+            beside.symlink_to("/dev/full")
+        return beside
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "place_beside", full_later)
+        with pytest.raises(OSError, match=r"the disk is full.*train-00001.tar"):
+            write(tmp_path, Source())
     assert sorted(files(tmp_path)) == ["manifest.json", "train-00000.tar"]
     assert write(tmp_path, source := Source())["count"] == 5 and source.asked == [2, 3, 4]
+
+
+def test_a_worker_that_outlives_its_run_does_not_spoil_the_next_runs_shard(tmp_path, monkeypatch):
+    path, entries = tmp_path / "train-00000.tar", []
+
+    def killed_before(rows):
+        yield from Source()(rows)
+        with monkeypatch.context() as patch:  # now the next run writes that shard, while this process is in the middle of it
+            patch.setattr(os, "getpid", lambda: 7)
+            entries.append(write_shard(path, Source()(range(2))))
+        yield from Source()(range(100, 200))
+
+    with pytest.raises(FileNotFoundError):
+        write_shard(path, killed_before(range(100)))
+    assert entries == [{"count": 2, "sha256": shards.sha256(path)}] and list(files(tmp_path)) == [path.name]
 
 
 def test_finished_shards_are_kept_damaged_ones_written_again(tmp_path):

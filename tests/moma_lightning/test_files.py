@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moma_lightning.files import commit, write_beside
+from moma_lightning.files import commit, place_beside, write_beside
 
 
 def test_a_file_is_renamed_into_its_place_and_nothing_is_left_beside_it(tmp_path):
@@ -37,6 +37,16 @@ def test_a_folders_files_are_on_the_disk_before_it_has_its_name(tmp_path, order)
     commit(tmp_path / ".new", tmp_path / "folder")
     assert sorted(order[:2]) == ["sync a.txt", "sync b.txt"] and order[2:] == ["rename to folder", f"sync {tmp_path.name}"]
     assert (tmp_path / "folder/deep/b.txt").read_text() == "deep/b.txt"
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".masks.there.7.writing", ".masks.writing", ".other.there.7.writing"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".masks.here.8.writing").write_text("a file")
+    (tmp_path / "masks").mkdir()
+    beside = place_beside(tmp_path / "masks")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.there.7.writing", "masks"]
+    assert str(os.getpid()) in beside.name and not beside.exists()
 
 
 def test_a_disk_that_says_late_that_it_is_full_leaves_the_file_from_before(tmp_path, monkeypatch):
