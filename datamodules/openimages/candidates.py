@@ -44,6 +44,7 @@ class JoinDigit:
         counts = path.with_suffix(".json")
         if not counts.exists():
             tables = {kind: pd.read_parquet(self.tables / kind / path.name) for kind in ("masks", "boxes", "image_labels", "metadata")}
+            tables["bad"] = pd.concat(pd.read_parquet(self.tables / kind / "bad.parquet") for kind in tables)
             captions = self.tables / "captions" / path.name
             given = pd.read_parquet(captions) if captions.exists() else None
             funnel = join(tables, given, self.names, self.humans, self.select)
@@ -72,7 +73,7 @@ def join(tables: dict[str, pd.DataFrame], captions: pd.DataFrame | None, names: 
     funnel.drop("class_excluded", _is_one_of(funnel.rows.LabelName, select.exclude_classes, names))
     funnel.drop("human_subject", funnel.rows.LabelName.isin(humans))
     if select.humans == "picture":
-        funnel.drop("human_in_picture", funnel.rows.ImageID.isin(pictures_with(humans, masks, boxes, tables["image_labels"], select)))
+        funnel.drop("human_in_picture", funnel.rows.ImageID.isin(pictures_with(humans, tables, select)))
     funnel.rows = with_box(funnel.rows, boxes[boxes.ImageID.isin(funnel.rows.ImageID)], select.box_tolerance)
     if select.require_box:
         funnel.drop("no_box", funnel.rows.XMin.isna())
@@ -93,10 +94,11 @@ def join(tables: dict[str, pd.DataFrame], captions: pd.DataFrame | None, names: 
     return funnel
 
 
-def pictures_with(humans: frozenset[str], masks: pd.DataFrame, boxes: pd.DataFrame, labels: pd.DataFrame, select: SelectConfig) -> set[str]:
-    """ImageIDs in which a mask, a box or an image-level label says that there is a person or a part of one."""
+def pictures_with(humans: frozenset[str], tables: dict[str, pd.DataFrame], select: SelectConfig) -> set[str]:
+    """ImageIDs in which a mask, a box or an image-level label, be its row good or bad, says that there is a person or a part of one."""
+    labels = tables["image_labels"]
     seen = labels[labels.Confidence >= select.min_label_confidence]
-    return set().union(*(table.ImageID[table.LabelName.isin(humans)] for table in (masks, boxes, seen)))
+    return set().union(*(table.ImageID[table.LabelName.isin(humans)] for table in (tables["masks"], tables["boxes"], seen, tables["bad"])))
 
 
 def with_box(masks: pd.DataFrame, boxes: pd.DataFrame, tolerance: float) -> pd.DataFrame:

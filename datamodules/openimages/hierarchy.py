@@ -21,8 +21,11 @@ def descendants(hierarchy: Path, roots: list[str]) -> frozenset[str]:
 
 def class_names(path: Path) -> dict[str, str]:
     """Class id to name, of a CSV with or without a header `LabelName,DisplayName`. Raises ValueError that names a bad file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no file of class names, lines /m/...,name in UTF-8 ({error}): remove it, or name the right one in sources") from error
     names = {row[0]: row[1].strip() for row in rows if len(row) == 2 and row[0].startswith("/")}
     if not names:
         raise ValueError(f"{path}: no lines of the form /m/...,name")

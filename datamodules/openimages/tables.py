@@ -1,8 +1,14 @@
-"""OpenImages' annotation CSVs, read once in a stream and kept as one Parquet file for each first hex digit of the ImageID."""
+"""OpenImages' annotation CSVs, read once in a stream and kept as one Parquet file for each first hex digit of the ImageID.
+
+    <work>/tables/<kind>/<digit>.parquet   the good rows
+    <work>/tables/<kind>/bad.parquet       picture and class that bad rows name: of a person who is in the picture, say
+    <work>/tables/<kind>/counts.json       rows and bad_rows
+"""
 
 import csv
 import json
-from collections import Counter
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,10 +38,15 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
 }  # fmt: skip
 #: Columns that may be empty; an empty or unreadable value anywhere else makes a bad row.
 OPTIONAL = {"PredictedIoU", "OriginalLandingURL", "License", "Author", "OriginalSize", "OriginalMD5", "Rotation"}
+#: Kinds with text in quotes. In the other files a quote is damage, and must not open a cell that goes on over the next rows.
+QUOTED = {"metadata"}
+NAMED = pa.schema({"ImageID": TEXT, "LabelName": TEXT})
+IMAGE_ID, CLASS_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{16}(?![0-9a-f])"), re.compile(r"/\w/\w+")
+LONGEST_HEADER = 1 << 16  # characters; a file that is no CSV may have a line end nowhere
 
 
 class SplitTable:
-    """A stage: item {"kind"} -> rows and bad rows of that CSV, and `<folder>/<kind>/<digit>.parquet`."""
+    """A stage: item {"kind"} -> rows and bad rows of that CSV, and the files of `<folder>/<kind>/`."""
 
     def __init__(self, config: SourcesConfig, split: Split, cache: Path, folder: Path):
         self.sources, self.folder = Sources(config, split, cache), folder
@@ -48,62 +59,76 @@ class SplitTable:
 
 
 def write_parts(path: Path, kind: str, folder: Path) -> None:
-    """Split a CSV by the ImageID's first digit into `folder`, beside and renamed."""
+    """Split a CSV into the files of `folder`, beside and renamed."""
     beside = place_beside(folder)
     beside.mkdir(parents=True)
     counts: Counter[str] = Counter()
     schema = pa.schema(list(COLUMNS[kind].items()))
     with ExitStack() as stack:
         writers = {digit: stack.enter_context(pq.ParquetWriter(beside / f"{digit}.parquet", schema)) for digit in DIGITS}
-        for table in read_csv(path, kind, counts):
+        bad = stack.enter_context(pq.ParquetWriter(beside / "bad.parquet", NAMED))
+        for table, named in read_csv(path, kind, counts):
             first = pc.utf8_slice_codeunits(table["ImageID"], 0, 1)
             for digit, writer in writers.items():
                 writer.write_table(table.filter(pc.equal(first, digit)))
+            bad.write_table(named)
     (beside / "counts.json").write_text(json.dumps(counts))
     commit(beside, folder)
 
 
-def read_csv(path: Path, kind: str, counts: Counter[str]) -> Iterator[pa.Table]:
-    """A CSV's known columns in blocks, bad rows left out; `counts` gets rows and bad_rows.
+def read_csv(path: Path, kind: str, counts: Counter[str]) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """A CSV's known columns in blocks: the good rows, and what the bad ones name (`NAMED`); `counts` gets rows and bad_rows.
 
     Raises ValueError that names the file for missing columns or a file that is no CSV.
     """
     columns = COLUMNS[kind]
-    check_header(path, list(columns))
+    check_header(path, list(columns), quoted=kind in QUOTED)
+    skipped: deque[str] = deque()  # filled by Arrow's threads, so the counting is done here
 
-    def skip(_: pacsv.InvalidRow) -> str:
-        counts["rows"] += 1
-        counts["bad_rows"] += 1
+    def skip(row: pacsv.InvalidRow) -> str:
+        skipped.append(row.text)
         return "skip"
 
-    parse = pacsv.ParseOptions(newlines_in_values=kind == "metadata", invalid_row_handler=skip)
+    def named_by_skipped() -> pa.Table:
+        lines = [skipped.popleft() for _ in range(len(skipped))]
+        counts.update(rows=len(lines), bad_rows=len(lines))
+        names = [(image, name) for line in lines for image in IMAGE_ID.findall(line) for name in CLASS_ID.findall(line)]
+        return pa.table([[image for image, _ in names], [name for _, name in names]], schema=NAMED)
+
+    parse = pacsv.ParseOptions(quote_char='"' if kind in QUOTED else False, newlines_in_values=kind in QUOTED, invalid_row_handler=skip)
     convert = pacsv.ConvertOptions(include_columns=list(columns), column_types=dict.fromkeys(columns, pa.binary()), strings_can_be_null=True)
     try:
         with pacsv.open_csv(path, pacsv.ReadOptions(block_size=1 << 22), parse, convert) as reader:
             for batch in reader:
-                yield _typed(pa.table(batch), columns, counts)
+                good, named = _typed(pa.table(batch), columns, counts)
+                yield good, pa.concat_tables([named, named_by_skipped()])
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as a CSV: {error}") from error
+    yield pa.schema(list(columns.items())).empty_table(), named_by_skipped()
 
 
-def check_header(path: Path, columns: list[str]) -> None:
+def check_header(path: Path, columns: list[str], quoted: bool = True) -> None:
+    """Raises ValueError that names the file and what it has in the place of `columns`."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        header = next(csv.reader(file), [])
+        line = file.readline(LONGEST_HEADER)
+    header = next(csv.reader([line], quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE), [])
     missing = [name for name in columns if name not in header]
     if missing:
-        raise ValueError(f"{path} lacks the columns {missing}; it has {header[:20]}")
+        found = [name[:40] for name in header[:20]]
+        raise ValueError(f"{path} lacks the columns {missing}; it has {found}: if it is another file, remove it, or name the right one in sources")
 
 
-def _typed(table: pa.Table, columns: dict[str, pa.DataType], counts: Counter[str]) -> pa.Table:
+def _typed(table: pa.Table, columns: dict[str, pa.DataType], counts: Counter[str]) -> tuple[pa.Table, pa.Table]:
+    """The good rows, and picture and class of the bad ones."""
     cast = {name: _text(table[name]) if kind == TEXT else _number(table[name]) for name, kind in columns.items()}
     typed = pa.table(cast, schema=pa.schema(list(columns.items())))
-    good = pc.fill_null(pc.match_substring_regex(typed["ImageID"], "^[0-9a-f]{16}$"), False)
+    good = known = pc.fill_null(pc.match_substring_regex(typed["ImageID"], "^[0-9a-f]{16}$"), False)
     for name in columns:
         if name not in OPTIONAL:
             good = pc.and_(good, pc.is_valid(typed[name]))
-    counts["rows"] += len(typed)
-    counts["bad_rows"] += len(typed) - (pc.sum(good).as_py() or 0)
-    return typed.filter(good)
+    counts.update(rows=len(typed), bad_rows=len(typed) - (pc.sum(good).as_py() or 0))
+    named = typed.filter(pc.and_not(known, good))
+    return typed.filter(good), named.select(NAMED.names) if "LabelName" in columns else NAMED.empty_table()
 
 
 def _number(column: pa.ChunkedArray) -> pa.ChunkedArray:

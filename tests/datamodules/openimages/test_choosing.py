@@ -5,7 +5,9 @@ import io
 import json
 import os
 import struct
+import threading
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,12 @@ from datamodules.openimages.config import SelectConfig, ShardConfig
 from datamodules.openimages.hierarchy import descendants
 from datamodules.openimages.perceptual import Lookalikes, distance, perceptual_hash
 from datamodules.openimages.subjects import fit_mask, read_picture
+from datamodules.openimages.tables import read_csv
 from datamodules.samples import BadSamples, decode, read_shards
 from datamodules.triplets import TripletConfig, TripletDataModule
 
 MAN, HAND = "/m/04yx4", "/m/0k65p"
+CLASS_NAMES = "v7/oidv7-class-descriptions-boxable.csv"
 
 
 @pytest.fixture
@@ -36,6 +40,11 @@ def built(miniature, config_of, tmp_path, counted):
 
 def box_of(miniature, i):
     return next(row for row in miniature.rows["boxes"] if row["ImageID"] == miniature.ids[i])
+
+
+def samples_of(config) -> list[dict]:
+    """Undecoded, in the shards' order."""
+    return list(read_shards(map(str, sorted(Path(config.out).glob("*.tar"))), BadSamples(Path(config.out) / "bad.log", "raise")))
 
 
 def test_a_good_miniature_comes_through_whole_and_trains(plain_bucket, config_of, counted, tmp_path):
@@ -55,6 +64,19 @@ def test_people_are_seen_in_masks_boxes_and_labels(miniature, built):
     miniature.rows["labels"].append(dict(ImageID=ids[2], Source="verification", LabelName=MAN, Confidence=0))  # verified: nobody
     miniature.add_mask(ids[3], MAN, Image.new("L", (72, 72), 255), (0, 1, 0, 1))
     assert built() == {"masks": 13, "human_subject": 1, "human_in_picture": 3, "triplets": 9}
+
+
+def test_people_are_seen_in_bad_rows(miniature, config_of, tmp_path, counted):
+    ids = miniature.ids
+    miniature.rows["boxes"].append(box_of(miniature, 0) | {"LabelName": MAN, "IsGroupOf": ""})
+    miniature.add_mask(ids[1], MAN, Image.new("L", (72, 72), 255), (0, 1, 0, 1))
+    miniature.rows["masks"][-1]["BoxXMin"] = "left"
+    miniature.rows["boxes"].pop()
+    miniature.rows["labels"].append(dict(ImageID=ids[2], Source="verification", LabelName=HAND, Confidence="surely"))
+    root = miniature.write(tmp_path / "bucket")
+    with (root / "annotations" / PATHS["boxes"]).open("a") as file:
+        file.write(f"{ids[3]},xclick,{MAN},1,0.1\n")
+    assert counted(build(config_of(root))) == {"masks": 13, "bad_row": 1, "human_in_picture": 4, "triplets": 8}
 
 
 def test_people_beside_the_subject_can_be_allowed(miniature, built):
@@ -95,11 +117,52 @@ def test_a_row_with_too_few_cells_is_a_bad_row(miniature, config_of, tmp_path, c
     assert counted(build(config_of(root))) == {"masks": 13, "bad_row": 1, "triplets": 12}
 
 
+def test_a_stray_quote_spoils_its_own_row_alone(miniature, config_of, tmp_path, counted):
+    root = miniature.write(tmp_path / "bucket")
+    for kind in ("masks", "boxes", "labels"):
+        path = root / "annotations" / PATHS[kind]
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:4], '"5,x', *lines[4:], ""]))
+    part = build(config_of(root))
+    assert counted(part) == {"masks": 13, "bad_row": 1, "triplets": 12}
+    assert [part["tables"][kind] for kind in ("masks", "boxes", "image_labels")] == [{"rows": 13, "bad_rows": 1}] * 3
+
+
+def test_rows_are_counted_by_one_thread(tmp_path):
+    """Arrow tells of rows with too many or too few cells from threads of its own."""
+    threads = set()
+
+    class Watched(Counter):
+        def __setitem__(self, name, count):
+            threads.add(threading.get_ident())
+            super().__setitem__(name, count)
+
+    good, bad = "0123456789abcdef,/m/01yrx,1\n" * 50_000, "0123456789abcdef,/m/04yx4\n" * 50_000
+    (tmp_path / "labels.csv").write_text("ImageID,LabelName,Confidence\n" + (good + bad) * 2)
+    counts = Watched()
+    parts = list(read_csv(tmp_path / "labels.csv", "image_labels", counts))
+    assert counts == {"rows": 200_000, "bad_rows": 100_000} and threads == {threading.get_ident()}
+    assert [sum(len(part[i]) for part in parts) for i in (0, 1)] == [100_000, 100_000], "good ones, and what the bad ones name"
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    (PATHS["masks"], b"<html>" + bytes(200_000), r"object-segmentation.csv lacks the columns .*remove it, or name the right one"),
+    (PATHS["metadata"], np.random.default_rng(0).bytes(300_000), r"boxable-with-rotation.csv lacks the columns"),
+    (CLASS_NAMES, "LabelName,DisplayName\n/m/01yrx,Ch\xe2t\n".encode("latin-1"), r"class-descriptions-boxable.csv is no file of class names.*remove it"),
+    (CLASS_NAMES, b"/m/01yrx," + b"x" * 200_000, r"class-descriptions-boxable.csv is no file of class names"),
+])
+def test_a_file_that_is_something_else_is_named(miniature, config_of, tmp_path, name, content, said):
+    root = miniature.write(tmp_path / "bucket")
+    (root / "annotations" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        build(config_of(root))
+
+
 def test_missing_columns_are_an_error_and_extra_ones_are_not(miniature, config_of, tmp_path, counted):
     root = miniature.write(tmp_path / "bucket")
     path = root / "annotations" / PATHS["boxes"]
     rows = list(csv.DictReader(path.open()))
-    for change, columns in (({"Extra": "x,y"}, [*rows[0], "Extra"]), ({}, [c for c in rows[0] if c != "IsGroupOf"])):
+    for change, columns in (({"Extra": "x;y"}, [*rows[0], "Extra"]), ({}, [c for c in rows[0] if c != "IsGroupOf"])):
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
@@ -125,6 +188,17 @@ def test_the_largest_subjects_of_a_picture(miniature, built):
     mask.paste(255, (2, 2, 62, 62))
     miniature.add_mask(miniature.ids[0], CLASSES["hat"], mask, (0, 0.9, 0, 0.9))
     assert built() == {"masks": 13, "not_the_largest": 1, "triplets": 12}
+
+
+def test_two_subjects_of_a_picture(miniature, config_of, tmp_path, counted):
+    for side in (62, 50):
+        mask = Image.new("L", (72, 72))
+        mask.paste(255, (2, 2, side, side))
+        miniature.add_mask(miniature.ids[0], CLASSES["hat"], mask, (0, side / 72, 0, side / 72))
+    config = config_of(miniature.write(tmp_path / "bucket"), select=SelectConfig(min_side=32, near_duplicate_bits=0, subjects_per_picture=2))
+    assert counted(build(config)) == {"masks": 14, "not_the_largest": 1, "triplets": 13}
+    both = [sample for sample in samples_of(config) if json.loads(sample["json"])["image_id"] == miniature.ids[0]]
+    assert len(both) == 2 and both[0]["jpg"] == both[1]["jpg"] and both[0]["mask.png"] != both[1]["mask.png"]
 
 
 def animated() -> bytes:
@@ -265,11 +339,10 @@ def test_human_classes_of_the_whole_hierarchy():
     assert len(found) == 19 and {"/m/04yx4", "/m/03bt1vf", "/m/01bl7v", "/m/05r655", "/m/0k65p"} < found
 
 
-def test_shards_read_back_with_metadata(plain_bucket, config_of, tmp_path):
+def test_shards_read_back_with_metadata(plain_bucket, config_of):
     config = config_of(plain_bucket)
     build(config)
-    bad = BadSamples(tmp_path / "bad.log", "raise")
-    for sample in read_shards([f"{config.out}/train-00000.tar"], bad):
+    for sample in samples_of(config):
         fields = json.loads(sample["json"])
         assert decode(sample, 64).label == fields["label"] and fields["license"].startswith("https://creativecommons")
         assert fields["caption_full"] and fields["source"] == "openimages-v7" and len(fields["box"]) == 4
