@@ -30,7 +30,7 @@ from datamodules.openimages.units import CaptionStage, PictureStage, write_units
 from moma_lightning.files import write_beside
 
 #: Raised when the same configuration would give other bytes: what an older version left half done is then not gone on with.
-FORMAT = 2
+FORMAT = 3
 VERSIONED = ("pillow", "numpy", "pyarrow", "pandas", "webdataset", "transformers", "torch", "ray")
 
 

@@ -113,7 +113,9 @@ class PictureStage:
         rows = []
         for subject in subjects:
             try:
-                rows.append(_described(subject) | common | {"mask": fit_mask(subject.mask, picture)})
+                mask = fit_mask(subject.mask, picture)
+                turned = {"box": box_of(mask)} if picture.orientation != 1 or picture.rotation else {}
+                rows.append(_described(subject) | common | turned | {"mask": mask})
             except RejectedError as error:
                 rows.append(_described(subject) | _why(error))
         return rows
@@ -198,11 +200,16 @@ def row_of(candidate: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(SCHEMA.names) | values | {"key": key, "box": None if None in box else box}
 
 
+def box_of(mask: bytes) -> list[float]:
+    """Left, right, top and bottom edge of what a mask covers, as shares of its sides: the order of the annotations' boxes."""
+    image = pictures.open_mask(mask)
+    left, top, right, bottom = image.getbbox() or (0, 0, 0, 0)
+    return [round(edge / side, 6) for edge, side in ((left, image.width), (right, image.width), (top, image.height), (bottom, image.height))]
+
+
 def _described(subject: Subject) -> dict[str, Any]:
     return row_of(subject.row) | {"area": subject.area, "border": subject.border}
 
 
 def _why(error: RejectedError) -> dict[str, Any]:
     return {"reason": error.reason, "detail": str(error)[:200]}
-
-

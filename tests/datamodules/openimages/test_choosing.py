@@ -279,6 +279,23 @@ def test_rotation_is_counter_clockwise():
     assert read.size == (96, 64) and pixels[-5, 5] > 200 and pixels[5, 5] < 120  # top left goes to bottom left
 
 
+def test_the_box_is_the_subjects_in_the_upright_picture(miniature, config_of, tmp_path):
+    ids, exif = miniature.ids, Image.Exif()
+    for image_id, degrees in zip(ids, (90.0, 180.0, 270.0), strict=False):
+        miniature.row("metadata", image_id)["Rotation"] = degrees
+    exif[0x0112] = 6
+    miniature.pictures[ids[3]] = encode(Image.open(io.BytesIO(miniature.pictures[ids[3]])), "JPEG", exif=exif)
+    config = config_of(miniature.write(tmp_path / "bucket"))
+    build(config)
+    for sample in samples_of(config):
+        mask = Image.open(io.BytesIO(sample["mask.png"]))
+        left, top, right, bottom = mask.getbbox()
+        edges = np.array([left, right, top, bottom]) / np.array([mask.width, mask.width, mask.height, mask.height])
+        assert np.abs(json.loads(sample["json"])["box"] - edges).max() < 0.03  # masks are smaller than the pictures
+    assert json.loads((Path(config.out) / "manifest.json").read_text())["train"]["notes"] == {
+        "exif 6": 1, "rotation 180": 1, "rotation 270": 1, "rotation 90": 1}
+
+
 def test_a_mask_drawn_on_the_picture_as_exif_turns_it_fits():
     exif = Image.Exif()
     exif[0x0112] = 6
