@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import requests
 
 from datamodules.openimages.config import FetchConfig
+from moma_lightning.files import commit
 
 T = TypeVar("T")
 CHUNK = 1 << 16  # what a cut connection loses at most
+AGAIN = "; what is there is kept, so run again"
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)
 
@@ -71,7 +73,7 @@ class Fetcher:
             except UnreachableError:
                 if _size(part) <= before:
                     raise
-        part.replace(path)
+        commit(part, path)
 
     def read_range(self, url: str, start: int, length: int) -> bytes:
         def once() -> bytes:
@@ -90,10 +92,6 @@ class Fetcher:
                     raise UnreachableError(f"{url}: the server does not serve ranges: set sources.download_mask_zips")
                 return int(total)
         return self._retry(url, once)
-
-    def open(self, url: str) -> BufferedReader:
-        """A seekable file of ranges, for a zip's members."""
-        return BufferedReader(RangeFile(self, url), buffer_size=1 << 18)
 
     def _continue(self, url: str, part: Path) -> None:
         have = _size(part)
@@ -147,15 +145,31 @@ class Fetcher:
                 time.sleep(max(wait, min(getattr(last, "wait", None) or 0, self.config.max_backoff)))
         if isinstance(last, ChecksumError):
             raise last
-        raise UnreachableError(f"{url}: {last} (after {self.config.retries} retries)")
+        raise UnreachableError(f"{url}: {last} (after {self.config.retries} retries){AGAIN}")
 
 
-class RangeFile(RawIOBase):
-    """A remote file that is read where it is looked at."""
+class RemoteFile:
+    """A file of a server that is read where it is looked at; `size` is asked for at once. Errors as of `read_range`."""
+
+    readings = 2  # of what has a checksum of its own: a range comes without one
 
     def __init__(self, fetcher: Fetcher, url: str):
-        self.fetcher, self.url, self.position = fetcher, url, 0
-        self.length = fetcher.size(url)
+        self.fetcher, self.name, self.size, self.version = fetcher, url, fetcher.size(url), ""
+
+    def open(self) -> BufferedReader:
+        return BufferedReader(_Ranges(self), buffer_size=1 << 18)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes: fewer, or none, at the file's end and beyond."""
+        length = min(length, self.size - offset)
+        return self.fetcher.read_range(self.name, offset, length) if length > 0 else b""
+
+
+class _Ranges(RawIOBase):
+    """A remote file for whoever reads a zip's directory, which has no checksum: each range is read until it is the same twice."""
+
+    def __init__(self, file: RemoteFile):
+        self.file, self.position = file, 0
 
     def readable(self) -> bool:
         return True
@@ -164,19 +178,22 @@ class RangeFile(RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = offset + {0: 0, 1: self.position, 2: self.length}[whence]
+        self.position = offset + {0: 0, 1: self.position, 2: self.file.size}[whence]
         return self.position
 
     def tell(self) -> int:
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self.length - self.position)
-        if length <= 0:
-            return 0
-        buffer[:length] = self.fetcher.read_range(self.url, self.position, length)
-        self.position += length
-        return length
+        seen: set[bytes] = set()
+        for _ in range(self.file.fetcher.config.retries + 2):
+            content = self.file.read_at(self.position, len(buffer))
+            if content in seen or not content:
+                buffer[: len(content)] = content
+                self.position += len(content)
+                return len(content)
+            seen.add(content)
+        raise UnreachableError(f"{self.file.name}: the bytes from {self.position} are others at each reading{AGAIN}")
 
 
 def _size(path: Path) -> int:

@@ -3,7 +3,6 @@
 import io
 import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ from datamodules.openimages.fetch import ChecksumError, MissingError, Unreachabl
 from datamodules.openimages.perceptual import perceptual_hash
 from datamodules.openimages.sources import Sources
 
-#: Of a member that is damaged. A server or a disk that fails says nothing of the mask, and must not be counted as if it did.
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 EXIF_ORIENTATION = 0x0112
 HASH_SIDE = 64
 
@@ -86,7 +83,7 @@ def fetch_mask(name: str, sources: Sources) -> bytes:
         return sources.mask(name)
     except MissingError as error:
         raise RejectedError("mask_missing", error) from error
-    except ZIP_ERRORS as error:
+    except zipfile.BadZipFile as error:  # a server or a disk that fails says nothing of the mask, and is not counted as if it did
         raise RejectedError("mask_broken", error) from error
     except UnreachableError as error:
         raise unreachable("mask", error, sources) from error
@@ -108,7 +105,7 @@ def unreachable(kind: str, error: UnreachableError, sources: Sources) -> Excepti
     """What a server that keeps failing comes to: the run's end, or a picture or mask less."""
     if sources.config.fetch.on_unreachable == "skip":
         return RejectedError(f"{kind}_unreachable", error)
-    return UnreachableError(f"{error}; what is there is kept, so run again, or set sources.fetch.on_unreachable to skip")
+    return UnreachableError(f"{error}, or set sources.fetch.on_unreachable to skip")
 
 
 def read_picture(content: bytes, rotation: float | None, select: SelectConfig, shards: ShardConfig) -> Picture:
