@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from datamodules.openimages.archives import LocalFile, MaskZip, TarPictures
 from datamodules.openimages.config import SourcesConfig, Split
@@ -36,7 +37,7 @@ class Sources:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: sources.{kind} of {self.split}, below sources.annotations")
             return path
-        path = self.cache / name
+        path = self._kept(self.config.annotations, name)
         if not path.is_file():
             self.fetcher.download(f"{self.config.annotations}/{name}", path)
         return path
@@ -46,7 +47,7 @@ class Sources:
         if self.config.captions is None:
             return None
         if is_url(self.config.captions):
-            path = self.cache / "captions" / self.config.captions.rpartition("/")[2]
+            path = self._kept(self.config.captions, PurePosixPath(urlsplit(self.config.captions).path).name)
             if not path.is_file():
                 self.fetcher.download(self.config.captions, path)
             return path
@@ -124,7 +125,7 @@ class Sources:
         self._picture_path(image_id).unlink(missing_ok=True)
 
     def _picture_path(self, image_id: str) -> Path:
-        return self.cache / "pictures" / image_id[:2] / f"{image_id}.jpg"
+        return self._kept(self.config.pictures, f"pictures/{image_id[:2]}/{image_id}.jpg")
 
     def _zip(self, digit: str) -> MaskZip:
         """Raises FileNotFoundError, ValueError or UnreachableError for a whole zip that is not there, is none or is not served."""
@@ -139,3 +140,7 @@ class Sources:
         if is_url(self.config.annotations) and not self.config.download_mask_zips:
             return RemoteFile(self.fetcher, f"{self.config.annotations}/{self.name('mask_zip').format(digit=digit)}")
         return LocalFile(self.file("mask_zip", digit=digit))
+
+    def _kept(self, base: str, name: str) -> Path:
+        """Where a file that was fetched from `base` is kept: one of the same name from elsewhere is another."""
+        return self.cache / hashlib.sha256(base.encode()).hexdigest()[:8] / name

@@ -102,6 +102,26 @@ def test_what_is_there_is_not_fetched_again(plain_bucket, serve, tmp_path):
     assert len(bucket.requests) == 2
 
 
+def test_files_of_two_bases_are_two_files(serve, tmp_path):
+    """Else a run that names another server would go on with the first one's files."""
+    found = []
+    for name in ("a", "b"):
+        root = tmp_path / name
+        for path in ("annotations/x.csv", "annotations/0.zip", "pictures/train/0.jpg", "captions.csv"):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(f"{path} of {name}")
+        with zipfile.ZipFile(root / "annotations/0.zip", "w") as archive:
+            archive.writestr("0.png", f"mask of {name}")
+        url = serve(root).url
+        for whole in (False, True):
+            config = SourcesConfig(f"{url}/annotations", f"{url}/pictures", masks="x.csv", mask_zip="{digit}.zip", captions=f"{url}/captions.csv",
+                                   download_mask_zips=whole)
+            sources = Sources(config, "train", tmp_path / "cache")
+            found.append([sources.file("masks").read_text(), sources.mask("0.png").decode(), sources.picture("0").decode(),
+                          sources.captions_file().read_text()])
+    assert found == [[f"{what} of {name}" for what in ("annotations/x.csv", "mask", "pictures/train/0.jpg", "captions.csv")] for name in "aabb"]
+
+
 def test_one_mask_does_not_fetch_its_whole_zip(plain_bucket, serve, tmp_path):
     bucket = serve(plain_bucket)
     sources = Sources(SourcesConfig(f"{bucket.url}/annotations", ""), "train", tmp_path)
