@@ -1,7 +1,6 @@
 """Captions that were made elsewhere: a CSV or Parquet of `ImageID,caption`, split by the ImageID's first digit."""
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from datamodules.openimages.sources import DIGITS
 from datamodules.openimages.tables import check_header
+from moma_lightning.files import commit, place_beside
 
 SCHEMA = pa.schema({"ImageID": pa.string(), "caption": pa.binary()})
 
@@ -28,13 +28,12 @@ def write_captions(path: Path, folder: Path) -> dict[str, int]:
         counts = Counter(rows=len(table), bad_rows=len(table) - (pc.sum(good).as_py() or 0))
         table = table.filter(good)
         first = pc.utf8_slice_codeunits(table["ImageID"], 0, 1)
-        beside = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = place_beside(folder)
         beside.mkdir(parents=True)
         for digit in DIGITS:
             pq.write_table(table.filter(pc.equal(first, digit)), beside / f"{digit}.parquet")
         (beside / "counts.json").write_text(json.dumps(counts))
-        beside.rename(folder)
+        commit(beside, folder)
     return json.loads(done.read_text())
 
 
