@@ -1,7 +1,7 @@
 """OpenImages V7 in miniature: the real layout, file names, columns and structure, drawn by the mini world; and a server for it.
 
     <root>/annotations/v5|v6|v7|2018_04/...     as under storage.googleapis.com/openimages
-    <root>/pictures/train/<ImageID>.jpg         as in the bucket open-images-dataset
+    <root>/pictures/<split>/<ImageID>.jpg       as in the bucket open-images-dataset
     <root>/captions.csv                         ImageID,caption
 
 `python tests/miniature_bucket.py FOLDER [COUNT]` writes one to look at, with the hierarchy's human part as it really is.
@@ -22,8 +22,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from datamodules.dreambooth import DreamBooth
 from datamodules.mini import world
 from datamodules.mini.render import render
 
@@ -42,8 +43,18 @@ BOXES = ["ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin",
 LABELS = ["ImageID", "Source", "LabelName", "Confidence"]
 METADATA = """ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,OriginalMD5,Thumbnail300KURL,
 Rotation""".replace("\n", "").split(",")
-PATHS = {"masks": "v5/train-annotations-object-segmentation.csv", "boxes": "v6/oidv6-train-annotations-bbox.csv",
-         "labels": "v5/train-annotations-human-imagelabels-boxable.csv", "metadata": "2018_04/train/train-images-boxable-with-rotation.csv"}
+
+
+def paths(split: str) -> dict[str, str]:
+    """A split's annotation files: training's boxes and metadata have other names."""
+    train = split == "train"
+    return {"masks": f"v5/{split}-annotations-object-segmentation.csv",
+            "boxes": "v6/oidv6-train-annotations-bbox.csv" if train else f"v5/{split}-annotations-bbox.csv",
+            "labels": f"v5/{split}-annotations-human-imagelabels-boxable.csv",
+            "metadata": f"2018_04/{split}/{split}-images-{'boxable-' if train else ''}with-rotation.csv"}
+
+
+PATHS = paths("train")
 
 
 @dataclass
@@ -51,6 +62,8 @@ class Miniature:
     """The rows and files that `write` will write: tests change them before."""
 
     size: int = 96
+    split: str = "train"
+    names: dict[str, str] = field(default_factory=lambda: dict(NAMES))
     rows: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
     masks: dict[str, bytes] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
@@ -58,9 +71,9 @@ class Miniature:
     ids: list[str] = field(default_factory=list)
 
     @classmethod
-    def drawn(cls, count: int, size: int = 96, first: int = 0) -> "Miniature":
+    def drawn(cls, count: int, size: int = 96, first: int = 0, split: str = "train") -> "Miniature":
         """`count` pictures, one good mask each, with masks at three quarters of the pictures' size."""
-        made = cls(size)
+        made = cls(size, split)
         for start in range(0, count, 256):
             rng = [np.random.default_rng([77, first + i]) for i in range(start, min(count, start + 256))]
             described = [world.sample_picture(r, world.sample_identity(r)) for r in rng]
@@ -69,19 +82,37 @@ class Miniature:
                 made.add(number, picture, Image.fromarray(image), Image.fromarray(mask))
         return made
 
+    @classmethod
+    def photographed(cls, root: Path) -> "Miniature":
+        """Each photograph of a folder of google/dreambooth's layout, with an ellipse for its mask, under class ids of its own."""
+        made = cls()
+        photographs = [(subject.label, path) for subject in DreamBooth(root).subjects for path in subject.images]
+        for number, (label, path) in enumerate(photographs):
+            class_id = CLASSES.get(label, f"/m/{hashlib.md5(label.encode()).hexdigest()[:6]}")
+            made.names[class_id] = label.capitalize()
+            with Image.open(path) as photograph:
+                mask = Image.new("L", photograph.size)
+            sides = tuple(share * side for share in (0.2, 0.8) for side in mask.size)
+            ImageDraw.Draw(mask).ellipse(sides, fill=255)
+            made.add_picture(number, path.read_bytes(), class_id, f"a photo of a {label}", mask)
+        return made
+
     def add(self, number: int, picture: world.Picture, image: Image.Image, mask: Image.Image) -> str:
+        return self.add_picture(number, encode(image, "JPEG", quality=92), CLASSES[picture.identity.label], world.caption(picture), mask)
+
+    def add_picture(self, number: int, content: bytes, class_id: str, caption: str | bytes, mask: Image.Image) -> str:
+        """A picture's file, its caption, metadata and label, and its mask, stored at three quarters of its size; returns the ImageID."""
         image_id = hashlib.md5(f"picture {number}".encode()).hexdigest()[:16]
         self.ids.append(image_id)
-        self.pictures[image_id] = encode(image, "JPEG", quality=92)
-        self.captions[image_id] = world.caption(picture)
-        left, top, right, bottom = (v / self.size for v in mask.getbbox())
-        self.add_mask(image_id, CLASSES[picture.identity.label], mask.resize((self.size * 3 // 4,) * 2, 0), (left, right, top, bottom))
+        self.pictures[image_id], self.captions[image_id] = content, caption
+        left, top, right, bottom = (v / side for v, side in zip(mask.getbbox(), mask.size * 2, strict=True))
+        self.add_mask(image_id, class_id, mask.resize([side * 3 // 4 for side in mask.size], 0), (left, right, top, bottom))
         digest = base64.b64encode(hashlib.md5(self.pictures[image_id]).digest()).decode()
         self.rows["metadata"].append(dict(
-            ImageID=image_id, Subset="train", OriginalURL=f"https://example.org/{image_id}_o.jpg", OriginalLandingURL=f"https://example.org/{image_id}",
+            ImageID=image_id, Subset=self.split, OriginalURL=f"https://example.org/{image_id}_o.jpg", OriginalLandingURL=f"https://example.org/{image_id}",
             License="https://creativecommons.org/licenses/by/2.0/", AuthorProfileURL="", Author=f"Author {number % 7}", Title='a "title",\nin two lines',
             OriginalSize=len(self.pictures[image_id]), OriginalMD5=digest, Thumbnail300KURL="", Rotation="0.0" if number % 2 else ""))
-        self.rows["labels"].append(dict(ImageID=image_id, Source="verification", LabelName=CLASSES[picture.identity.label], Confidence=1))
+        self.rows["labels"].append(dict(ImageID=image_id, Source="verification", LabelName=class_id, Confidence=1))
         return image_id
 
     def add_mask(self, image_id: str, class_id: str, mask: Image.Image, box: tuple, iou: float | str = 0.9, **flags) -> str:
@@ -102,19 +133,19 @@ class Miniature:
     def write(self, root: Path) -> Path:
         annotations = root / "annotations"
         for kind, columns in {"masks": MASKS, "boxes": BOXES, "labels": LABELS, "metadata": METADATA}.items():
-            write_csv(annotations / PATHS[kind], columns, self.rows[kind])
+            write_csv(annotations / paths(self.split)[kind], columns, self.rows[kind])
         write_csv(annotations / "v7/oidv7-class-descriptions-boxable.csv", ["LabelName", "DisplayName"],
-                  [dict(LabelName=i, DisplayName=name) for i, name in NAMES.items()])
+                  [dict(LabelName=i, DisplayName=name) for i, name in self.names.items()])
         (annotations / "2018_04/bbox_labels_600_hierarchy.json").write_text(json.dumps(HIERARCHY))
         for digit in "0123456789abcdef":
-            path = annotations / f"v5/train-masks/train-masks-{digit}.zip"
-            path.parent.mkdir(exist_ok=True)
+            path = annotations / f"v5/{self.split}-masks/{self.split}-masks-{digit}.zip"
+            path.parent.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name in sorted(name for name in self.masks if name[0] == digit):
                     archive.writestr(name, self.masks[name])
-        (root / "pictures/train").mkdir(parents=True)
+        (root / "pictures" / self.split).mkdir(parents=True)
         for image_id, content in self.pictures.items():
-            (root / f"pictures/train/{image_id}.jpg").write_bytes(content)
+            (root / f"pictures/{self.split}/{image_id}.jpg").write_bytes(content)
         with (root / "captions.csv").open("wb") as file:
             file.write(b"ImageID,caption\n")
             for image_id, caption in self.captions.items():
