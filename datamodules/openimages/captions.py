@@ -13,6 +13,7 @@ from datamodules.openimages.config import CaptionConfig
 from datamodules.samples import contains_label
 
 WORDS = Path(__file__).parent / "words"
+READ_PIECES, PIECE = 50, re.compile(rb"[A-Za-z]{1,8}|[^A-Za-z]")
 TOKEN = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|[^\w\s]")
 
 #: Go together with the word that they stand before or between.
@@ -119,12 +120,25 @@ def label_places(lower: list[str], label: str) -> set[int]:
 
 
 def with_label(caption: str, label: str, rules: CaptionRules) -> str:
-    """The caption when the label stands in it, else with the label's sentence before it. Raises CaptionError("label_absent")."""
-    if contains_label(caption, label):
+    """The caption when the label stands in it where it is read, else with the label's sentence before it. Raises CaptionError("label_absent")."""
+    if contains_label(beginning(caption), label):
         return caption
     if rules.missing_label == "drop":
         raise CaptionError("label_absent")
     return f"{rules.label_sentence.format(label=label, a_label=f'{article(label)} {label}')} {caption}".strip()
+
+
+def beginning(caption: str) -> str:
+    """The words that a text encoder reads, which cuts at 77 tokens: up to 50 pieces, as words are often two or three tokens.
+
+    A piece is up to eight letters, or a byte of anything else: in CLIP's vocabulary a digit, or a part of a letter that is not Latin, is a token.
+    """
+    words, pieces = caption.split(" "), 0
+    for number, word in enumerate(words):
+        pieces += len(PIECE.findall(word.encode()))
+        if pieces > READ_PIECES:
+            return " ".join(words[:number])
+    return caption
 
 
 @lru_cache(maxsize=4096)

@@ -1,10 +1,12 @@
 """The keyword filter and the label in the caption."""
 
 import pytest
+from tiny import tiny_tokenizer
 
 from datamodules.openimages.captions import CaptionError, CaptionRules, article, finish, plural, read_words, tidy
 from datamodules.openimages.config import CaptionConfig
 from datamodules.samples import contains_label
+from moma_lightning.subject import label_tokens
 
 RULES = CaptionRules.of(CaptionConfig())
 
@@ -83,17 +85,29 @@ def test_a_bad_word_list_is_named(tmp_path):
         read_words("nothing.txt")
 
 
-def test_the_labels_tokens_are_found_in_its_caption():
-    """find_label_tokens as the pipeline calls it, on captions that had the label, its plural or neither."""
-    import torch
-    from tiny import tiny_tokenizer
+@pytest.mark.parametrize(("label", "raw", "caption"), [
+    ("stuffed animal", "a red stuffed animal", "a stuffed animal"), ("stuffed animal", "two stuffed animals", "photo of a stuffed animal. two stuffed animals"),
+    ("stuffed animal", "a stuffed toy animal", "photo of a stuffed animal. a stuffed toy animal"),
+    ("oven mitt", "Oven Mitts", "photo of an oven mitt. Oven Mitts"), ("toy robot", "a toy robot's arm", "a toy robot's arm"),
+    ("cat", "a red cat", "a cat"), ("cat", "some cats", "photo of a cat. some cats"), ("cat", "something else", "photo of a cat. something else"),
+])
+def test_the_labels_tokens_are_found_in_its_caption(label, raw, caption):
+    """As training looks for them, in captions that had the label, its plural or neither."""
+    assert finish(raw, label, RULES)[1] == caption
+    assert label_tokens([tiny_tokenizer()], [caption], label).sum() > 0
 
-    from moma_lightning.models.mask_estimation import find_label_tokens
 
-    tokenizer = tiny_tokenizer()
-    for label in ("cat", "toy robot"):
-        for raw in (f"a red {label}", f"some {label}s", "something else"):
-            caption = finish(raw, label, RULES)[1]
-            ids = torch.tensor([tokenizer(caption).input_ids])
-            spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in (label, f"{label}s")]
-            assert find_label_tokens(ids, spellings, [caption], label).sum() > 0
+@pytest.mark.parametrize("before", ["a view of the river " * 14, "1234567890 " * 5, "\u732b" * 17 + " ", "- " * 51, "antidisestablishmentarianism " * 13])
+def test_a_label_beyond_what_the_text_encoder_reads_is_said_first(before):
+    """It would not be found among the caption's tokens, and end the training."""
+    full, caption = finish(f"{before}with a cat", "cat", RULES)
+    assert full.endswith("with a cat") and caption == f"photo of a cat. {full}"
+    assert label_tokens([tiny_tokenizer()], [caption], "cat").sum() > 0
+    with pytest.raises(CaptionError, match="^label_absent$"):
+        finish(full, "cat", CaptionRules.of(CaptionConfig(missing_label="drop")))
+
+
+def test_a_label_that_is_just_read_stays_where_it_is():
+    assert finish("on " * 49 + "cat", "cat", RULES)[1] == "on " * 49 + "cat"
+    assert finish("on " * 49 + "toy robot", "toy robot", RULES)[1] == "photo of a toy robot. " + "on " * 49 + "toy robot"
+    assert finish("a cat " + "on " * 99 + "cat", "cat", RULES)[1] == "a cat " + "on " * 99 + "cat"
