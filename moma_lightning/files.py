@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -54,19 +54,19 @@ def commit(beside: Path, path: Path) -> None:
 
     Raises OSError, also where the disk only now says that it is full.
     """
-    for written in filter(Path.is_file, beside.rglob("*")) if beside.is_dir() else [beside]:
+    for written in (*beside.rglob("*"), beside):
         _sync(written)
     os.replace(beside, path)
-    with suppress(OSError):  # not every system knows this of a folder
-        _sync(path.parent)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    with nullcontext() if path.is_file() else suppress(OSError):  # not every system knows this of a folder
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _is_of_the_disk(error: Exception) -> bool:

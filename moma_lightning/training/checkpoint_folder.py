@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from moma_lightning.files import commit
+
 #: Beside the shards: what is not a tensor (`torch.save`).
 REST = "meta.pt"
 
@@ -18,8 +20,8 @@ def save(path: Path, tensors: dict[str, Any], rest: dict[str, Any], rank: int, b
 
     broadcast: gives every rank what rank 0 found, since other nodes may still see the link as it was.
 
-    The link is replaced in one step, so a kill at any moment leaves the old checkpoint or the new one. The old folder is then
-    removed.
+    The link is replaced in one step, with the files on the disk before, so a kill or a power cut at any moment leaves the old
+    checkpoint or the new one. The old folder is then removed.
     """
     folder = path.with_name(f".{path.name}-{rest['global_step']}")
     if broadcast(path.is_symlink() and os.readlink(path) == folder.name):  # this step was saved before, and is not touched until the link turns
@@ -36,7 +38,7 @@ def _point(path: Path, folder: Path) -> None:
     link = path.with_name(f".{path.name}.link")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
-    os.replace(link, path)  # also in the place of a single file of an earlier run
+    commit(link, path)  # also in the place of a single file of an earlier run
     for other in path.parent.glob(f".{path.name}-*"):
         if other.name != folder.name:
             shutil.rmtree(other, ignore_errors=True)

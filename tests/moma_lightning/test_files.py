@@ -35,7 +35,7 @@ def test_a_folders_files_are_on_the_disk_before_it_has_its_name(tmp_path, order)
     for name in ("a.txt", "deep/b.txt"):
         (tmp_path / ".new" / name).write_text(name)
     commit(tmp_path / ".new", tmp_path / "folder")
-    assert sorted(order[:2]) == ["sync a.txt", "sync b.txt"] and order[2:] == ["rename to folder", f"sync {tmp_path.name}"]
+    assert sorted(order[:-2]) == ["sync .new", "sync a.txt", "sync b.txt", "sync deep"] and order[-2:] == ["rename to folder", f"sync {tmp_path.name}"]
     assert (tmp_path / "folder/deep/b.txt").read_text() == "deep/b.txt"
 
 

@@ -47,6 +47,15 @@ def test_a_folder_takes_a_files_place_in_one_step(tmp_path, monkeypatch):
     assert path.is_dir() and torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 3}
 
 
+def test_a_folders_files_are_on_the_disk_before_the_link_turns_to_it(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}"))) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda source, target: done.append("turned") or replace(source, target))
+    save(tmp_path / "last.ckpt", 1)
+    before = done[: done.index("turned")]
+    assert {path.name for path in (tmp_path / "last.ckpt").iterdir()} <= set(before) and checkpoint_folder.REST in before
+
+
 def test_a_full_disk_leaves_the_folder_from_before(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     save(path, 1)
