@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 from datamodules import shards as sharding
 from datamodules.openimages.perceptual import Lookalikes
 from datamodules.openimages.units import path_of, read_rows
+from datamodules.samples import PICTURE_EXTENSIONS
 from moma_lightning.files import write_beside
 
 SOURCE = "openimages-v7"
 #: What choosing needs of every row.
 LIGHT = ["key", "image_id", "reason", "hash", "note"]
-OFFSETS = {"jpg": "picture_offset", "mask.png": "mask_offset", "json": "json_offset"}
+OFFSETS = dict.fromkeys(PICTURE_EXTENSIONS, "picture_offset") | {"mask.png": "mask_offset", "json": "json_offset"}
 
 
 @dataclass
@@ -138,7 +139,8 @@ def member_offsets(path: Path) -> dict[str, dict[str, int]]:
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
-            found.setdefault(key, {})[OFFSETS[extension]] = member.offset_data
+            if extension in OFFSETS:
+                found.setdefault(key, {})[OFFSETS[extension]] = member.offset_data
     return found
 
 

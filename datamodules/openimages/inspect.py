@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from PIL import Image, ImageFilter
 
 from datamodules import pictures
 from datamodules import shards as sharding
+from datamodules.openimages.assemble import member_offsets
+from datamodules.openimages.validate import picture_of
+from datamodules.samples import BadSamples, read_shards
 from moma_lightning.files import write_beside
 
 TEMPLATE = Path(__file__).with_name("inspect.html.j2")
@@ -21,7 +26,7 @@ THUMBNAIL = 220
 
 @dataclass
 class InspectConfig:
-    """shards: a folder with index and manifest. split: None is the manifest's first. out: the page, beside the shards' folder by default.
+    """shards: a folder with a manifest. split: None is the manifest's first. out: the page, beside the shards' folder by default.
 
     random, strange: how many samples the two contact sheets show. seed: of the random ones.
     """
@@ -35,14 +40,16 @@ class InspectConfig:
 
 
 def inspect(config: InspectConfig) -> None:
-    """Write the page and print where it is. Raises FileNotFoundError where there is no finished split, ValueError for an unknown one."""
+    """Write the page and print where it is. Raises FileNotFoundError where there is no finished split, ValueError for an unknown or empty one."""
     folder = Path(config.shards)
     manifest = sharding.read_manifest(folder)
     if not manifest:
         raise FileNotFoundError(f"{folder / sharding.MANIFEST} is missing: {folder} is no folder of finished shards")
     split = config.split or next(iter(manifest))
-    if split not in manifest or "index" not in manifest[split]:
-        raise ValueError(f"{folder} has no split {split!r} with an index; it has {list(manifest)}")
+    if split not in manifest:
+        raise ValueError(f"{folder} has no split {split!r}; it has {list(manifest)}")
+    if not manifest[split]["count"]:
+        raise ValueError(f"{folder}: the split {split!r} has no samples")
     page = render(folder, split, manifest[split], config)
     path = Path(config.out) if config.out else folder.parent / f"inspect-{split}.html"
     write_beside(path, lambda beside: beside.write_text(page, encoding="utf-8"))
@@ -50,17 +57,35 @@ def inspect(config: InspectConfig) -> None:
 
 
 def render(folder: Path, split: str, part: dict[str, Any], config: InspectConfig) -> str:
-    index = pd.read_parquet(folder / part["index"])
+    index = read_index(folder, part)
     odd = strangeness(index)
     strangest = index.assign(why=odd.idxmax(axis=1), odd=odd.max(axis=1)).sort_values(["odd", "key"], ascending=[False, True])[: config.strange]
     chosen = index.sample(min(config.random, len(index)), random_state=config.seed)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        split=split, part=part, funnel=[line for line in part["funnel"] if line["count"]], classes=bars(index.label.value_counts().to_dict()),
+        split=split, part=part, funnel=[line for line in part.get("funnel", ()) if line["count"]], classes=bars(index.label.value_counts().to_dict()),
         histograms={"area of the subject, share of the picture": histogram(index.area, np.linspace(0, 1, 21)),
                     "length of the caption, words": histogram(index.caption.str.split().str.len(), np.arange(0, 32, 2)),
                     "longer side, pixels": histogram(index[["width", "height"]].max(axis=1), np.arange(0, 1153, 128))},
         sheets={"The strangest": cards(folder, strangest), "At random": cards(folder, chosen)})
+
+
+def read_index(folder: Path, part: dict[str, Any]) -> pd.DataFrame:
+    """A split's index; of shards that come without one (the mini world's), what the page needs of it, read from them."""
+    if "index" in part:
+        return pd.read_parquet(folder / part["index"])
+    return pd.DataFrame([line for name in part["shards"] for line in described(folder / name)])
+
+
+def described(shard: Path) -> Iterator[dict[str, Any]]:
+    """Raises BadSampleError for a sample that cannot be read."""
+    places = member_offsets(shard)
+    for sample in read_shards([str(shard)], BadSamples(shard, "raise")):
+        inside = np.asarray(pictures.open_mask(sample["mask.png"])) > 0
+        width, height = pictures.open_picture(picture_of(sample)).size
+        outline = np.concatenate([inside[0], inside[-1], inside[1:-1, 0], inside[1:-1, -1]])
+        yield json.loads(sample["json"]) | {"key": sample["__key__"], "shard": shard.name, "width": width, "height": height,
+                                            "area": inside.mean(), "border": outline.mean()} | places[sample["__key__"]]  # fmt: skip
 
 
 def strangeness(index: pd.DataFrame) -> pd.DataFrame:

@@ -8,9 +8,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from datamodules import pictures
 from datamodules import shards as sharding
 from datamodules.dreambooth import DreamBooth, load_picture
+from datamodules.openimages.assemble import member_offsets
 from datamodules.openimages.config import RunConfig
 from datamodules.openimages.engine import Engine, Stage
 from datamodules.openimages.perceptual import Lookalikes, perceptual_hash
@@ -41,18 +45,19 @@ def validate(config: ValidateConfig) -> int:
     manifest = sharding.read_manifest(folder)
     if not manifest:
         raise FileNotFoundError(f"{folder / sharding.MANIFEST} is missing: {folder} is no folder of shards")
-    entries = [{"shard": name, **entry} for part in manifest.values() for name, entry in part["shards"].items()]
+    entries = [{"shard": name, "index": part.get("index"), **entry} for part in manifest.values() for name, entry in part["shards"].items()]
     with Engine(config.workers) as engine:
         found = sorted(engine.run(entries, [Stage(CheckShard, (folder, config.image_size))]), key=lambda item: item["shard"])
     problems = [problem for item in found for problem in item["problems"]]
     samples = [sample for item in found for sample in item["samples"]]
+    problems += [problem for split, part in manifest.items() for problem in check_split(folder, split, part)]
     problems += [*unlisted(folder, entries), *duplicates(samples), *leaks(samples, config)]
-    print_verdict(problems, len(samples), len(entries))
+    print_verdict(problems, len(samples), len(entries), config.dreambooth)
     return 1 if problems else 0
 
 
 class CheckShard:
-    """A stage: item {"shard", "count", "sha256"} -> problems (lines of text) and samples (shard, key, digest, hash)."""
+    """A stage: item {"shard", "count", "sha256", "index"} -> problems (lines of text) and samples (shard, key, digest, hash)."""
 
     def __init__(self, folder: Path, image_size: int):
         self.folder, self.image_size = folder, image_size
@@ -68,6 +73,8 @@ class CheckShard:
             for sample in read_shards([str(path)], BadSamples(self.folder / "bad.log", "raise")):
                 problems += [f"{path.name} {sample['__key__']}: {problem}" for problem in check_sample(sample, self.image_size)]
                 samples.append(_summary(path.name, sample))
+            if item["index"]:
+                problems += check_index(self.folder / item["index"], path, samples)
         except BadSampleError as error:
             problems.append(str(error))
         if len(samples) != item["count"]:
@@ -79,7 +86,7 @@ def check_sample(sample: dict[str, Any], image_size: int) -> Iterator[str]:
     """What is wrong with an undecoded sample: not usable in training, a mask of another size, an empty field of the licence."""
     try:
         decode(sample, image_size)
-        picture = pictures.open_picture(_content(sample))
+        picture = pictures.open_picture(picture_of(sample))
         mask = pictures.open_mask(sample["mask.png"])
     except BadSampleError as error:
         yield str(error)
@@ -88,6 +95,41 @@ def check_sample(sample: dict[str, Any], image_size: int) -> Iterator[str]:
         yield f"mask of {mask.size[0]}x{mask.size[1]} beside a picture of {picture.size[0]}x{picture.size[1]}"
     fields = json.loads(sample["json"])
     yield from (f"the field {name!r} is missing" for name in sharding.REQUIRED_FIELDS if not fields.get(name))
+
+
+def check_index(index: Path, shard: Path, samples: list[dict[str, Any]]) -> Iterator[str]:
+    """Where a split's index says something else than the shard: its samples, their digests, where their files begin."""
+    if rows_of(index) is None:
+        return
+    lines = pq.read_table(index, filters=[("shard", "==", shard.name)]).to_pylist()
+    listed, places = {line["key"]: line for line in lines}, member_offsets(shard)
+    for sample in samples:
+        line = listed.pop(sample["key"], None)
+        if line is None:
+            yield f"{shard.name} {sample['key']}: is not in {index.name}"
+        elif line["sha256"] != sample["digest"] or any(line[name] != place for name, place in places[sample["key"]].items()):
+            yield f"{shard.name} {sample['key']}: {index.name} has another digest or place of it"
+    yield from (f"{shard.name} {key}: is in {index.name}, but not in the shard" for key in listed)
+
+
+def check_split(folder: Path, split: str, part: dict[str, Any]) -> Iterator[str]:
+    """What its shards cannot tell of a split: that there are none, and what its index has beside their samples."""
+    if not part["count"]:
+        yield f"{split}: has no samples"
+    if "index" not in part:
+        return
+    index = folder / part["index"]
+    if (rows := rows_of(index)) is None:
+        yield f"{index.name}: the index {'cannot be read' if index.is_file() else 'is missing'}"
+    elif rows != part["count"]:
+        yield f"{index.name}: {rows} rows, the manifest says {part['count']}"
+
+
+def rows_of(index: Path) -> int | None:
+    try:
+        return pq.read_metadata(index).num_rows
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def duplicates(samples: list[dict[str, Any]]) -> Iterator[str]:
@@ -118,16 +160,17 @@ def unlisted(folder: Path, entries: list[dict[str, Any]]) -> Iterator[str]:
     yield from (f"{path.name}: in no manifest" for path in sorted(folder.glob("*.tar")) if path.name not in listed)
 
 
-def print_verdict(problems: list[str], samples: int, shards: int) -> None:
+def print_verdict(problems: list[str], samples: int, shards: int, dreambooth: str | None) -> None:
     for problem in problems[:SHOWN]:
         print(problem)
     if len(problems) > SHOWN:
         print(f"... and {len(problems) - SHOWN} more")
-    print(f"{'BAD' if problems else 'GOOD'}: {samples} samples in {shards} shards, {len(problems)} problems")
+    unsought = "" if dreambooth else "; pictures of the evaluation were not looked for (--dreambooth FOLDER)"
+    print(f"{'BAD' if problems else 'GOOD'}: {samples} samples in {shards} shards, {len(problems)} problems{unsought}")
 
 
 def _summary(shard: str, sample: dict[str, Any]) -> dict[str, Any]:
-    content = _content(sample)
+    content = picture_of(sample)
     try:
         value = f"{perceptual_hash(pictures.open_picture(content)):016x}"
     except pictures.PICTURE_ERRORS:
@@ -135,5 +178,6 @@ def _summary(shard: str, sample: dict[str, Any]) -> dict[str, Any]:
     return {"shard": shard, "key": sample["__key__"], "digest": sha256(content + sample.get("mask.png", b"")).hexdigest(), "hash": value}
 
 
-def _content(sample: dict[str, Any]) -> bytes:
+def picture_of(sample: dict[str, Any]) -> bytes:
+    """The picture's file of an undecoded sample; b"" where it has none."""
     return next((sample[extension] for extension in PICTURE_EXTENSIONS if extension in sample), b"")

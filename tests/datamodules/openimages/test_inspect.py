@@ -1,14 +1,17 @@
 """The page: its numbers are the manifest's and the index's, its pictures are in it, and what is odd comes first."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from datamodules.mini.export import triplets
 from datamodules.openimages.build import build
-from datamodules.openimages.inspect import InspectConfig, histogram, inspect, member, strangeness
+from datamodules.openimages.inspect import InspectConfig, histogram, inspect, member, read_index, strangeness
+from datamodules.shards import read_manifest, write_json, write_shards
 
 
 @pytest.fixture
@@ -26,6 +29,22 @@ def test_the_page_is_self_contained_and_its_numbers_are_the_manifests(built):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for label, count in index.label.value_counts().items():
         assert re.search(rf"<span>{label}</span><i style=[^>]*></i><b>{count}</b>", page)
+
+
+def test_shards_without_an_index_have_a_page_too(tmp_path):
+    write_shards(tmp_path / "shards", "val", 3, partial(triplets, "val"), samples_per_shard=1, seed=0, config={})
+    inspect(InspectConfig(str(tmp_path / "shards"), random=2, strange=2))
+    page = (tmp_path / "inspect-val.html").read_text()
+    assert "val: 3 triplets in 3 shards" in page and page.count('src="data:image/jpeg;base64,') == 4 and "What became of the masks" not in page
+
+
+def test_what_is_read_from_the_shards_is_what_an_index_says(built):
+    index = pd.read_parquet(built / "train-index.parquet")
+    found = read_index(built, {"shards": {name: {} for name in sorted(index.shard.unique())}})
+    same = ["key", "shard", "label", "caption", "width", "height", "picture_offset", "mask_offset"]
+    pd.testing.assert_frame_equal(found[same], index[same], check_dtype=False)
+    for name in ("area", "border"):
+        assert np.abs(found[name] - index[name]).max() < 0.02, "masks were fitted to their pictures since"
 
 
 def test_members_are_read_by_offset(built):
@@ -51,3 +70,6 @@ def test_a_folder_or_split_that_is_not_there_is_named(built, tmp_path):
         inspect(InspectConfig(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="no split 'test'"):
         inspect(InspectConfig(str(built), split="test"))
+    write_json(built / "manifest.json", {"train": read_manifest(built)["train"] | {"count": 0, "shards": {}}})
+    with pytest.raises(ValueError, match="the split 'train' has no samples"):
+        inspect(InspectConfig(str(built)))
