@@ -105,13 +105,15 @@ def start(path: Path, slow_save: bool = False) -> subprocess.Popen:
 def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random) -> str:
     """Wait for the moment, then end the process and all its children; returns what was done. Every seventh is asked to end, not killed."""
     before, kind = progress(run), signal.SIGTERM if is_asked(number) else signal.SIGKILL
-    wait(process, lambda: progress(run) > before)
+    # A request to end is made in the first step: a short training would soon be over, and its handlers gone.
+    steps = rng.randrange(1, 3 * EVERY) if kind == signal.SIGKILL and not hits_a_save(number) else 1
+    wait(process, lambda: progress(run) >= before + steps)
     moment = "at a random moment"
     if hits_a_save(number):
         moment = "while a checkpoint was being written"
         wait(process, lambda: is_saving(run / "checkpoints"))
-    elif kind == signal.SIGKILL:  # a request to end is made at once: a short training would be over, and its handlers gone, in seconds
-        time.sleep(rng.random() * 2)
+    elif kind == signal.SIGKILL:
+        time.sleep(rng.random() * 0.3)
     assert process.poll() in (None, 0), f"the training failed by itself: see {run.with_suffix('.log')}"
     begun = time.monotonic()
     if kind == signal.SIGTERM:
