@@ -29,8 +29,8 @@ def write_picture(path: Path, image: Image.Image, settings: dict[str, Any], prov
     content = buffer.getvalue()
     stamp = {"settings": settings, "sha256": hashlib.sha256(content).hexdigest(), "provenance": provenance}
     stamp_path(path).unlink(missing_ok=True)
-    write_bytes(path, content)
-    write_bytes(stamp_path(path), json.dumps(stamp, indent=1, sort_keys=True).encode())
+    write_bytes(path, content, durable=False)  # the digest tells after a power cut
+    write_bytes(stamp_path(path), json.dumps(stamp, indent=1, sort_keys=True).encode(), durable=False)
 
 
 def read_stamp(picture: Path) -> dict[str, Any] | None:

@@ -12,17 +12,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+def write_beside(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
     """Call `write` with a path beside `path` and rename what it wrote; folders are made.
 
-    Raises OSError that names `path` when the disk is full or not writable; a file of that name from before stays. What else goes
+    durable: wait for the disk (see `commit`). Small files by the thousand need not, where a digest tells a whole one. Raises OSError that names `path` when the disk is full or not writable; a file of that name from before stays. What else goes
     wrong in `write` is raised as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}{path.suffix}")
     try:
         write(beside)
-        commit(beside, path)
+        commit(beside, path) if durable else os.replace(beside, path)
     except Exception as error:
         beside.unlink(missing_ok=True)
         if not _is_of_the_disk(error):
@@ -31,9 +31,9 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(number, f"{path} was not written ({why}); a file of that name from before is unchanged") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """`write_beside` of what is in memory."""
-    write_beside(path, lambda beside: beside.write_bytes(content))
+    write_beside(path, lambda beside: beside.write_bytes(content), durable)
 
 
 def place_beside(path: Path) -> Path:

@@ -1,3 +1,6 @@
+import os
+
+import pytest
 from PIL import Image
 
 from evaluation.stamps import is_current, write_picture
@@ -7,3 +10,11 @@ def test_an_option_that_was_not_there_yet_is_as_one_at_none(tmp_path):
     write_picture(tmp_path / "a.png", Image.new("RGB", (4, 4), "red"), {"method": {"beta": 1.0}, "seed": 3}, {})
     assert is_current(tmp_path / "a.png", {"method": {"beta": 1.0, "scheduler": None}, "seed": 3})
     assert not is_current(tmp_path / "a.png", {"method": {"beta": 1.0, "scheduler": "UniPCMultistepScheduler"}, "seed": 3})
+
+
+def test_a_picture_does_not_wait_for_the_disk_and_an_empty_one_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda number: pytest.fail("thousands of small pictures must not wait for the disk"))
+    write_picture(tmp_path / "a.png", Image.new("RGB", (4, 4)), {"seed": 3}, {})
+    assert is_current(tmp_path / "a.png", {"seed": 3})
+    (tmp_path / "a.png").write_bytes(b"")  # as a power cut may leave it
+    assert not is_current(tmp_path / "a.png", {"seed": 3})
