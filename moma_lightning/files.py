@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 def write_beside(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
     """Call `write` with a path beside `path` and rename what it wrote; folders are made.
 
-    durable: wait for the disk (see `commit`). Small files by the thousand need not, where a digest tells a whole one. Raises OSError that names `path` when the disk is full or not writable; a file of that name from before stays. What else goes
+    durable: wait for the disk (see `commit`). Small files by the thousand need not, where a digest tells a whole one.
+    Raises OSError that names `path` when the disk is full or not writable; a file of that name from before stays. What else goes
     wrong in `write` is raised as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
