@@ -105,7 +105,7 @@ class Miniature:
         image_id = hashlib.md5(f"picture {number}".encode()).hexdigest()[:16]
         self.ids.append(image_id)
         self.pictures[image_id], self.captions[image_id] = content, caption
-        left, top, right, bottom = (v / side for v, side in zip(mask.getbbox(), mask.size * 2, strict=True))
+        left, top, right, bottom = (v / side for v, side in zip(mask.getbbox() or (), mask.size * 2, strict=True))
         self.add_mask(image_id, class_id, mask.resize([side * 3 // 4 for side in mask.size], 0), (left, right, top, bottom))
         digest = base64.b64encode(hashlib.md5(self.pictures[image_id]).digest()).decode()
         self.rows["metadata"].append(dict(
@@ -178,7 +178,9 @@ class Bucket(ThreadingHTTPServer):
 
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.faults, self.requests = root, defaultdict(list), []
+        self.root = root
+        self.faults: dict[str, list[int | str | None]] = defaultdict(list)
+        self.requests: list[tuple[str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
