@@ -46,7 +46,7 @@ class ReportConfig:
 
 @dataclass
 class WandbConfig:
-    """Logging of the table and the grid. Without an API key, and unless WANDB_MODE says otherwise, it stays offline."""
+    """Logging of the table and the grid. Without a key (`wandb_mode`) it stays offline."""
 
     enabled: bool = True
     project: str = "moma-lightning"

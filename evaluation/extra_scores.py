@@ -1,7 +1,8 @@
 """Every score of a group of pictures: the three of the paper, and those that a protocol asks for besides."""
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +31,7 @@ TEXT = {"clip_t": "clip", "siglip2_t": "siglip2"}
 #: Columns of each kind of pictures. Texture prompts change the subject's look: what it looked like is no measure (paper, Table 1).
 COLUMNS_OF = {"real": {*FIDELITY, *MASKED}, "texture": {*TEXT, "diversity"}}
 NEEDS_MASKS = {*MASKED, "clip_t_background"}
+SAVE_SECONDS = 60
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Judges:
     protocol: Protocol
     encoders: Mapping[str, CachedEncoder]
     masker: Masker | None = None
+    saved: float = field(default_factory=time.monotonic, init=False)
 
     @property
     def columns(self) -> list[str]:
@@ -56,6 +59,12 @@ class Judges:
     def save(self) -> None:
         for encoder in self.encoders.values():
             encoder.save()
+        self.saved = time.monotonic()
+
+    def save_when_due(self) -> None:
+        """A kill loses what was embedded in the last SAVE_SECONDS."""
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
 
 
 @dataclass

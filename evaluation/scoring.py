@@ -12,6 +12,7 @@ from evaluation.methods import Method, Reference
 from evaluation.metrics import CachedEncoder, Masker, build_encoders
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
+from evaluation.processes import Progress
 from evaluation.stamps import load_picture
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,16 @@ def score(
     protocol = evaluation.protocol
     judges = open_judges(evaluation) if encoders is None else Judges(protocol, encoders, masker)
     frames: dict[str, pd.DataFrame] = {}
+    progress = Progress(len(methods) * len(evaluation.subjects), what="subjects scored")
     for name in sorted(methods, key=lambda name: not methods[name].is_oracle):
         is_oracle = methods[name].is_oracle
         if not is_oracle:
             refuse_missing(name, evaluation.planned(name, methods[name]))
-        rows = [row for subject in evaluation.subjects for row in subject_rows(evaluation, name, methods[name], subject, judges)]
+        rows = []
+        for subject in evaluation.subjects:
+            rows += subject_rows(evaluation, name, methods[name], subject, judges)
+            judges.save_when_due()
+            progress.add(name, 1)
         if not rows:
             raise ValueError(f"{name}: no subject has two pictures, so there are no real pictures to compare to each other")
         frames[name] = pd.DataFrame(rows).assign(method=name)

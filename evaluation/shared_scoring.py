@@ -5,7 +5,6 @@ nothing else, and a killed run goes on from what it had written.
 """
 
 import logging
-import time
 
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
@@ -17,8 +16,6 @@ from evaluation.methods import Method
 from evaluation.plan import Evaluation
 from evaluation.processes import Progress, launch, run_processes
 from evaluation.scoring import open_judges, subject_rows
-
-SAVE_SECONDS = 60
 
 
 def fill_caches(config: EvalConfig, methods: dict[str, Method]) -> None:
@@ -39,7 +36,6 @@ class CacheFiller(LightningModule):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.told = config, methods, digests
-        self.saved = time.monotonic()
 
     def setup(self, stage: str) -> None:
         """Rank 0's config, methods and digests count everywhere."""
@@ -65,9 +61,7 @@ class CacheFiller(LightningModule):
     def predict_step(self, position: int, batch_idx: int) -> int:
         name, subject = self.work[position]
         rows = subject_rows(self.evaluation, name, self.methods[name], subject, self.judges)
-        if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.judges.save()
-            self.saved = time.monotonic()
+        self.judges.save_when_due()
         self.progress.add(name, 1)
         return len(rows)
 

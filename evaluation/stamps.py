@@ -36,9 +36,10 @@ def write_picture(path: Path, image: Image.Image, settings: dict[str, Any], prov
 def read_stamp(picture: Path) -> dict[str, Any] | None:
     """The stamp beside a picture, or None where there is none that can be read."""
     try:
-        return json.loads(stamp_path(picture).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        stamp = json.loads(stamp_path(picture).read_text())
+    except (FileNotFoundError, ValueError):  # no JSON, or no text at all
         return None
+    return stamp if isinstance(stamp, dict) else None
 
 
 def is_current(picture: Path, settings: dict[str, Any]) -> bool:

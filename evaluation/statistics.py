@@ -45,13 +45,13 @@ Interval = dict[str, float]
 def rows_of(scores: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
     """A method's rows that have the metric, with its column as `value`; none where it was not made.
 
-    Raises ValueError where they come from more than one protocol.
+    Raises ValueError for scores of more than one protocol, whichever method they are of: what is put beside them would not be comparable.
     """
+    refuse_mixed(scores)
     column, kinds = METRICS[metric]
     if column not in scores:
         return scores[:0].assign(value=0.0)
     rows = scores[(scores["method"] == method) & scores["prompt_kind"].isin(kinds) & scores[column].notna()]
-    refuse_mixed(rows)
     return rows.assign(value=rows[column])
 
 
@@ -97,8 +97,8 @@ def protocols_of(scores: pd.DataFrame) -> dict[str, str]:
     """Digest -> name; empty for frames that do not say."""
     if "protocol_digest" not in scores:
         return {}
-    names = scores["protocol"] if "protocol" in scores else scores["protocol_digest"]
-    return dict(zip(scores["protocol_digest"], names, strict=True))
+    each = scores.drop_duplicates("protocol_digest")
+    return dict(zip(each["protocol_digest"], each["protocol" if "protocol" in each else "protocol_digest"], strict=True))
 
 
 def refuse_mixed(scores: pd.DataFrame) -> None:

@@ -17,7 +17,7 @@ from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.statistics import METRICS, summarise
-from evaluation.tracking import mode
+from moma_lightning.wandb_mode import wandb_mode
 
 
 def point_name(method: Moma) -> str:
@@ -47,7 +47,7 @@ def run_point(config: EvalConfig) -> dict:
         folder = config.sweeps_folder / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         with wandb.init(
-            project=config.wandb.project, name=config.wandb.name or name, group=config.wandb.group, tags=config.wandb.tags, mode=mode(), dir=folder,
+            project=config.wandb.project, name=config.wandb.name or name, group=config.wandb.group, tags=config.wandb.tags, mode=wandb_mode(), dir=folder,
             job_type="sweep", config={"moma": asdict(config.moma), "protocol": asdict(config.resolved_protocol())},
             settings=wandb.Settings(silent=True, console="off"),
         ) as run:  # fmt: skip

@@ -1,9 +1,7 @@
 """wandb logging of every table and figure; offline without a key, and it never asks for one."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import wandb
 
@@ -12,11 +10,7 @@ from evaluation.figures.ablations import read_ablations
 from evaluation.figures.names import methods_of, metric_name
 from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_summary
 from evaluation.figures.write import figures_folder
-
-
-def mode() -> Any:
-    """WANDB_MODE where it is set; else online only with WANDB_API_KEY."""
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+from moma_lightning.wandb_mode import wandb_mode
 
 
 def log_evaluation(config: EvalConfig) -> None:
@@ -31,7 +25,7 @@ def log_evaluation(config: EvalConfig) -> None:
         group=config.wandb.group,
         tags=config.wandb.tags,
         job_type="evaluation",
-        mode=mode(),
+        mode=wandb_mode(),
         dir=folder,
         config={"protocol": asdict(config.resolved_protocol()), "adapter": config.adapter, "decoder": config.decoder},
         settings=wandb.Settings(silent=True, console="off"),

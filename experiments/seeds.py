@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from evaluation.dreambooth import write_json
-from evaluation.statistics import summarise
+from evaluation.statistics import above_oracle, summarise
 from evaluation.tables import difference_table, method_table
 from moma_lightning.files import write_bytes
 
@@ -57,8 +57,10 @@ def pool(folders: list[Path]) -> pd.DataFrame:
 def write_pooled(out: Path, folders: dict[int, Path]) -> None:
     for seed, folder in folders.items():
         write_json(out / f"seed{seed}.json", summarise(pool([folder])))
-    summary = summarise(pool(list(folders.values())))
-    page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", method_table(summary), difference_table(summary)]
+    scores = pool(list(folders.values()))
+    summary = summarise(scores)
+    warnings = [f"**{sentence}**\n" for sentence in above_oracle(scores, summary)]
+    page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", *warnings, method_table(summary), difference_table(summary)]
     write_json(out / "summary.json", summary)
     write_bytes(out / "table.md", "\n".join(page).encode())
     print("\n".join(page))

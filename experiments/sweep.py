@@ -21,14 +21,14 @@ from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.config import AblationConfig
 from evaluation.sweeps import point_name
-from evaluation.tracking import mode
+from moma_lightning.wandb_mode import wandb_mode
 
 
 def read(path: Path) -> dict[str, Any]:
     """A sweep file. Raises ValueError for one that is no grid over listed values or does not run `evaluation point`."""
     sweep = yaml.safe_load(path.read_text())
     if sweep.get("method") != "grid" or not all({"values", "value"} & set(p) for p in sweep["parameters"].values()):
-        raise ValueError(f"{path}: only `method: grid` over `values` runs without a server; with WANDB_API_KEY wandb runs the others")
+        raise ValueError(f"{path}: only `method: grid` over `values` runs without a server; with a key wandb runs the others")
     if sweep["command"][2:5] != ["-m", "evaluation", "point"]:
         raise ValueError(f"{path}: its command must be `${{env}} ${{interpreter}} -m evaluation point ...`")
     if other := [key for key in sweep["parameters"] if not key.startswith("moma.")]:
@@ -58,7 +58,7 @@ def run_grid(sweep: dict[str, Any], extra: list[str]) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path, extra = Path(sys.argv[1]), sys.argv[2:]
-    if mode() == "online":
+    if wandb_mode() == "online":
         sweep = yaml.safe_load(path.read_text())
         sweep["command"] += extra
         project = sweep.get("project", "moma-lightning")

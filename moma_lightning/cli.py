@@ -19,6 +19,7 @@ from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.strategy import ShardedStrategy
+from moma_lightning.wandb_mode import wandb_mode
 
 __all__ = ["MoMACLI", "Run", "ShardedStrategy"]  # the strategy: importing it makes `--trainer.strategy sharded` known
 
@@ -31,7 +32,7 @@ class MoMACLI(LightningCLI):
 
     Everything a run writes lies under `trainer.default_root_dir`: config.yaml (resolved), metrics.csv, wandb/ and
     checkpoints/last.ckpt, from which `fit` goes on unless `--ckpt_path` says otherwise. Options of the ModelCheckpoint are
-    under `checkpoint:`. wandb is offline unless WANDB_API_KEY or WANDB_MODE says otherwise: it never asks for a key.
+    under `checkpoint:`. wandb is offline without a key (`wandb_mode`): it never asks for one.
     """
 
     def __init__(self, **kwargs: Any):
@@ -173,9 +174,8 @@ def checkpoint_folder(root: str | None) -> str | None:
 
 
 def run_loggers(folder: Path) -> list[Logger]:
-    """metrics.csv in the run's folder, and wandb: offline where no key and no WANDB_MODE are set."""
-    if "WANDB_API_KEY" not in os.environ:
-        os.environ.setdefault("WANDB_MODE", "offline")
+    """metrics.csv in the run's folder, and wandb, online or not as `wandb_mode` says."""
+    os.environ["WANDB_MODE"] = wandb_mode()
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
     wandb = WandbLogger(project="moma-lightning", name="/".join(folder.parts[-2:]), save_dir=folder)
     return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]

@@ -6,7 +6,7 @@ from torch.multiprocessing import ProcessRaisedException
 from evaluation.cli import COMMANDS, main, parse
 from evaluation.config import EvalConfig
 from evaluation.methods import IpAdapter, Moma, RealImages, TextOnly
-from evaluation.tracking import mode
+from moma_lightning.wandb_mode import wandb_mode
 from tests.evaluation.fakes import write_data
 
 MINI = Path(__file__).parents[2] / "experiments" / "mini" / "eval.yaml"
@@ -103,11 +103,18 @@ def test_no_more_processes_than_subjects_and_gpus(monkeypatch):
     assert EvalConfig(num_processes=2, device="cuda").processes(30) == 1
 
 
-def test_wandb_never_asks(monkeypatch):
+def test_wandb_never_asks(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert mode() == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert mode() == "online"
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.example.org\n  login user\n  password 0000\n")  # as `wandb login` leaves it
+    assert wandb_mode() == "online"
+    (tmp_path / "netrc").unlink()
+    for name in ("WANDB_API_KEY", "WANDB_SWEEP_ID"):  # an agent hands on the second alone
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0" * 40)
+            assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert mode() == "disabled"
+    assert wandb_mode() == "disabled"

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
+from evaluation import scoring
 from evaluation.dreambooth import run_scoring
 from evaluation.generation import generate
 from evaluation.methods import RealImages
@@ -37,6 +38,25 @@ def test_two_processes_see_every_picture_once_and_the_table_is_the_same(config):
     shared = score(Evaluation.open(config), METHODS, judges.encoders, judges.masker)
     pd.testing.assert_frame_equal(alone, shared, rtol=1e-5)
     assert not list((config.eval_folder / "cache").glob("*.part*.npz"))  # put into the one file of each encoder
+
+
+def test_a_kill_on_one_process_loses_no_more_than_the_last_minute(config, monkeypatch):
+    seen, rows = [], scoring.subject_rows
+
+    def killed(*given):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(given)
+        return rows(*given)
+
+    shutil.rmtree(config.eval_folder / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.extra_scores.SAVE_SECONDS", -1)
+        patch.setattr(scoring, "subject_rows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score(Evaluation.open(config), METHODS)
+    known = {name: len(encoder.known) for name, encoder in open_judges(Evaluation.open(config)).encoders.items()}
+    assert len(seen) == 2 and all(count > 0 for count in known.values())
 
 
 def test_a_missing_picture_is_an_error_with_two_processes_too(config):

@@ -16,5 +16,9 @@ def test_a_picture_does_not_wait_for_the_disk_and_an_empty_one_does_not_count(tm
     monkeypatch.setattr(os, "fsync", lambda number: pytest.fail("thousands of small pictures must not wait for the disk"))
     write_picture(tmp_path / "a.png", Image.new("RGB", (4, 4)), {"seed": 3}, {})
     assert is_current(tmp_path / "a.png", {"seed": 3})
-    (tmp_path / "a.png").write_bytes(b"")  # as a power cut may leave it
+    for damage in (b"", b"\xff\xfe\x80", b"[]"):  # as a power cut may leave it
+        (tmp_path / "a.json").write_bytes(damage)
+        assert not is_current(tmp_path / "a.png", {"seed": 3})
+    write_picture(tmp_path / "a.png", Image.new("RGB", (4, 4)), {"seed": 3}, {})
+    (tmp_path / "a.png").write_bytes(b"")
     assert not is_current(tmp_path / "a.png", {"seed": 3})

@@ -125,7 +125,10 @@ def test_other_kinds_of_prompt_never_enter_table_1():
 
 def test_scores_of_two_protocols_are_refused_by_name():
     mixed = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2)])
-    for refused in (lambda: summarise(mixed), lambda: by_subject(mixed, "weak", "dino"), lambda: breakdown(mixed, "dino", "subject")):
+    a_method_each = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2).replace({"method": {"weak": "other"}})])
+    a_method_each = a_method_each[a_method_each["method"].isin(["weak", "other"])]
+    for refused in (lambda: summarise(mixed), lambda: by_subject(mixed, "weak", "dino"), lambda: breakdown(mixed, "dino", "subject"),
+                    lambda: breakdown(a_method_each, "dino", "prompt"), lambda: difference(a_method_each, "other", "weak", "dino")):  # fmt: skip
         with pytest.raises(ValueError, match=r"'mini' \(aaa\), 'moma-paper' \(bbb\)"):
             refused()
 
