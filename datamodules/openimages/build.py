@@ -60,6 +60,8 @@ def build(config: BuildConfig) -> dict[str, Any]:
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit must be at least 1, not {config.limit}")
     out = Path(config.out)
+    for left in (out / "work").glob(f".{config.split}-*.removing"):
+        shutil.rmtree(left)
     decides = deciding(config)
     part = sharding.read_manifest(out).get(config.split)
     if part is not None and part.get("config") == decides and _is_whole(out, part):
@@ -77,8 +79,8 @@ class Builder:
         self.config, self.decides, self.engine = with_absolute_paths(config), decides, engine
         self.out = Path(config.out).absolute()
         self.cache = self.out / "work" / "sources"
-        # A larger limit, or shards of another size, go on from the same work.
-        identity = {key: value for key, value in decides.items() if key not in ("limit", "shards")}
+        # A larger limit, shards of another size, or another answer to unreachable servers go on from the same work.
+        identity = {key: value for key, value in decides.items() if key not in ("limit", "shards", "on_unreachable")}
         identity |= {"pictures": [config.shards.max_side, config.shards.quality], "unit": config.run.unit}
         self.work = self.out / "work" / f"{config.split}-{_digest(identity)}"
 
@@ -174,7 +176,9 @@ class Builder:
         }  # fmt: skip
         sharding.write_json(self.out / sharding.MANIFEST, sharding.read_manifest(self.out) | {split: part})
         if not self.config.run.keep_work:
-            shutil.rmtree(self.work)
+            removing = self.work.with_name(f".{self.work.name}.removing")  # half removed, it would be gone on with
+            self.work.rename(removing)
+            shutil.rmtree(removing)
         print(f"{split}: {len(chosen)} triplets in {len(shards)} shards under {self.config.out}")
         return part
 
@@ -211,7 +215,8 @@ def with_absolute_paths(config: BuildConfig) -> BuildConfig:
 def deciding(config: BuildConfig) -> dict[str, Any]:
     """The part of a configuration that decides what is written, as JSON values, word lists and captions file by content."""
     decides = {key: value for key, value in asdict(config).items() if key not in ("out", "run")}
-    del decides["sources"]["fetch"], decides["sources"]["download_mask_zips"]
+    decides["on_unreachable"] = decides["sources"].pop("fetch")["on_unreachable"]
+    del decides["sources"]["download_mask_zips"]
     rules = CaptionRules.of(config.captions)
     decides["format"], decides["words"] = FORMAT, _digest([sorted(rules.removed), sorted(rules.people)])
     captions = config.sources.captions

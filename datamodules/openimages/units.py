@@ -10,11 +10,13 @@ What a unit becomes depends on it alone, so neither processes nor crashes change
 import heapq
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules import pictures
@@ -51,7 +53,7 @@ def write_units(candidates: Sequence[Path], folder: Path, pictures_each: int) ->
     units = count = 0
     while unit := list(islice(pictures, pictures_each)):
         part = pa.Table.from_pylist([row for masks in unit for row in masks])
-        write_beside(path_of(folder, units), lambda beside, part=part: pq.write_table(part, beside))  # type: ignore[misc]
+        write_beside(path_of(folder, units), partial(pq.write_table, part))
         units, count = units + 1, count + len(part)
     return units, count
 
@@ -70,15 +72,24 @@ class PictureStage:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         number = item["unit"]
-        target = path_of(self.work / "pictures", number)
-        if path_of(self.work / "samples", number).exists() or target.exists():
+        samples, target = path_of(self.work / "samples", number), path_of(self.work / "pictures", number)
+        if self._is_done(samples):
             return item
-        candidates = pq.read_table(path_of(self.work / "units", number)).to_pylist()
-        rows = list(self.rows(candidates))
-        write_rows(target, rows)
-        for row in rows:
-            self.sources.forget(row["image_id"])
+        samples.unlink(missing_ok=True)
+        if not self._is_done(target):
+            candidates = pq.read_table(path_of(self.work / "units", number)).to_pylist()
+            rows = list(self.rows(candidates))
+            write_rows(target, rows)
+            for row in rows:
+                self.sources.forget(row["image_id"])
         return item
+
+    def _is_done(self, path: Path) -> bool:
+        """What a run with `on_unreachable: skip` went without, one with `raise` fetches."""
+        if not path.exists() or self.sources.config.fetch.on_unreachable == "skip":
+            return path.exists()
+        reasons = pq.read_table(path, columns=["reason"])["reason"]
+        return not pc.any(pc.ends_with(reasons, "_unreachable")).as_py()
 
     def rows(self, candidates: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One row for each candidate, in their order; downloads run ahead in threads."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,38 @@ def test_what_is_not_served_is_counted_where_the_user_wants_that(plain_bucket, c
     found = counted(build(config))
     assert found["mask_unreachable"] == sum(path.name[0] == digit for path in (plain_bucket / "pictures/train").iterdir())
     assert found["triplets"] == 40 - found["mask_unreachable"]
+
+
+def test_what_a_run_went_without_the_next_one_fetches(undisturbed, plain_bucket, config_of, serve):
+    bucket = serve(plain_bucket)
+    names = sorted(path.name for path in (plain_bucket / "pictures/train").iterdir())
+    bucket.faults[f"annotations/v5/train-masks/train-masks-{names[0][0]}.zip"] = [503] * 1000
+    bucket.faults[f"pictures/train/{names[-1]}"] = [503] * 1000
+    config = config_of(plain_bucket, url=bucket.url)
+    config.sources.fetch.on_unreachable = "skip"
+    assert build(config)["count"] < 39
+    bucket.faults.clear()
+    config.sources.fetch.on_unreachable = "raise"
+    assert build(config)["count"] == 40
+    assert digests(config) == undisturbed[1]
+
+
+def test_killed_while_it_removes_its_work(undisturbed, plain_bucket, config_of, monkeypatch):
+    config, remove = config_of(plain_bucket, limit=11, run=RunConfig(workers=0, unit=8, keep_work=False)), shutil.rmtree
+
+    def killed(folder, **options):
+        if (folder / "units").exists():
+            remove(folder / "units")
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(config)
+    whole = replace(config, limit=None)
+    build(whole)
+    assert digests(whole) == undisturbed[1] and not list((Path(config.out) / "work").glob("*train-*"))
 
 
 def test_finished_shards_are_not_made_again_and_damaged_ones_are(undisturbed, plain_bucket, config_of):
