@@ -91,7 +91,12 @@ class Builder:
         sources.prepare()
         reasons = self.candidates(hierarchy, classes)
         units, candidates = self.units()
+        gone = Counter(bad_row=tables["masks"].get("bad_rows", 0)) + reasons
+        if not units:
+            raise self.nothing_left(gone)
         chosen, looked_at = self.samples(units)
+        if not len(chosen):
+            raise self.nothing_left(gone + chosen.reasons)
         self._remove_others()
         shards = self.shards(chosen)
         funnel = self.funnel(tables, reasons, candidates, chosen, looked_at)
@@ -130,12 +135,16 @@ class Builder:
             upto = min(units, done + wave)
             self._work_through(range(done, upto))
             done = upto
-            if not done:
-                raise ValueError(f"no candidate is left of {config.split}: see the counts under {self.work / 'ordered'}")
             chosen = assemble.choose(assemble.read_light(self.work / "samples", done), config.limit, config.select.near_duplicate_bits)
             if done == units or (config.limit is not None and len(chosen) == config.limit):
                 return chosen, len(chosen) + sum(chosen.reasons.values())
             kept = len(chosen)
+
+    def nothing_left(self, gone: Counter[str]) -> ValueError:
+        """What an empty result is reported with: which filter took how many masks."""
+        took = ", ".join(f"{reason} {count}" for reason, count in gone.most_common())
+        where = f"{Sources(self.config.sources, self.config.split, self.cache).name('masks')} of {self.config.sources.annotations}"
+        return ValueError(f"no triplet of {self.config.split} is left: " + (f"masks that went, by the reason: {took}" if took else f"{where} has no rows"))
 
     def _work_through(self, units: range) -> None:
         config = self.config

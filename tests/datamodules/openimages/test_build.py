@@ -228,12 +228,21 @@ def test_on_ray_the_same_bytes_come_out(undisturbed, plain_bucket, config_of):
 def test_a_configuration_that_cannot_work_says_so(plain_bucket, config_of):
     with pytest.raises(ValueError, match="limit must be at least 1"):
         build(config_of(plain_bucket, limit=0))
-    with pytest.raises(ValueError, match="no candidate is left"):
-        build(config_of(plain_bucket, select=SelectConfig(min_predicted_iou=2.0)))
     config = config_of(plain_bucket, "elsewhere")
     config.sources.masks = "v5/nothing.csv"
     with pytest.raises(FileNotFoundError, match=r"nothing.csv is missing: sources.masks"):
         build(config)
+
+
+def test_no_triplet_at_all_is_an_error_that_names_the_filters(undisturbed, plain_bucket, config_of, tmp_path):
+    config = config_of(plain_bucket)
+    build(config)
+    for select, said in ((SelectConfig(min_predicted_iou=2.0), "low_predicted_iou 40"), (SelectConfig(min_side=1000), "picture_too_small 40")):
+        with pytest.raises(ValueError, match=f"no triplet of train is left: masks that went, by the reason: {said}$"):
+            build(replace(config, select=select))
+    assert digests(config) == undisturbed[1], "what was there stays"
+    with pytest.raises(ValueError, match="no triplet of train is left: v5/train-annotations-object-segmentation.csv of .* has no rows"):
+        build(config_of(Miniature.drawn(0).write(tmp_path / "empty"), "nothing"))
 
 
 def test_unknown_keys_are_errors(tmp_path, plain_bucket, config_of):
