@@ -124,8 +124,8 @@ class RunConfig:
     """How the work is spread; nothing here changes what is written (but batches of a captioner that rounds differ with `unit`).
 
     unit: pictures that are finished or not as one.
-    address: an existing Ray cluster ("auto", "ray://host:10001"); None starts Ray here. workers: processes (None: every core Ray
-        has); 0 works in this process, without Ray. captioners: captioning processes; gpus_each: GPUs of each (None: one each
+    address: an existing Ray cluster ("auto", "ray://host:10001"), all of whose cores are used; None starts Ray here. workers: of Ray
+        here (None: every core); 0 works in this process, without Ray. captioners: captioning processes; gpus_each: GPUs of each (None: one each
         where Ray has GPUs, else none). keep_work: keep the intermediate folder, from which a larger limit goes on.
     """
 

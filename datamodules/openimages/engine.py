@@ -34,9 +34,14 @@ class Stage:
 
 
 class Engine:
-    """`workers` 0 stays in this process; else Ray, at `address` or started here with `workers` cores (None: all)."""
+    """`workers` 0 stays in this process; else Ray, at `address` or started here with `workers` cores (None: all).
+
+    Raises ValueError for both: a cluster has the cores that it was started with.
+    """
 
     def __init__(self, workers: int | None = 0, address: str | None = None):
+        if address is not None and workers is not None:
+            raise ValueError(f"run.address names a Ray cluster, which has its own cores: leave run.workers out, not {workers}")
         self.inline, self._started, self._here = workers == 0, False, address is None
         if not self.inline:
             self._started = _start_ray(workers, address)
@@ -151,7 +156,7 @@ def _start_ray(workers: int | None, address: str | None) -> bool:
         started = False
     else:
         options: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, logging_level=logging.WARNING, **options)
+        ray.init(address=address or "local", logging_level=logging.WARNING, **options)  # without "local" Ray joins a cluster that it finds here
         started = True
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,21 +1,28 @@
 """The whole factory: over HTTP with faults, resumed, killed, on Ray, limited; and captioned by a tiny BLIP-2."""
 
 import hashlib
+import io
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from huggingface_hub import constants
 from miniature_bucket import Miniature
+from PIL import Image
 
 from datamodules.openimages.assemble import deal, read_light
 from datamodules.openimages.build import BuildConfig, build, deciding, with_absolute_paths
@@ -39,6 +46,11 @@ def undisturbed(plain_bucket, tmp_path_factory):
     return build(config), digests(config)
 
 
+def written(config) -> dict[str, bytes]:
+    out = Path(config.out)
+    return {p.name: p.read_bytes() for p in (*out.glob("*.tar"), *out.glob("*.parquet"), out / "manifest.json")}
+
+
 def test_shards_are_balanced_and_indexed(undisturbed, plain_bucket, config_of):
     part, _ = undisturbed
     assert [shard["count"] for shard in part["shards"].values()] == [13, 13, 14] and part["count"] == 40
@@ -52,6 +64,26 @@ def test_shards_are_balanced_and_indexed(undisturbed, plain_bucket, config_of):
         assert file.read(4096).startswith(b'{"area"')
         file.seek(row.picture_offset)
         assert file.read(2) == b"\xff\xd8"
+
+
+def test_the_index_says_what_the_samples_say(plain_bucket, config_of):
+    config = config_of(plain_bucket)
+    build(config)
+    index = {row["key"]: row for row in pd.read_parquet(f"{config.out}/train-index.parquet").to_dict("records")}
+    for shard in sorted(Path(config.out).glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            files = {member.name: (member.offset_data, tar.extractfile(member).read()) for member in tar}
+        for key in {name.partition(".")[0] for name in files}:
+            (picture_at, picture), (mask_at, mask), (json_at, text) = (files[f"{key}.{extension}"] for extension in ("jpg", "mask.png", "json"))
+            places = {"picture_offset": picture_at, "mask_offset": mask_at, "json_offset": json_at}
+            row = index.pop(key) | {}
+            assert row["box"].tolist() == json.loads(text)["box"]
+            assert row == json.loads(text) | places | {"box": row["box"], "shard": shard.name, "key": key, "sha256": hashlib.sha256(picture + mask).hexdigest()}
+            image, inside = Image.open(io.BytesIO(picture)), np.asarray(Image.open(io.BytesIO(mask))) > 0
+            assert (row["width"], row["height"]) == image.size and row["area"] == pytest.approx(inside.mean(), abs=0.01)
+            assert row["license"] == "https://creativecommons.org/licenses/by/2.0/" and row["author"].startswith("Author ")
+            assert row["url"] == f"https://example.org/{row['image_id']}" and row["predicted_iou"] == 0.9 and row["label"] in row["caption"]
+    assert not index
 
 
 def test_workers_are_told_absolute_paths_and_the_configuration_stays_as_it_was_given(tmp_path, monkeypatch):
@@ -222,6 +254,74 @@ def test_on_ray_the_same_bytes_come_out(undisturbed, plain_bucket, config_of):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
     config = config_of(plain_bucket, run=RunConfig(workers=2, unit=8))
     build(config)
+    assert digests(config) == undisturbed[1]
+
+
+def files(out: Path) -> int:
+    return sum(1 for path in out.rglob("*") if path.is_file())
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_any_time_on_ray_the_result_is_the_same(plain_bucket, config_of, tmp_path):
+    """SIGKILL of the driver when about so many of all the files are there; its workers live on for a while, beside the next run's."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
+    config = config_of(plain_bucket, run=RunConfig(workers=2, unit=8))
+    out = Path(config.out)
+    build(replace(config, run=RunConfig(workers=0, unit=8)))
+    whole, count = written(config), files(out)
+    shutil.rmtree(out)
+    run, shares = command(config, tmp_path / "data.yaml"), sorted(random.uniform(0.02, 0.9) for _ in range(2))
+    for share in shares:
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 250
+        while files(out) < share * count and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"of {shares}"
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+    assert written(config) == whole, f"killed at {shares}"
+
+
+def test_captioners_on_ray_give_what_they_give_here(plain_bucket, config_of):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
+    captions = CaptionConfig(captioner="tests.datamodules.openimages.plain_captioner.PlainCaptioner", init_args={"word": "picture"}, batch_size=3)
+    configs = [config_of(plain_bucket, name, captions=False) for name in ("here", "on-ray")]
+    configs[1].run = RunConfig(workers=2, captioners=1, unit=8)
+    for config in configs:
+        config.captions = captions
+        assert build(config)["count"] == 40
+    assert written(configs[0]) == written(configs[1])
+    assert "a picture" in pd.read_parquet(f"{configs[1].out}/train-index.parquet").caption_full[0]
+
+
+#: A token that a Ray of this machine has left in the home folder would be wanted by the cluster, and not be sent to an address.
+WITHOUT_TOKEN = os.environ | {"RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Address of a Ray cluster of two cores, apart from any other of this machine."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    folder = tempfile.mkdtemp(prefix="ray")  # short: the names of sockets have a limit
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2", "--port", address.partition(":")[2],
+               "--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--temp-dir", folder, "--disable-usage-stats"]  # fmt: skip
+    with (tmp_path / "ray.log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=WITHOUT_TOKEN)
+        until = time.monotonic() + 120
+        while "Ray runtime started" not in (tmp_path / "ray.log").read_text() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        yield address
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_on_a_cluster_the_same_bytes_come_out(undisturbed, plain_bucket, config_of, cluster, tmp_path):
+    config = config_of(plain_bucket, run=RunConfig(address=cluster, unit=8))
+    subprocess.run(command(config, tmp_path / "data.yaml"), check=True, stdout=subprocess.DEVNULL, env=WITHOUT_TOKEN)
     assert digests(config) == undisturbed[1]
 
 

@@ -53,6 +53,12 @@ def test_captioners_that_leave_no_core_are_refused_and_not_waited_for():
         engine.require_cores(cores, actors)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_cluster_has_its_own_cores(workers):
+    with pytest.raises(ValueError, match=f"run.address names a Ray cluster.* leave run.workers out, not {workers}"):
+        engine.Engine(workers, "auto")
+
+
 def test_an_actor_makes_its_function_once():
     made = []
     actor = engine._Apply(lambda: made.append(1) or Doubled(), ())
