@@ -150,7 +150,7 @@ def listed(folder: Path, rows: int, log: Path) -> None:
         lines = [assemble.describe(row) | {"key": row["key"]} for unit in item["keys"] for part in read_rows(path_of(folder / "samples", int(unit)))
                  for row in part if row["key"] in keys]  # fmt: skip
         path = folder / "index" / f"{item['shard']}.parquet"
-        write_beside(path, lambda beside, lines=lines: pq.write_table(pa.Table.from_pylist(lines), beside))
+        write_beside(path, functools.partial(pq.write_table, pa.Table.from_pylist(lines)))
     started = time.process_time()
     assemble.write_index(folder, folder, "train", [item["shard"] for item in items])
     note(log, "finish", started)
