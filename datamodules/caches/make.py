@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.caches import samples as cached
-from datamodules.caches.stamp import CacheStamp, source_digest
+from datamodules.caches.stamp import CacheStamp, source_state
 from datamodules.samples import BadSampleError, BadSamples, Triplet, decode, read_shards
 from datamodules.shards import expand_shards
 from datamodules.streams import TripletConfig, batched, of_pictures
@@ -59,10 +59,14 @@ class CacheMaker(LightningModule):
         """Make one shard, unless it is there already. Returns its number of samples."""
         source = self.shards[number]
         shard = self.out / source.name
-        wanted = CacheStamp(str(source), source_digest(source), self.made_by, self.data.image_size, 1 + self.config.mirrored, self.config.dtype)
         there = CacheStamp.read(shard)
-        if there is not None and shard.is_file() and there == replace(wanted, samples=there.samples, left_out=there.left_out, size=shard.stat().st_size):
-            return there.samples
+        wanted = CacheStamp(made_by=self.made_by, image_size=self.data.image_size, views=1 + self.config.mirrored, dtype=self.config.dtype,
+                            **source_state(source, there))  # fmt: skip
+        if there is not None and shard.is_file():
+            same = replace(wanted, samples=there.samples, left_out=there.left_out, size=shard.stat().st_size)
+            if there == same:
+                same.write(shard)  # with the source's present time, so that training need not read it
+                return same.samples
         stamp = self.make(source, shard, wanted)
         logger.info("%s: %d samples, %d left out (%d of %d shards)", shard, stamp.samples, stamp.left_out, number + 1, len(self.shards))
         return stamp.samples

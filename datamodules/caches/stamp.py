@@ -5,18 +5,19 @@ A shard of a cache is finished when this file is there, and its own length is wh
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.shards import read_manifest, sha256, write_json
+from datamodules.shards import sha256, write_json
 
 
 @dataclass(frozen=True)
 class CacheStamp:
-    """source: the shard of pictures; source_sha256: its digest. made_by: what the features depend on, by name
-    (`TrainedPartModule.cache_identity`). image_size: side of the pictures in pixels. views: 2 where every sample is there mirrored as well.
-    samples, size: of the cached shard, size in bytes. left_out: samples of the source that could not be used.
+    """source: the shard of pictures; source_sha256, source_size, source_mtime_ns: its digest, size in bytes and time of its last change.
+    made_by: what the features depend on, by name (`TrainedPartModule.cache_identity`). image_size: side of the pictures in pixels.
+    views: 2 where every sample is there mirrored as well. samples, size: of the cached shard, size in bytes. left_out: samples of the
+    source that could not be used.
     """
 
     source: str
@@ -28,6 +29,8 @@ class CacheStamp:
     samples: int = 0
     left_out: int = 0
     size: int = 0
+    source_size: int = field(default=-1, compare=False)
+    source_mtime_ns: int = field(default=-1, compare=False)
 
     @staticmethod
     def path(shard: str | Path) -> Path:
@@ -53,10 +56,14 @@ def _of_before(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"made_by": {name: value for name, value in content["made_by"].items() if value != "None"}}
 
 
-def source_digest(shard: Path) -> str:
-    """sha256 of a shard: as its folder's manifest has it, else of the file itself."""
-    listed = {name: entry for part in read_manifest(shard.parent).values() for name, entry in part.get("shards", {}).items()}
-    return listed[shard.name]["sha256"] if shard.name in listed else sha256(shard)
+def source_state(source: Path, stamp: CacheStamp | None) -> dict[str, Any]:
+    """The stamp's fields of a source as it is now. Its digest is `stamp`'s where size and time are: reading it all takes long."""
+    size, time = source.stat().st_size, source.stat().st_mtime_ns
+    if stamp is not None and (stamp.source, stamp.source_size, stamp.source_mtime_ns) == (str(source), size, time):
+        digest = stamp.source_sha256
+    else:
+        digest = sha256(source)
+    return {"source": str(source), "source_sha256": digest, "source_size": size, "source_mtime_ns": time}
 
 
 def read_stamps(shards: Sequence[str], image_size: int, flip: bool) -> dict[str, CacheStamp]:
@@ -80,7 +87,7 @@ def _unfit(shard: str, stamp: CacheStamp, image_size: int, flip: bool) -> str | 
     if Path(shard).stat().st_size != stamp.size:
         return f"is {Path(shard).stat().st_size} bytes long, its stamp tells of {stamp.size}"
     source = Path(stamp.source)
-    if source.is_file() and source_digest(source) != stamp.source_sha256:
+    if source.is_file() and source_state(source, stamp)["source_sha256"] != stamp.source_sha256:
         return f"its source {source} has changed since"
     if stamp.image_size != image_size:
         return f"was made of pictures of {stamp.image_size} pixels, training wants {image_size}"

@@ -1,6 +1,7 @@
 """Caches of the mini world's own models: the same training as online, and nothing stale or foreign accepted."""
 
 import json
+import shutil
 import sys
 import tarfile
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import seed_everything
 
 from datamodules.caches import __main__ as command
+from datamodules.caches import stamp
 from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from datamodules.caches.stamp import CacheStamp
 from datamodules.triplets import TripletDataModule
@@ -160,6 +162,33 @@ def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
         setup(plain)
     with pytest.raises(ValueError, match="is a cache itself"):
         make(cache, tmp_path / "twice", stage2(decoder))
+
+
+def test_a_source_is_judged_by_its_bytes_and_read_only_where_it_may_have_changed(cache, decoder, data, tmp_path, monkeypatch):
+    def setup(folder: Path):
+        TripletDataModule(config(folder)).setup("fit")
+
+    def unread(path: Path):
+        raise AssertionError(f"{path} was read")
+
+    sources, moved = Path(shutil.copytree(data, tmp_path / "sources")), copied(cache, tmp_path / "moved")
+    for path in moved.glob("*.tar"):
+        replace(CacheStamp.read(path), source=str(sources / path.name), source_mtime_ns=-1).write(path)
+    setup(moved)  # another time, and the same bytes
+    before = {path: path.stat().st_mtime_ns for path in moved.glob("*.tar")}
+    make(sources, moved, stage2(decoder))
+    assert before == {path: path.stat().st_mtime_ns for path in moved.glob("*.tar")}, "no reason to make them again"
+    with monkeypatch.context() as patch:
+        patch.setattr(stamp, "sha256", unread)
+        setup(moved)
+        make(sources, moved, stage2(decoder))
+    shutil.copy(sources / "train-00000.tar", sources / "train-00001.tar")
+    assert "train-00001.tar" in (sources / "manifest.json").read_text(), "which still tells of what was there"
+    with pytest.raises(ValueError, match=r"train-00001.tar: its source .* has changed since"):
+        setup(moved)
+    make(sources, moved, stage2(decoder))
+    assert [path.name for path, time in before.items() if path.stat().st_mtime_ns != time] == ["train-00001.tar"]
+    setup(moved)
 
 
 def test_pictures_for_a_stage_that_wants_a_cache(data, decoder, tmp_path):
