@@ -7,8 +7,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_json
-from evaluation.figures.ablations import made_with
 from evaluation.generation import generate
+from evaluation.made_with import made_with
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches

@@ -11,19 +11,16 @@ import pandas as pd
 from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.config import EvalConfig
-from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.generation import generate
+from evaluation.made_with import made_with, weights_of
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
-from evaluation.protocols import Protocol
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import git_revision
 from evaluation.statistics import METRICS, above_oracle, breakdown, summarise
 from evaluation.tables import method_table, score_page
-from moma_lightning.digests import content_digest
 from moma_lightning.files import write_bytes
-from moma_lightning.hub import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     for by in ("subject", "prompt"):
         write_bytes(folder / f"per_{by}.csv", breakdowns(scores, by).to_csv(index=False, float_format="%.6f").encode())
     about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "protocol": asdict(protocol)}
-    about |= {"weights": weights_of(protocol)}
+    about |= {"weights": weights_of(protocol), "made_with": made_with(evaluation.config)}
     write_json(folder / "protocol.json", about)
     write_bytes(folder / "table.md", score_page(summary, protocol, len(evaluation.subjects), found).encode())
     logger.info("%s\n%s", folder / "table.md", method_table(summary))
@@ -62,15 +59,6 @@ def breakdowns(scores: pd.DataFrame, by: Literal["subject", "prompt"]) -> pd.Dat
     """Columns metric, subject or prompt, then a method each; a block of rows a metric."""
     first = pd.DataFrame(columns=["metric", by])
     return pd.concat([first, *(breakdown(scores, metric, by).reset_index().assign(metric=metric) for metric in METRICS)])
-
-
-def weights_of(protocol: Protocol) -> dict[str, str]:
-    """What the scores were made with: the digest of a local folder's files, or the model's name and revision."""
-    models: dict[str, tuple[str, str | None]] = {name: (config.model, config.revision) for name, config in protocol.encoders.items()}
-    if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
-        models["segmenter"] = (protocol.segmenter, None)
-    hub = {name: f"{model}@{revision}" if revision else model for name, (model, revision) in models.items()}
-    return {name: content_digest(found) if (found := local_path(model)) else hub[name] for name, (model, _) in models.items()}
 
 
 def write_json(path, content) -> None:

@@ -4,15 +4,14 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from evaluation.config import EvalConfig
 from evaluation.figures.names import NUMBER, axis_name, method_name, methods_of
 from evaluation.figures.tables import Cells, difference_rows, metrics_in
+from evaluation.made_with import made_with
 from evaluation.stamps import read_stamp
-from moma_lightning.digests import identity
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Ablation:
 
 
 def read_ablations(config: EvalConfig) -> list[Ablation]:
-    """Every `<run>/ablations/*.json` that holds a table of this protocol and these weights; the paper's own two come first."""
+    """Every `<run>/ablations/*.json` that holds a table of this protocol and these weights (`made_with`); the paper's own two come first."""
     paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
     summaries = {path.stem: json.loads(path.read_text()) for path in paths}
     tables = {key: summary for key, summary in summaries.items() if methods_of(summary)}
@@ -42,20 +41,6 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
     for key in stale:
         logger.warning("%s is left out: it was made under another protocol or with other weights; run `evaluation ablate` again", config.ablations_folder / key)
     return [read_ablation(key, summary, config.pictures) for key, summary in tables.items() if key not in stale]
-
-
-def made_with(config: EvalConfig) -> dict[str, str | None]:
-    """Digests of the protocol and of both stages' weights: what an ablation shares with the evaluation that it stands beside."""
-    return {"protocol": config.resolved_protocol().digest, "adapter": known_identity(config.adapter), "decoder": known_identity(config.decoder)}
-
-
-@cache
-def known_identity(path: str | None) -> str | None:
-    """None for weights that no method needs: those that one needs, and are not there, are an error elsewhere."""
-    try:
-        return None if path is None else identity(path)
-    except FileNotFoundError:
-        return None
 
 
 def read_ablation(key: str, summary: dict[str, Any], pictures: Path) -> Ablation:

@@ -23,6 +23,7 @@ from evaluation.figures.scored import comparison
 from evaluation.figures.style import colors_of, encoded, svg_address
 from evaluation.figures.tables import Cells, difference_rows, means_by, metrics_in, named_rows, read_scores, read_summary
 from evaluation.figures.write import COMMUNITY, MADE, read_grid, scored_grids
+from evaluation.made_with import made_with
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
 from evaluation.statistics import LEVEL, METRICS, oracles, prompt_form
@@ -66,7 +67,7 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
         "title": config.report.title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "about": about,
-        "warnings": [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]],
+        "warnings": [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]] + stale(config, about),
         "subjects": scores["subject"].nunique(),
         "pictures": len(scores),
         "level": f"{LEVEL:.0%}",
@@ -81,6 +82,15 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
         "published": tables.published_table("Method", published.TABLE_1),
         "published_note": published.NOTE,
     }
+
+
+def stale(config: EvalConfig, about: dict[str, Any]) -> list[str]:
+    """A sentence where the scores are of another protocol or of other weights than figures and ablations on this page."""
+    before, now = about.get("made_with"), made_with(config)
+    if before is None:
+        return ["The scores do not say what they were made with: score again"]
+    changed = [name for name in now if before.get(name) != now[name]]
+    return [f"The scores were made with another {', '.join(changed)} than there is now: score again"] if changed else []
 
 
 def in_words(sentence: str, methods: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ import pytest
 from evaluation import ablations
 from evaluation.ablations import run_ablation
 from evaluation.config import AblationConfig
-from evaluation.figures.ablations import made_with, read_ablations
+from evaluation.figures.ablations import read_ablations
+from evaluation.made_with import made_with
 from evaluation.methods import Moma
 from evaluation.sweeps import point_name
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders

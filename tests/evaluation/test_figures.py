@@ -10,7 +10,7 @@ from PIL import Image
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
-from evaluation.figures.ablations import made_with, read_ablations, varying
+from evaluation.figures.ablations import read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
 from evaluation.figures.names import kind_name, method_name, methods_of, metric_name
@@ -19,6 +19,7 @@ from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows, means_by
 from evaluation.figures.write import charts, read_grid
 from evaluation.generation import generate
+from evaluation.made_with import made_with
 from evaluation.methods import Moma, RealImages
 from evaluation.plan import Evaluation
 from evaluation.scoring import score

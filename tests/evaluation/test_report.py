@@ -2,6 +2,7 @@ import io
 import json
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from PIL import Image
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
-from evaluation.figures.ablations import made_with
 from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
 from evaluation.figures.style import DPI
 from evaluation.figures.write import read_grid
 from evaluation.generation import generate
+from evaluation.made_with import made_with
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
+from evaluation.report.page import stale
 from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
 from evaluation.scoring import score
@@ -85,6 +87,16 @@ def test_page_is_well_formed_and_self_contained(text, page):
     assert all(image.get("src", "data:").startswith("data:") for image in page.all("img"))
     assert all("src" not in script for script in page.all("script"))
     assert not re.search(r"https?://|url\(|@import", text)
+
+
+def test_a_page_whose_scores_are_older_than_its_weights_says_so(evaluated, text, tmp_path):
+    assert "The scores were made with another" not in text
+    (tmp_path / "adapter").mkdir()
+    about = json.loads((evaluated.eval_folder / "protocol.json").read_text())
+    assert stale(replace(evaluated, adapter=str(tmp_path / "adapter")), about) == ["The scores were made with another adapter than there is now: score again"]
+    assert stale(evaluated, about | {"made_with": about["made_with"] | {"judges": {}}}) == [
+        "The scores were made with another judges than there is now: score again"]  # fmt: skip
+    assert stale(evaluated, {}) == ["The scores do not say what they were made with: score again"]
 
 
 def test_embedded_pictures_are_whole(page):

@@ -6,8 +6,8 @@ import wandb
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
-from evaluation.figures.ablations import made_with
 from evaluation.generation import generate
+from evaluation.made_with import made_with
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
