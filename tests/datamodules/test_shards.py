@@ -95,6 +95,14 @@ def test_a_worker_that_outlives_its_run_does_not_spoil_the_next_runs_shard(tmp_p
     assert entries == [{"count": 2, "sha256": shards.sha256(path)}] and list(files(tmp_path)) == [path.name]
 
 
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_ino) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda source, target: done.append("renamed") or replace(source, target))
+    write_shard(tmp_path / "train-00000.tar", Source()(range(2)))
+    assert done == [(tmp_path / "train-00000.tar").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
 def test_finished_shards_are_kept_damaged_ones_written_again(tmp_path):
     write(tmp_path, Source())
     before, source = files(tmp_path), Source()
