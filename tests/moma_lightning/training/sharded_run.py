@@ -56,7 +56,7 @@ class Size:
     side: int = 32
 
 
-def global_batch(seed: int, rank: int, ranks: int, size: Size) -> TripletBatch:
+def global_batch(seed: int, rank: int, ranks: int, size: Size = Size()) -> TripletBatch:  # noqa: B008
     rng = torch.Generator().manual_seed(seed)
     mask = (torch.rand(size.pictures, 1, size.side, size.side, generator=rng) > 0.5).float()
     pixels = torch.rand(size.pictures, 3, size.side, size.side, generator=rng) * 2 - 1

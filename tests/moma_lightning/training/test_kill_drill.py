@@ -7,4 +7,4 @@ from tests.moma_lightning.training.kill_drill import drill
 
 @pytest.mark.timeout(1500)
 def test_a_training_killed_and_restarted_ends_as_an_undisturbed_one(tmp_path):
-    assert drill(tmp_path, kills=2, steps=24) == []
+    assert drill(tmp_path, kills=2, steps=18) == []

@@ -1,4 +1,4 @@
-"""The planner's peak against a real one. Three sizes are a command, see peak_run.py."""
+"""The planner's peak against a real one. Both stages at three sizes are a command, see peak_run.py."""
 
 import pytest
 
@@ -6,8 +6,7 @@ from tests.moma_lightning.training import peak_run
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", peak_run.STAGES)
-def test_the_peak_of_a_step_is_foretold_within_a_quarter(tmp_path, stage):
-    """Activations are what the planner knows least: it follows other kernels than those that run."""
+def test_the_peak_of_a_step_is_foretold_within_a_quarter(tmp_path):
+    """Activations are what the planner knows least: it follows other kernels than those that run. Stage 2, which it plans too low."""
     size = peak_run.SIZES[0]
-    assert peak_run.planned(stage, size).peak == pytest.approx(peak_run.measured(tmp_path, stage, size), rel=0.25)
+    assert peak_run.planned("stage2", size).peak == pytest.approx(peak_run.measured(tmp_path, "stage2", size), rel=0.25)
