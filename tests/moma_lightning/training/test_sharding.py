@@ -23,8 +23,7 @@ from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEP
 from tests.tiny_mllms import write
 
 HALF = STEPS // 2
-#: On one worker, since `runs` is dear. The time is of a machine that others use too; alone it takes one minute.
-pytestmark = [pytest.mark.timeout(1500), pytest.mark.xdist_group("sharding")]
+pytestmark = pytest.mark.timeout(1500)  # of a machine that others use too; alone it takes one minute
 
 
 @pytest.fixture(scope="module")
