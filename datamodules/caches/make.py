@@ -65,7 +65,8 @@ class CacheMaker(LightningModule):
         if there is not None and shard.is_file():
             same = replace(wanted, samples=there.samples, left_out=there.left_out, size=shard.stat().st_size)
             if there == same:
-                same.write(shard)  # with the source's present time, so that training need not read it
+                if there.source_mtime_ns != same.source_mtime_ns:
+                    same.write(shard)  # so that training need not read a source whose time alone is another
                 return same.samples
         stamp = self.make(source, shard, wanted)
         logger.info("%s: %d samples, %d left out (%d of %d shards)", shard, stamp.samples, stamp.left_out, number + 1, len(self.shards))

@@ -257,7 +257,7 @@ def test_breakdowns_and_weights_are_written(tmp_path):
     assert row.blurred == pytest.approx(own.clip_i.mean(), abs=1e-6)
     assert prompts.prompt.str.contains("{}", regex=False).all()
     about = json.loads((config.eval_folder / "protocol.json").read_text())
-    assert about["weights"].keys() == {"dino", "clip"}
+    assert about["made_with"]["judges"].keys() == {"dino", "clip"}
 
 
 def test_a_table_of_extras_has_them_after_the_papers_four(tmp_path):

@@ -1,13 +1,15 @@
 """The miniature bucket on disk and served, and builds from it without Ray."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 from miniature_bucket import Miniature, served
 
-from datamodules.openimages.build import BuildConfig
+from datamodules.openimages.build import BuildConfig, build
 from datamodules.openimages.config import FetchConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig
+from datamodules.samples import BadSamples, read_shards
 
 COUNT = 40
 
@@ -53,6 +55,37 @@ def serve():
 def reasons(part: dict) -> dict[str, int]:
     """What a manifest's part counts, without zeros."""
     return {line["reason"]: line["count"] for line in part["funnel"] if line["count"]}
+
+
+def samples_of(config: BuildConfig) -> list[dict]:
+    """Undecoded, in the shards' order."""
+    return list(read_shards(map(str, sorted(Path(config.out).glob("*.tar"))), BadSamples(Path(config.out) / "bad.log", "raise")))
+
+
+def digests(config) -> dict[str, str]:
+    """Of everything that is written but the manifest, whose paths differ."""
+    out = Path(config.out)
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted([*out.glob("*.tar"), *out.glob("*.parquet")])}
+
+
+def written(config) -> dict[str, bytes]:
+    out = Path(config.out)
+    return {p.name: p.read_bytes() for p in (*out.glob("*.tar"), *out.glob("*.parquet"), out / "manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plain_bucket, tmp_path_factory):
+    """What an undisturbed local build of the plain bucket writes."""
+    config = config_of.__wrapped__(tmp_path_factory.mktemp("undisturbed"))(plain_bucket)
+    return build(config), digests(config)
+
+
+@pytest.fixture
+def built(miniature, config_of, tmp_path, counted):
+    """Builds the spoilt miniature; returns the funnel's counts."""
+    def run(**options):
+        return counted(build(config_of(miniature.write(tmp_path / "bucket"), **options)))
+    return run
 
 
 @pytest.fixture

@@ -1,25 +1,18 @@
-"""The whole factory: over HTTP with faults, resumed, killed, on Ray, limited; and captioned by a tiny BLIP-2."""
+"""The whole factory in this process: over HTTP with faults, resumed, limited; and captioned by a tiny BLIP-2."""
 
 import hashlib
 import io
 import json
 import os
-import random
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tarfile
-import tempfile
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from huggingface_hub import constants
 from miniature_bucket import Miniature
 from PIL import Image
@@ -29,26 +22,7 @@ from datamodules.openimages.build import BuildConfig, build, deciding, with_abso
 from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.fetch import UnreachableError
 from datamodules.openimages.units import SCHEMA, write_rows
-
-
-def digests(config) -> dict[str, str]:
-    """Of everything that is written but the manifest, whose paths differ."""
-    out = Path(config.out)
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted([*out.glob("*.tar"), *out.glob("*.parquet")])}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(plain_bucket, tmp_path_factory):
-    """What an undisturbed local build of the plain bucket writes."""
-    from tests.datamodules.openimages.conftest import config_of as fixture
-
-    config = fixture.__wrapped__(tmp_path_factory.mktemp("undisturbed"))(plain_bucket)
-    return build(config), digests(config)
-
-
-def written(config) -> dict[str, bytes]:
-    out = Path(config.out)
-    return {p.name: p.read_bytes() for p in (*out.glob("*.tar"), *out.glob("*.parquet"), out / "manifest.json")}
+from tests.datamodules.openimages.conftest import digests
 
 
 def test_shards_are_balanced_and_indexed(undisturbed, plain_bucket, config_of):
@@ -226,102 +200,6 @@ def test_hashes_are_read_back_exactly(tmp_path):
     rows = [dict.fromkeys(SCHEMA.names) | {"key": "a", "hash": 2**64 - 3}, dict.fromkeys(SCHEMA.names) | {"key": "b", "reason": "mask_empty"}]
     write_rows(tmp_path / "00000.parquet", rows)
     assert next(read_light(tmp_path, 1)).hash.tolist()[0] == 2**64 - 3
-
-
-def command(config, path: Path) -> list[str]:
-    path.write_text(yaml.safe_dump(asdict(config)))
-    return [sys.executable, "-m", "datamodules.openimages", "build", "--config", str(path)]
-
-
-def test_killed_again_and_again_the_result_is_the_same(undisturbed, plain_bucket, config_of, tmp_path):
-    """SIGKILL as soon as each of these appears, then an undisturbed end."""
-    config = config_of(plain_bucket)
-    out = Path(config.out)
-    run = command(config, tmp_path / "data.yaml")
-    for sign in ("work/*/tables/masks", "work/*/ordered/3.parquet", "work/*/units/00002.parquet", "work/*/samples/00001.parquet", "train-00000.tar"):
-        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 250
-        while not list(out.glob(sign)) and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert list(out.glob(sign))
-    build(config)
-    assert digests(config) == undisturbed[1]
-
-
-def test_on_ray_the_same_bytes_come_out(undisturbed, plain_bucket, config_of):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
-    config = config_of(plain_bucket, run=RunConfig(workers=2, unit=8))
-    build(config)
-    assert digests(config) == undisturbed[1]
-
-
-def files(out: Path) -> int:
-    return sum(len(names) for *_, names in os.walk(out))  # which does not mind that folders go meanwhile
-
-
-@pytest.mark.timeout(900)
-def test_killed_at_any_time_on_ray_the_result_is_the_same(plain_bucket, config_of, tmp_path):
-    """SIGKILL of the driver when about so many of all the files are there; its workers live on for a while, beside the next run's."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
-    config = config_of(plain_bucket, run=RunConfig(workers=2, unit=8))
-    out = Path(config.out)
-    build(replace(config, run=RunConfig(workers=0, unit=8)))
-    whole, count = written(config), files(out)
-    shutil.rmtree(out)
-    run, share = command(config, tmp_path / "data.yaml"), random.uniform(0.02, 0.8)
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 250
-    while files(out) < share * count and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, f"at {share} of the files"
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-    assert written(config) == whole, f"killed at {share} of the files"
-
-
-def test_captioners_on_ray_give_what_they_give_here(plain_bucket, config_of):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
-    captions = CaptionConfig(captioner="tests.datamodules.openimages.plain_captioner.PlainCaptioner", init_args={"word": "picture"}, batch_size=3)
-    configs = [config_of(plain_bucket, name, captions=False) for name in ("here", "on-ray")]
-    configs[1].run = RunConfig(workers=2, captioners=1, unit=8)
-    for config in configs:
-        config.captions = captions
-        assert build(config)["count"] == 40
-    assert written(configs[0]) == written(configs[1])
-    assert "a picture" in pd.read_parquet(f"{configs[1].out}/train-index.parquet").caption_full[0]
-
-
-#: A token that a Ray of this machine has left in the home folder would be wanted by the cluster, and not be sent to an address.
-WITHOUT_TOKEN = os.environ | {"RAY_AUTH_MODE": "disabled"}
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """Address of a Ray cluster of two cores, apart from any other of this machine."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'moma-lightning[openimages]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    folder = tempfile.mkdtemp(prefix="ray")  # short: the names of sockets have a limit
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2", "--port", address.partition(":")[2],
-               "--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--temp-dir", folder, "--disable-usage-stats"]  # fmt: skip
-    with (tmp_path / "ray.log").open("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=WITHOUT_TOKEN)
-        until = time.monotonic() + 120
-        while "Ray runtime started" not in (tmp_path / "ray.log").read_text() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        yield address
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_on_a_cluster_the_same_bytes_come_out(undisturbed, plain_bucket, config_of, cluster, tmp_path):
-    config = config_of(plain_bucket, run=RunConfig(address=cluster, unit=8))
-    subprocess.run(command(config, tmp_path / "data.yaml"), check=True, stdout=subprocess.DEVNULL, env=WITHOUT_TOKEN)
-    assert digests(config) == undisturbed[1]
 
 
 def test_a_configuration_that_cannot_work_says_so(plain_bucket, config_of):

@@ -1,13 +1,8 @@
-"""Joins, human filter, bounds, and each bad picture under its own name: one spoilt miniature a test, built whole."""
+"""Joins, human filter, bounds and near-duplicates: one spoilt miniature a test, built whole."""
 
-import csv
 import io
 import json
 import os
-import struct
-import threading
-import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +13,18 @@ from PIL import Image
 
 from datamodules.openimages.build import build
 from datamodules.openimages.candidates import with_box
-from datamodules.openimages.config import SelectConfig, ShardConfig
+from datamodules.openimages.config import SelectConfig
 from datamodules.openimages.hierarchy import descendants
 from datamodules.openimages.perceptual import Lookalikes, distance, perceptual_hash
-from datamodules.openimages.subjects import fit_mask, read_picture
-from datamodules.openimages.tables import read_csv
-from datamodules.samples import BadSamples, decode, read_shards
+from datamodules.samples import decode
 from datamodules.triplets import TripletConfig, TripletDataModule
+from tests.datamodules.openimages.conftest import samples_of
 
 MAN, HAND = "/m/04yx4", "/m/0k65p"
-CLASS_NAMES = "v7/oidv7-class-descriptions-boxable.csv"
-
-
-@pytest.fixture
-def built(miniature, config_of, tmp_path, counted):
-    """Builds the spoilt miniature; returns the funnel's counts."""
-    def run(**options):
-        return counted(build(config_of(miniature.write(tmp_path / "bucket"), **options)))
-    return run
 
 
 def box_of(miniature, i):
     return next(row for row in miniature.rows["boxes"] if row["ImageID"] == miniature.ids[i])
-
-
-def samples_of(config) -> list[dict]:
-    """Undecoded, in the shards' order."""
-    return list(read_shards(map(str, sorted(Path(config.out).glob("*.tar"))), BadSamples(Path(config.out) / "bad.log", "raise")))
 
 
 def test_a_good_miniature_comes_through_whole_and_trains(plain_bucket, config_of, counted, tmp_path):
@@ -101,78 +81,6 @@ def test_annotation_filters_each_count_under_their_name(miniature, built):
                      "unknown_class": 1, "box_too_small": 1, "no_caption": 1, "triplets": 3}
 
 
-def test_bad_rows_and_bad_paths_are_counted(miniature, built, tmp_path):
-    rows = miniature.rows["masks"]
-    rows.append(dict(rows[0]))
-    rows[1]["MaskPath"] = "../../" + rows[1]["MaskPath"]
-    rows[2]["BoxXMin"] = "left"
-    rows[3]["ImageID"] = "no-such-id"
-    assert built() == {"masks": 13, "bad_row": 2, "malformed_mask_path": 1, "duplicate_row": 1, "triplets": 9}
-
-
-def test_a_row_with_too_few_cells_is_a_bad_row(miniature, config_of, tmp_path, counted):
-    root = miniature.write(tmp_path / "bucket")
-    with (root / "annotations" / PATHS["masks"]).open("a") as file:
-        file.write("677c122b0eaa5d16_m04yx4_9a041d52.png,677c122b0eaa5d16\n")
-    assert counted(build(config_of(root))) == {"masks": 13, "bad_row": 1, "triplets": 12}
-
-
-def test_a_stray_quote_spoils_its_own_row_alone(miniature, config_of, tmp_path, counted):
-    root = miniature.write(tmp_path / "bucket")
-    for kind in ("masks", "boxes", "labels"):
-        path = root / "annotations" / PATHS[kind]
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join([*lines[:4], '"5,x', *lines[4:], ""]))
-    part = build(config_of(root))
-    assert counted(part) == {"masks": 13, "bad_row": 1, "triplets": 12}
-    assert [part["tables"][kind] for kind in ("masks", "boxes", "image_labels")] == [{"rows": 13, "bad_rows": 1}] * 3
-
-
-def test_rows_are_counted_by_one_thread(tmp_path):
-    """Arrow tells of rows with too many or too few cells from threads of its own."""
-    threads = set()
-
-    class Watched(Counter):
-        def __setitem__(self, name, count):
-            threads.add(threading.get_ident())
-            super().__setitem__(name, count)
-
-    good, bad = "0123456789abcdef,/m/01yrx,1\n" * 50_000, "0123456789abcdef,/m/04yx4\n" * 50_000
-    (tmp_path / "labels.csv").write_text("ImageID,LabelName,Confidence\n" + (good + bad) * 2)
-    counts = Watched()
-    parts = list(read_csv(tmp_path / "labels.csv", "image_labels", counts))
-    assert counts == {"rows": 200_000, "bad_rows": 100_000} and threads == {threading.get_ident()}
-    assert [sum(len(part[i]) for part in parts) for i in (0, 1)] == [100_000, 100_000], "good ones, and what the bad ones name"
-
-
-@pytest.mark.parametrize(("name", "content", "said"), [
-    (PATHS["masks"], b"<html>" + bytes(200_000), r"object-segmentation.csv lacks the columns .*remove it, or name the right one"),
-    (PATHS["metadata"], np.random.default_rng(0).bytes(300_000), r"boxable-with-rotation.csv lacks the columns"),
-    (CLASS_NAMES, "LabelName,DisplayName\n/m/01yrx,Ch\xe2t\n".encode("latin-1"), r"class-descriptions-boxable.csv is no file of class names.*remove it"),
-    (CLASS_NAMES, b"/m/01yrx," + b"x" * 200_000, r"class-descriptions-boxable.csv is no file of class names"),
-])
-def test_a_file_that_is_something_else_is_named(miniature, config_of, tmp_path, name, content, said):
-    root = miniature.write(tmp_path / "bucket")
-    (root / "annotations" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
-        build(config_of(root))
-
-
-def test_missing_columns_are_an_error_and_extra_ones_are_not(miniature, config_of, tmp_path, counted):
-    root = miniature.write(tmp_path / "bucket")
-    path = root / "annotations" / PATHS["boxes"]
-    rows = list(csv.DictReader(path.open()))
-    for change, columns in (({"Extra": "x;y"}, [*rows[0], "Extra"]), ({}, [c for c in rows[0] if c != "IsGroupOf"])):
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([row | change for row in rows])
-        if change:
-            assert counted(build(config_of(root, "with-extra"))) == {"masks": 12, "triplets": 12}
-    with pytest.raises(ValueError, match=r"annotations-bbox.csv lacks the columns \['IsGroupOf'\]"):
-        build(config_of(root, "without"))
-
-
 def test_bounds_on_the_mask(miniature, built):
     ids, whole = miniature.ids, (0, 1, 0, 1)
     small, border = Image.new("L", (72, 72)), Image.new("L", (72, 72))
@@ -199,110 +107,6 @@ def test_two_subjects_of_a_picture(miniature, config_of, tmp_path, counted):
     assert counted(build(config)) == {"masks": 14, "not_the_largest": 1, "triplets": 13}
     both = [sample for sample in samples_of(config) if json.loads(sample["json"])["image_id"] == miniature.ids[0]]
     assert len(both) == 2 and both[0]["jpg"] == both[1]["jpg"] and both[0]["mask.png"] != both[1]["mask.png"]
-
-
-def animated() -> bytes:
-    frames = [Image.new("RGB", (96, 96), c) for c in ("red", "blue")]
-    file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    return file.getvalue()
-
-
-def huge() -> bytes:
-    """A PNG whose header says 30,000 x 30,000."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)) + \
-        chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def test_bad_pictures_and_masks_each_count_under_their_name(miniature, built):
-    ids, masks = miniature.ids, list(miniature.masks)
-    good = Image.open(io.BytesIO(miniature.pictures[ids[0]]))
-    miniature.pictures |= {
-        ids[0]: miniature.pictures[ids[0]][:-400], ids[1]: animated(), ids[2]: huge(), ids[3]: b"<html>not found</html>",
-        ids[4]: encode(good.resize((20, 20)), "JPEG"), ids[5]: encode(good.resize((96, 40)), "JPEG"),
-    }
-    del miniature.pictures[ids[6]], miniature.masks[masks[7]]
-    miniature.masks[masks[8]] = miniature.masks[masks[8]][:40]
-    miniature.row("metadata", ids[9])["OriginalMD5"] = "AAAAAAAAAAAAAAAAAAAAAA=="
-    miniature.captions[ids[10]] = b"caf\xe9"
-    assert built() == {"masks": 12, "picture_broken": 2, "picture_animated": 1, "picture_too_large": 1, "picture_too_small": 1, "mask_misfit": 1,
-                       "picture_missing": 1, "mask_missing": 1, "mask_broken": 1, "picture_checksum": 1, "caption_not_utf8": 1, "triplets": 1}
-
-
-@pytest.mark.parametrize(("change", "note"), [
-    (lambda p: encode(p.convert("CMYK"), "JPEG"), "mode CMYK"),
-    (lambda p: encode(Image.fromarray(np.asarray(p.convert("L")).astype(np.uint16) * 257)), "mode I;16, format PNG"),
-    (lambda p: encode(p.convert("L"), "JPEG"), "mode L"),
-    (lambda p: encode(p.resize((2000, 1500)), "JPEG"), "scaled"),
-])
-def test_odd_pictures_become_plain_ones(change, note):
-    picture = Image.fromarray((np.indices((96, 128)).sum(0)[..., None] * np.array([1, 0.6, 0.9])).astype(np.uint8))
-    read = read_picture(change(picture), None, SelectConfig(min_side=32), ShardConfig())
-    upright = Image.open(io.BytesIO(read.content))
-    assert read.note == note and upright.mode == "RGB" and upright.format == "JPEG" and max(upright.size) <= 1024
-    seen = np.asarray(upright.resize((128, 96)).convert("L"), float)
-    assert np.abs(seen - np.asarray(picture.convert("L"), float)).mean() < 6
-
-
-def cornered(size=(64, 96)) -> Image.Image:
-    """Grey, with its top left corner white."""
-    image = Image.new("RGB", size, (90, 90, 90))
-    image.paste("white", (0, 0, 20, 30))
-    return image
-
-
-def white_share(picture: bytes, mask: bytes) -> float:
-    """How much of what the mask covers is white."""
-    pixels, inside = np.asarray(Image.open(io.BytesIO(picture)).convert("L")), np.asarray(Image.open(io.BytesIO(mask))) > 0
-    return (pixels[inside] > 170).mean()
-
-
-@pytest.mark.parametrize("rotation", [None, 0.0, 90.0, 180.0, 270.0])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_picture_and_mask_turn_together(rotation, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    mask = Image.new("L", (64, 96))
-    mask.paste(255, (0, 0, 20, 30))
-    read = read_picture(encode(cornered(), "JPEG", exif=exif), rotation, SelectConfig(min_side=32), ShardConfig())
-    fitted = fit_mask(encode(mask.resize((32, 48), 0)), read)
-    assert Image.open(io.BytesIO(fitted)).size == Image.open(io.BytesIO(read.content)).size == read.size
-    assert white_share(read.content, fitted) > 0.9
-    assert Image.open(io.BytesIO(read.content)).getexif().get(0x0112, 1) == 1
-
-
-def test_rotation_is_counter_clockwise():
-    read = read_picture(encode(cornered(), "JPEG"), 90.0, SelectConfig(min_side=32), ShardConfig())
-    pixels = np.asarray(Image.open(io.BytesIO(read.content)).convert("L"))
-    assert read.size == (96, 64) and pixels[-5, 5] > 200 and pixels[5, 5] < 120  # top left goes to bottom left
-
-
-def test_the_box_is_the_subjects_in_the_upright_picture(miniature, config_of, tmp_path):
-    ids, exif = miniature.ids, Image.Exif()
-    for image_id, degrees in zip(ids, (90.0, 180.0, 270.0), strict=False):
-        miniature.row("metadata", image_id)["Rotation"] = degrees
-    exif[0x0112] = 6
-    miniature.pictures[ids[3]] = encode(Image.open(io.BytesIO(miniature.pictures[ids[3]])), "JPEG", exif=exif)
-    config = config_of(miniature.write(tmp_path / "bucket"))
-    build(config)
-    for sample in samples_of(config):
-        mask = Image.open(io.BytesIO(sample["mask.png"]))
-        left, top, right, bottom = mask.getbbox()
-        edges = np.array([left, right, top, bottom]) / np.array([mask.width, mask.width, mask.height, mask.height])
-        assert np.abs(json.loads(sample["json"])["box"] - edges).max() < 0.03  # masks are smaller than the pictures
-    assert json.loads((Path(config.out) / "manifest.json").read_text())["train"]["notes"] == {
-        "exif 6": 1, "rotation 180": 1, "rotation 270": 1, "rotation 90": 1}
-
-
-def test_a_mask_drawn_on_the_picture_as_exif_turns_it_fits():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    read = read_picture(encode(cornered(), "JPEG", exif=exif), None, SelectConfig(min_side=32), ShardConfig())
-    mask = Image.new("L", (96, 64))
-    mask.paste(255, (66, 0, 96, 20))  # top right, where orientation 6 puts the corner
-    assert white_share(read.content, fit_mask(encode(mask), read)) > 0.9
 
 
 def test_near_duplicates_are_found_and_others_are_not(miniature, built):
