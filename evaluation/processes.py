@@ -18,10 +18,22 @@ logger = logging.getLogger(__name__)
 
 def run_processes(module: LightningModule, device: str, num_processes: int) -> None:
     """`Trainer.predict` of `module` on every process; returns when all of them have done their share."""
-    with lightning_quiet():
+    with lightning_quiet(), environment_kept():
         trainer = build_trainer(device, num_processes)
         trainer.predict(module, return_predictions=False)
         trainer.strategy.barrier("every process has made its share")
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """The environment as it was: Lightning leaves the port in it that it found free, which may be taken when the next Trainer starts."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pandas as pd
@@ -28,7 +29,9 @@ def test_two_processes_see_every_picture_once_and_the_table_is_the_same(config):
     alone = score(Evaluation.open(config), METHODS)
     shutil.rmtree(config.eval_folder / "cache")
     config.num_processes = 2
+    environment = dict(os.environ)
     fill_caches(config, METHODS)
+    assert environment == os.environ, "a port that is left there may be taken when the next processes start"
     parts = sorted((config.eval_folder / "cache").glob("*.part*.npz"))
     assert {part.name.split(".")[-2] for part in parts} == {"part0", "part1"}
     judges = open_judges(Evaluation.open(config))

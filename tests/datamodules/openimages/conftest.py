@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from miniature_bucket import Miniature, served
 
 from datamodules.openimages.build import BuildConfig, build
@@ -71,6 +74,11 @@ def digests(config) -> dict[str, str]:
 def written(config) -> dict[str, bytes]:
     out = Path(config.out)
     return {p.name: p.read_bytes() for p in (*out.glob("*.tar"), *out.glob("*.parquet"), out / "manifest.json")}
+
+
+def command(config, path: Path) -> list[str]:
+    path.write_text(yaml.safe_dump(asdict(config)))
+    return [sys.executable, "-m", "datamodules.openimages", "build", "--config", str(path)]
 
 
 @pytest.fixture(scope="module")

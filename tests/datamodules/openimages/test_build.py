@@ -22,7 +22,7 @@ from datamodules.openimages.build import BuildConfig, build, deciding, with_abso
 from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, ShardConfig, SourcesConfig
 from datamodules.openimages.fetch import UnreachableError
 from datamodules.openimages.units import SCHEMA, write_rows
-from tests.datamodules.openimages.conftest import digests
+from tests.datamodules.openimages.conftest import command, digests
 
 
 def test_shards_are_balanced_and_indexed(undisturbed, plain_bucket, config_of):
@@ -104,7 +104,7 @@ def test_a_dead_server_stops_the_run_and_the_next_one_goes_on(undisturbed, plain
     assert not any(path.endswith(".csv") for path, _ in bucket.requests)
 
 
-@pytest.mark.parametrize("answered", [0, 1, 4])  # requests before the server fails: at the size of the zip, at its end, at a member
+@pytest.mark.parametrize("answered", [0, 1, 4])  # requests before the server fails: at the size of the zip, at its end, in its directory
 def test_a_mask_zip_that_is_not_served_stops_the_run_and_spoils_no_unit(undisturbed, plain_bucket, config_of, serve, answered):
     """Its masks are not broken: had they been counted so, the finished unit would keep that for ever."""
     bucket = serve(plain_bucket)

@@ -9,21 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
 from datamodules.openimages.build import build
 from datamodules.openimages.config import CaptionConfig, RunConfig
-from tests.datamodules.openimages.conftest import digests, written
-
-
-def command(config, path: Path) -> list[str]:
-    path.write_text(yaml.safe_dump(asdict(config)))
-    return [sys.executable, "-m", "datamodules.openimages", "build", "--config", str(path)]
+from tests.datamodules.openimages.conftest import command, digests, written
 
 
 def test_killed_again_and_again_the_result_is_the_same(undisturbed, plain_bucket, config_of, tmp_path):

@@ -106,7 +106,8 @@ def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder):
     module = build("stage2", foundation, decoder_folder)
     loaded = load_adapter(runs[0] / "stage2/two/adapter", module.unet)
     average = load_adapter(runs[0] / "stage2/adapter", module.unet)
-    torch.testing.assert_close(dict(loaded.named_parameters()), dict(average.named_parameters()), atol=1e-5, rtol=1e-4)
+    # Adam divides by the roots of gradients near zero, so a step's rounding may be a part of lr (1e-3); a shard that is away differs by more.
+    torch.testing.assert_close(dict(loaded.named_parameters()), dict(average.named_parameters()), atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_is_for_the_frozen_units_and_lambda_stays_in_float32(runs):
