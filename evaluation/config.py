@@ -68,7 +68,7 @@ class EvalConfig:
 
     run: str = "runs/mini"
     data: str = "runs/mini/data/dreambooth"
-    protocol: str = "mini"
+    protocol: str = "dreambooth-mini"
     overrides: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     foundation: FoundationConfig = field(default_factory=FoundationConfig)

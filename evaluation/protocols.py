@@ -51,7 +51,7 @@ class Sampler:
 class Protocol:
     """One way to evaluate.
 
-    subjects: names, or None for all. references: the first picture of each subject, or each in turn.
+    subjects: names, or None for all. references: the first picture of each subject, each in turn, or a list of `<subject>/<file>`.
     comparison: real pictures a generated one is compared to: all of its subject, all but the input, or the input alone.
     <kind>_prompts: how many a subject (a fixed choice of its own, spread over the list), None for all.
     text_template, clip_t_scale: what CLIP-T reads and what it is multiplied by.
@@ -63,7 +63,7 @@ class Protocol:
 
     name: str
     subjects: tuple[str, ...] | None = None
-    references: Literal["first", "every"] = "first"
+    references: Literal["first", "every"] | tuple[str, ...] = "first"
     comparison: Literal["all", "others", "input"] = "all"
     pictures_per_prompt: int = 4
     context_prompts: int | None = None
@@ -113,7 +113,7 @@ HALF = (0.5, 0.5, 0.5)
 
 #: The mini world at 64 pixels, in minutes on two CPU cores. Its scores compare to nothing but themselves.
 MINI = Protocol(
-    "mini",
+    "dreambooth-mini",
     pictures_per_prompt=1,
     context_prompts=8,
     texture_prompts=4,
@@ -129,7 +129,7 @@ PRESETS = {
     "dreambooth": Protocol("dreambooth"),
     # MoMA, section 5, reports about 14 k pictures: one reference for every real picture, 158 x 25 x 4 = 15,800, texture prompts apart.
     "moma-paper": Protocol("moma-paper", references="every"),
-    "mini": MINI,
+    "dreambooth-mini": MINI,
     # DreamBooth's own prompts alone, every real picture a reference in turn: no luck of the one reference in the score. The input
     # picture is left out of the comparison, as in the score of the real pictures, which is what makes that a fair upper bound.
     "dreambooth-all-refs": Protocol("dreambooth-all-refs", references="every", comparison="others", texture_prompts=0),
@@ -137,7 +137,7 @@ PRESETS = {
     # Copying the input is the best one can do under it, so its scores are high beside everybody else's (DINO .694; a re-run gave .618).
     "kosmosg-single-ref": Protocol("kosmosg-single-ref", comparison="input", texture_prompts=0),
     # All 25 context and all texture prompts: for figures in a log rather than for trying things out.
-    "mini-full": replace(MINI, name="mini-full", context_prompts=None, texture_prompts=None),
+    "dreambooth-mini-full": replace(MINI, name="dreambooth-mini-full", context_prompts=None, texture_prompts=None),
 }
 
 

@@ -80,8 +80,9 @@ def published_table(rows: Mapping[Any, Sequence[float | None]], first: str = "Me
 
 def protocol_line(protocol: Protocol, subjects: int) -> str:
     sampler = protocol.sampler
+    references = protocol.references if isinstance(protocol.references, str) else "listed"
     return (
-        f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {protocol.references} reference, "
+        f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {references} reference, "
         f"compared to {protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, "
         f"CLIP `{protocol.clip.model}`. Brackets: {LEVEL:.0%} bootstrap interval over subjects."

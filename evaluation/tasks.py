@@ -1,7 +1,7 @@
 """The work list: which pictures a protocol asks for, and the noise each starts from."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -55,9 +55,23 @@ def chosen_subjects(protocol: Protocol, data: DreamBooth) -> list[Subject]:
     return [known[name] for name in protocol.subjects or known]
 
 
+def references_of(protocol: Protocol, subject: Subject) -> Sequence[int]:
+    """Positions of a subject's input pictures. Raises ValueError where a protocol that lists them has none of the subject, or one that is not there."""
+    if protocol.references == "every":
+        return range(len(subject.images))
+    if protocol.references == "first":
+        return range(1)
+    files = [image.name for image in subject.images]
+    listed = [file for name, _, file in (reference.partition("/") for reference in protocol.references) if name == subject.name]
+    if not listed or not set(listed) <= set(files):
+        told = ", ".join(listed) or "nothing"
+        raise ValueError(f"protocol {protocol.name!r} lists as references of {subject.name!r}: {told}; its pictures are {', '.join(files)}")
+    return [files.index(file) for file in listed]
+
+
 def tasks_of(protocol: Protocol, data: DreamBooth, subject: Subject) -> Iterator[PictureTask]:
     """A subject's pictures: reference by reference, kind by kind in the order of PromptKind."""
-    references = range(len(subject.images)) if protocol.references == "every" else range(1)
+    references = references_of(protocol, subject)
     prompts: list[tuple[PromptKind, int, str]] = []
     for kind in get_args(PromptKind):
         count = getattr(protocol, f"{kind}_prompts")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 import yaml
@@ -20,6 +20,7 @@ from evaluation.ablations import run_ablation
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.config import AblationConfig
+from evaluation.methods import Method
 from evaluation.sweeps import point_name
 from moma_lightning.wandb_mode import wandb_mode
 
@@ -34,6 +35,10 @@ def read(path: Path) -> dict[str, Any]:
     if other := [key for key in sweep["parameters"] if not key.startswith("moma.")]:
         raise ValueError(f"{path}: the grid's table tells settings of MoMA apart (`moma.<option>`), not {', '.join(other)}")
     return sweep
+
+
+#: The paper's table of an option that alone is swept.
+PUBLISHED: dict[tuple[str, ...], Literal["beta", "masking"]] = {("moma.beta",): "beta", ("moma.mask_strength",): "masking"}
 
 
 def points(sweep: dict[str, Any], extra: list[str]) -> Iterator[list[str]]:
@@ -51,7 +56,8 @@ def run_grid(sweep: dict[str, Any], extra: list[str]) -> None:
         evaluation(arguments)
     configs = [parse(arguments)[1] for arguments in commands]
     config = configs[0]
-    config.ablation = AblationConfig(sweep["name"], f"Sweep {sweep['name']}", {point_name(c.moma): c.moma for c in configs})
+    methods: dict[str, Method] = {point_name(c.moma): c.moma for c in configs}
+    config.ablation = AblationConfig(sweep["name"], f"Sweep {sweep['name']}", methods, PUBLISHED.get(tuple(sweep["parameters"])))
     run_ablation(config)
 
 

@@ -1,7 +1,7 @@
 """The paper's trends on the mini world with the shipped MoMA: a reduced evaluation that fails when one of them goes away.
 
-tests/golden/trends.json keeps what was measured; each trend must stay above half of it. After a change that is meant to move them
-`python -m tests.test_trends` writes it anew; say why in the commit. The second test breaks one part after the other and sees its trend fall.
+tests/golden/trends.json keeps what was measured; each trend must stay above half of it, and M_gen's IoU with the subject above .6. After a change
+that is meant to move them `python -m tests.test_trends` writes it anew; say why in the commit. Each is then broken at the part that makes it.
 """
 
 import json
@@ -14,40 +14,49 @@ import torch
 from datamodules.mini.export import export_dreambooth
 from evaluation.config import EvalConfig, WandbConfig
 from evaluation.generation import generate
-from evaluation.methods import Method, Moma, TextOnly
+from evaluation.mask_iou import run_mask_iou
+from evaluation.methods import IpAdapter, Method, Moma, TextOnly
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.statistics import summarise
+from moma_lightning import pipeline
 from moma_lightning.models import attention
 from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.subject import label_tokens
 
 GOLDEN = Path(__file__).parent / "golden" / "trends.json"
 TRAINED = "experiments/mini/foundation/moma"
 METHODS: dict[str, Method] = {
     "text_only": TextOnly(),
+    "ip_adapter": IpAdapter(),
     "beta_0": Moma(beta=0.0),
     "beta_1": Moma(beta=1.0),
     "mask_0": Moma(beta=1.0, mask_strength=0.0),
     "clip_0": Moma(beta=0.0, context="image"),
 }
-#: Trend -> metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3, section 5.1).
+#: Trend -> metric and the two methods whose means are subtracted (paper: Table 4, Table 1 twice, Table 3, section 5.1).
 TRENDS = {
     "subject": ("dino", "beta_1", "beta_0"),
+    "baseline": ("dino", "beta_1", "ip_adapter"),
     "context": ("dino", "beta_0", "text_only"),
     "masking": ("clip_t_context", "beta_1", "mask_0"),
     "mllm": ("clip_t_texture", "beta_0", "clip_0"),
 }
 
 
+def reduced(run: Path, data: Path, methods: dict[str, Method], contexts: int, textures: int) -> EvalConfig:
+    """The mini evaluation on 6 of its subjects."""
+    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": contexts, "texture_prompts": textures, "extra_scores": []}
+    return EvalConfig(str(run), str(data), "dreambooth-mini", small, methods, adapter=f"{TRAINED}/adapter", decoder=f"{TRAINED}/image_feature_decoder",
+                      wandb=WandbConfig(enabled=False))  # fmt: skip
+
+
 def trend(name: str, run: Path, data: Path) -> float:
     """How much the first method of a trend scores above the second."""
     metric, a, b = TRENDS[name]
-    small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": 3, "texture_prompts": 3, "extra_scores": []}
-    small["context_prompts" if metric == "clip_t_texture" else "texture_prompts"] = 0
     methods = {method: METHODS[method] for method in (a, b)}
-    config = EvalConfig(str(run), str(data), "mini", small, methods, adapter=f"{TRAINED}/adapter", decoder=f"{TRAINED}/image_feature_decoder",
-                        wandb=WandbConfig(enabled=False))  # fmt: skip
+    config = reduced(run, data, methods, *((0, 3) if metric == "clip_t_texture" else (3, 0)))
     generate(config)
     summary = summarise(score(Evaluation.open(config), methods))
     return summary[a][metric]["mean"] - summary[b][metric]["mean"]
@@ -68,8 +77,10 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture
 def broken(monkeypatch):
     """A function that silences one part, as a bug would."""
+    subject = (attention, "add_subject_attention", lambda output, *given: output)
     parts = {
-        "subject": (attention, "add_subject_attention", lambda output, *given: output),
+        "subject": subject,
+        "baseline": subject,
         "context": (attention, "context_attention", lambda context, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
         "masking": (MaskPyramid, "weight", lambda self, sequence_length: torch.ones(len(self.mask), sequence_length)),
         "mllm": (MoMAPipeline, "_embed", lambda self, subject, prompts: self.clip(subject.pixels)),
@@ -86,6 +97,20 @@ def test_the_trend_is_there(name, run, data):
 def test_the_trend_falls_when_its_part_is_broken(name, broken, tmp_path, data):
     broken(name)
     assert trend(name, tmp_path, data) < json.loads(GOLDEN.read_text())[name] / 2
+
+
+def place(run: Path, data: Path) -> float:
+    """Mean IoU of M_gen(0) with the subject that SAM finds in the picture."""
+    return run_mask_iou(reduced(run, data, {}, 3, 0))["mask 1"]["mean"]
+
+
+def test_m_gen_lies_on_the_subject(tmp_path, data):
+    assert place(tmp_path, data) > 0.6
+
+
+def test_m_gen_does_not_lie_there_when_it_is_read_off_another_token(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(pipeline, "label_tokens", lambda *given: label_tokens(*given).roll(-2, dims=1))  # the start of the text; words near the label know of it
+    assert place(tmp_path, data) < 0.6
 
 
 if __name__ == "__main__":

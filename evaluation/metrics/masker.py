@@ -1,5 +1,6 @@
 """The subject's mask in any picture, by SAM, found once."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from evaluation.metrics.cache import pixel_digest, weights_digest
 from evaluation.metrics.masked import Mask
+from moma_lightning.digests import identity
 from moma_lightning.files import write_bytes
 from moma_lightning.segmentation import NothingFoundError, SamMasker
 
@@ -18,20 +20,20 @@ HELD = 512
 
 
 class Masker:
-    """Masks by pixels, in memory and, given a folder, as PNG files between runs.
+    """Masks by pixels, in memory and, given a folder, as PNG files between runs, apart for each `model` (by default what its weights are).
 
     sam: a SamMasker, or another module that takes a picture and raises NothingFoundError where it finds nothing. Then the mask is empty:
     that is an answer too, and is kept like the others.
     """
 
-    def __init__(self, sam: nn.Module, folder: Path | None = None):
+    def __init__(self, sam: nn.Module, folder: Path | None = None, model: str | None = None):
         self.sam, self.known = sam, dict[str, Mask]()
-        self.folder = folder and folder / f"masks-{weights_digest(sam)[:12]}"
+        self.folder = folder and folder / f"masks-{hashlib.sha256((model or weights_digest(sam)).encode()).hexdigest()[:12]}"
 
     @classmethod
     def from_pretrained(cls, path: str, folder: Path | None = None, device: str = "cpu") -> "Masker":
         """As `SamMasker.from_pretrained`, which raises FileNotFoundError and ValueError."""
-        return cls(SamMasker.from_pretrained(path).to(device), folder)
+        return cls(SamMasker.from_pretrained(path).to(device), folder, identity(path))
 
     def __call__(self, image: Image.Image) -> Mask:
         digest = pixel_digest(image)

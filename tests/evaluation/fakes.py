@@ -107,5 +107,5 @@ def fake_config(tmp_path: Path, methods: dict[str, Method], overrides: dict | No
     if not (tmp_path / "data").exists():
         write_data(tmp_path / "data")
     changed = {"context_prompts": 2, "texture_prompts": 1, "extra_scores": [], **(overrides or {})}
-    return EvalConfig(run=str(tmp_path / "run"), data=str(tmp_path / "data"), protocol="mini", overrides=changed, methods=methods,
+    return EvalConfig(run=str(tmp_path / "run"), data=str(tmp_path / "data"), protocol="dreambooth-mini", overrides=changed, methods=methods,
                       batch_size=2, wandb=WandbConfig(enabled=False), **rest)  # fmt: skip

@@ -24,7 +24,7 @@ def test_minis_config_names_the_rows_of_table_1():
         "moma_guided": Moma(beta=0.5, guide_subject=True),
     }
     assert (config.data, config.adapter) == ("runs/mini/data/dreambooth", "runs/mini/stage2/adapter")
-    assert config.resolved_protocol().name == "mini"
+    assert config.resolved_protocol().name == "dreambooth-mini"
 
 
 def test_the_mini_evaluation_stays_small():
@@ -51,7 +51,7 @@ def test_unknown_keys_are_errors(wrong, capsys):
 
 
 def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
-    (tmp_path / "eval.yaml").write_text("protocol: mini\nstepz: 3\n")
+    (tmp_path / "eval.yaml").write_text("protocol: dreambooth-mini\nstepz: 3\n")
     with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
     assert "stepz" in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_missing_data_and_weights_are_one_clear_line(tmp_path):
 def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "dataset/tabby/01.png").write_bytes(b"no picture")
-    (tmp_path / "eval.yaml").write_text("protocol: mini\noverrides: {extra_scores: []}\nmethods: {real_images: RealImages}\n")
+    (tmp_path / "eval.yaml").write_text("protocol: dreambooth-mini\noverrides: {extra_scores: []}\nmethods: {real_images: RealImages}\n")
     with pytest.raises(SystemExit, match="evaluation score: .*tabby/01.png cannot be read as a picture"):
         main(["score", "--config", str(tmp_path / "eval.yaml"), f"--data={data}", f"--run={tmp_path / 'run'}"])
 

@@ -42,7 +42,7 @@ def test_every_picture_gets_a_stamp_that_says_how(tmp_path, log):
     assert settings["weights"] == {}  # test_methods.py has those of methods that have some
     assert set(settings["input"]) == {"image", "mask"}
     assert all(settings["input"].values())
-    assert (provenance["name"], provenance["protocol"]) == ("a", "mini, modified")
+    assert (provenance["name"], provenance["protocol"]) == ("a", "dreambooth-mini, modified")
     assert provenance["protocol_digest"] == config.resolved_protocol().digest
     assert provenance["reference"].endswith("old_boot/00.png")
 

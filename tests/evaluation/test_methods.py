@@ -47,7 +47,8 @@ class Recorder:
 @pytest.fixture
 def evaluation(tmp_path) -> Evaluation:
     config = fake_config(tmp_path, {})
-    return Evaluation(config, named("mini", {"context_prompts": 2, "texture_prompts": 1}), DreamBooth(write_data(tmp_path / "data")), config.models())
+    protocol = named("dreambooth-mini", {"context_prompts": 2, "texture_prompts": 1})
+    return Evaluation(config, protocol, DreamBooth(write_data(tmp_path / "data")), config.models())
 
 
 def call(method, evaluation, pipeline, sampler=SAMPLER) -> dict:

@@ -27,9 +27,9 @@ def with_another(value, path):
     return copied
 
 
-@pytest.mark.parametrize("path", list(leaves(PRESETS["mini"])), ids=".".join)
+@pytest.mark.parametrize("path", list(leaves(PRESETS["dreambooth-mini"])), ids=".".join)
 def test_every_field_moves_the_digest(path):
-    assert with_another(PRESETS["mini"], path).digest != PRESETS["mini"].digest == replace(PRESETS["mini"]).digest
+    assert with_another(PRESETS["dreambooth-mini"], path).digest != PRESETS["dreambooth-mini"].digest == replace(PRESETS["dreambooth-mini"]).digest
 
 
 def test_presets_say_what_they_are_named_after():
@@ -42,16 +42,16 @@ def test_presets_say_what_they_are_named_after():
 
 
 def test_overrides_reach_nested_fields_and_rename():
-    protocol = named("mini", {"pictures_per_prompt": 2, "sampler": {"num_inference_steps": 5}})
-    assert protocol.sampler == replace(PRESETS["mini"].sampler, num_inference_steps=5)
-    assert (protocol.name, protocol.pictures_per_prompt) == ("mini, modified", 2)
-    assert named("mini") == PRESETS["mini"] == named("mini", {"pictures_per_prompt": 1})
+    protocol = named("dreambooth-mini", {"pictures_per_prompt": 2, "sampler": {"num_inference_steps": 5}})
+    assert protocol.sampler == replace(PRESETS["dreambooth-mini"].sampler, num_inference_steps=5)
+    assert (protocol.name, protocol.pictures_per_prompt) == ("dreambooth-mini, modified", 2)
+    assert named("dreambooth-mini") == PRESETS["dreambooth-mini"] == named("dreambooth-mini", {"pictures_per_prompt": 1})
 
 
 @pytest.mark.parametrize("overrides", [{"stepz": 3}, {"sampler": {"stepz": 3}}, {"pictures_per_prompt": "many"}])
 def test_wrong_overrides_are_refused(overrides):
     with pytest.raises(ValueError, match="protocol overrides"):
-        named("mini", overrides)
+        named("dreambooth-mini", overrides)
 
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip2"])
@@ -66,7 +66,7 @@ def test_a_pinned_revision_is_of_its_own_model_alone(encoder, tmp_path):
 
 
 def test_unknown_preset_is_refused():
-    with pytest.raises(KeyError, match="dreambooth, moma-paper, mini"):
+    with pytest.raises(KeyError, match="dreambooth, moma-paper, dreambooth-mini"):
         named("dreambench")
 
 
@@ -76,7 +76,7 @@ def test_counts_of_the_work_list(data):
     tasks = list(tasks_of(every, data, subject))
     assert len(tasks) == 3 * (5 + 10) * 2
     assert len({task.file for task in tasks}) == len(tasks)
-    mini = list(tasks_of(named("mini", {"context_prompts": 3, "texture_prompts": 2}), data, subject))
+    mini = list(tasks_of(named("dreambooth-mini", {"context_prompts": 3, "texture_prompts": 2}), data, subject))
     assert [t.kind for t in mini] == ["context"] * 3 + ["texture"] * 2
     assert {t.reference for t in mini} == {0}
 
@@ -106,8 +106,18 @@ def test_prompt_choice_is_fixed_spread_and_in_order():
 
 def test_unknown_subjects_are_refused(data):
     with pytest.raises(ValueError, match="unicorn"):
-        chosen_subjects(named("mini", {"subjects": ["tabby", "unicorn"]}), data)
-    assert [s.name for s in chosen_subjects(named("mini", {"subjects": ["tabby"]}), data)] == ["tabby"]
+        chosen_subjects(named("dreambooth-mini", {"subjects": ["tabby", "unicorn"]}), data)
+    assert [s.name for s in chosen_subjects(named("dreambooth-mini", {"subjects": ["tabby"]}), data)] == ["tabby"]
+
+
+def test_a_list_of_references_is_kept_to_and_checked(data):
+    protocol = named("dreambooth-mini", {"subjects": ["tabby"], "references": ["tabby/02.png", "tabby/00.png"]})
+    subject = chosen_subjects(protocol, data)[0]
+    assert [image.name for image in subject.images] == ["00.png", "01.png", "02.png"]
+    assert list(dict.fromkeys(task.reference for task in tasks_of(protocol, data, subject))) == [2, 0]
+    for listed, told in ([["tabby/09.png"], "09.png"], [["other/00.png"], "nothing"]):
+        with pytest.raises(ValueError, match=rf"lists as references of 'tabby': {told}; its pictures are 00.png, 01.png"):
+            list(tasks_of(named("dreambooth-mini", {"references": listed}), data, subject))
 
 
 def test_sampler_defaults_are_the_papers_first_row():
@@ -116,19 +126,19 @@ def test_sampler_defaults_are_the_papers_first_row():
 
 def test_each_published_way_of_comparing_is_a_preset():
     references = {name: preset.references for name, preset in PRESETS.items()}
-    assert references == {"dreambooth": "first", "moma-paper": "every", "mini": "first", "dreambooth-all-refs": "every",
-                          "kosmosg-single-ref": "first", "mini-full": "first"}  # fmt: skip
+    assert references == {"dreambooth": "first", "moma-paper": "every", "dreambooth-mini": "first", "dreambooth-all-refs": "every",
+                          "kosmosg-single-ref": "first", "dreambooth-mini-full": "first"}  # fmt: skip
     assert PRESETS["kosmosg-single-ref"].comparison == "input"
     assert PRESETS["dreambooth-all-refs"].comparison == "others"
     assert len({preset.digest for preset in PRESETS.values()}) == len(PRESETS)
 
 
 def test_mini_keeps_what_its_pictures_depend_on():
-    mini = PRESETS["mini"]
+    mini = PRESETS["dreambooth-mini"]
     assert mini.sampler == Sampler("UniPCMultistepScheduler", num_inference_steps=8, guidance_scale=3.0, masks="dataset")
     assert (mini.pictures_per_prompt, mini.context_prompts, mini.texture_prompts) == (1, 8, 4)
-    full = PRESETS["mini-full"]
-    assert replace(full, name="mini", context_prompts=8, texture_prompts=4) == mini
+    full = PRESETS["dreambooth-mini-full"]
+    assert replace(full, name="dreambooth-mini", context_prompts=8, texture_prompts=4) == mini
 
 
 def test_full_size_counts_are_the_papers(tmp_path):
@@ -144,17 +154,17 @@ def test_full_size_counts_are_the_papers(tmp_path):
 
 
 def test_only_encoders_that_are_needed_are_named():
-    assert list(PRESETS["mini"].encoders) == ["dino", "clip"]
+    assert list(PRESETS["dreambooth-mini"].encoders) == ["dino", "clip"]
     protocol = named("dreambooth", {"extra_scores": ["siglip2_t", "dinov3", "dino_masked"]})
     assert list(protocol.encoders) == ["dino", "clip", "dinov3", "siglip2"]
     assert protocol.encoders["dinov3"].model == "vit_small_patch16_dinov3.lvd1689m"
     with pytest.raises(ValueError, match="extra_scores"):
-        named("mini", {"extra_scores": ["dinov9"]})
+        named("dreambooth-mini", {"extra_scores": ["dinov9"]})
 
 
 def test_every_kind_of_prompt_is_asked_for_by_its_count(data):
     asked = {"context_prompts": 1, "texture_prompts": 0, "accessory_prompts": 2, "pose_prompts": 3, "camera_prompts": None}
-    tasks = list(tasks_of(named("mini", asked), data, data.subjects[2]))
+    tasks = list(tasks_of(named("dreambooth-mini", asked), data, data.subjects[2]))
     assert list(dict.fromkeys(task.kind for task in tasks)) == ["context", "accessory", "pose", "camera"]
     assert [sum(task.kind == kind for task in tasks) for kind in ("accessory", "pose", "camera")] == [2, 3, 8]
     assert len({task.file for task in tasks}) == len({task.seed for task in tasks}) == len(tasks)

@@ -240,7 +240,7 @@ def test_real_pictures_must_score_what_is_published(dino, clip_i, missed):
 
 def test_nothing_is_said_of_other_encoders_or_a_part_of_the_subjects():
     scores = pd.DataFrame({"method": "real_images", "subject": ["a"], "prompt_kind": "real", "dino": 0.1, "clip_i": 0.1})
-    assert check_oracle(scores, PRESETS["mini"], 30) == []
+    assert check_oracle(scores, PRESETS["dreambooth-mini"], 30) == []
     assert check_oracle(scores, PRESETS["dreambooth"], 29) == []
 
 

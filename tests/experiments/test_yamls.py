@@ -16,7 +16,9 @@ from datamodules.mini.views import VIEWS
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.figures.names import methods_of
+from evaluation.methods import Moma
 from evaluation.protocols import PRESETS
+from evaluation.sweeps import point_name
 from experiments.mini.recipe.check_views import measure
 from experiments.sweep import read, run_grid
 from moma_lightning.__main__ import main
@@ -167,12 +169,16 @@ def test_sweeps_run_offline_and_can_be_read_back(name, trained, options, monkeyp
     monkeypatch.setenv("WANDB_MODE", "offline")
     path = EXPERIMENTS / f"sweeps/{name}.yaml"
     run_grid(read(path), [*options, "--report.subjects=1"])
-    values = yaml.safe_load(path.read_text())["parameters"][{"beta": "moma.beta", "masking": "moma.mask_strength"}[name]]["values"]
-    assert len(methods_of(json.loads((trained / f"ablations/moma-{name}.json").read_text()))) == len(values)
+    option = {"beta": "beta", "masking": "mask_strength"}[name]
+    values = yaml.safe_load(path.read_text())["parameters"][f"moma.{option}"]["values"]
+    table = methods_of(json.loads((trained / f"ablations/moma-{name}.json").read_text()))
+    assert len(table) == len(values) and "## The paper's numbers" in (trained / f"ablations/moma-{name}.md").read_text()
     runs = [offline_run(path) for path in sorted((trained / "sweeps/wandb").rglob("*.wandb"))]
     runs = [run for run in runs if run["group"] == name]
-    assert sorted(run["config"]["moma"][{"beta": "beta", "masking": "mask_strength"}[name]] for run in runs) == sorted(values)
+    assert sorted(run["config"]["moma"][option] for run in runs) == sorted(values)
     for run in runs:
+        row = table[point_name(Moma(**run["config"]["moma"]))]
+        assert {metric: run["metrics"][metric] for metric in row} == {metric: cell["mean"] for metric, cell in row.items()}
         assert run["tags"] == [name] and {"dino", "clip_i", "clip_t_context", "clip_t_texture", "pictures/sha256"} <= set(run["metrics"])
 
 
@@ -181,12 +187,12 @@ def test_evaluation_is_parsed(path):
     command, config = parse(["dreambooth", "--config", str(path)])
     assert command == "dreambooth"
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(config.methods)
-    assert config.resolved_protocol().name == ("mini" if path.parent == MINI else "moma-paper, modified")
+    assert config.resolved_protocol().name == ("dreambooth-mini" if path.parent == MINI else "moma-paper, modified")
 
 
 def test_the_papers_evaluation_runs_with_stand_ins(trained, options, tmp_path):
     """Its protocol with the mini world's models and encoders in place of the hub's, one subject, two prompts, four steps."""
-    path, mini = EXPERIMENTS / "sd15_llava7b/eval.yaml", asdict(PRESETS["mini"])
+    path, mini = EXPERIMENTS / "sd15_llava7b/eval.yaml", asdict(PRESETS["dreambooth-mini"])
     own = yaml.safe_load(path.read_text())["overrides"]["sampler"]
     small = {"subjects": ["cat"], "context_prompts": 1, "texture_prompts": 1, "pictures_per_prompt": 1, "dino": mini["dino"], "clip": mini["clip"],
              "segmenter": mini["segmenter"], "sampler": own | {"num_inference_steps": 4}}  # fmt: skip
