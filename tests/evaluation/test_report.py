@@ -1,6 +1,9 @@
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -151,6 +154,45 @@ def test_every_ablation_has_its_table_and_only_the_papers_have_its_rows(text):
     assert "The paper's numbers" in text[beta:steps]
     assert "The paper's numbers" not in text[steps:]
     assert 'alt="DINO over steps"' in text[steps:]
+
+
+#: Presses what a reader presses, and leaves what it sees then as JSON.
+PRESSES = """
+const found = {}, column = (table, i) => [...table.tBodies[0].rows].map(row => row.cells[i].dataset.v);
+const table = document.querySelector("table"), head = table.querySelectorAll("th button")[1];
+found.orders = [1, 2].map(() => { head.click(); return column(table, 1); });
+const picture = document.querySelector('.pictures button[data-facts*="seed"]'), dialog = document.querySelector("dialog");
+picture.click();
+found.picture = { open: dialog.open, told: dialog.querySelector("p").textContent };
+found.is_its_own = dialog.querySelector("img").src === picture.querySelector("img").src;
+dialog.click();
+found.closed = !dialog.open;
+const tabs = document.querySelectorAll(".panels [data-tab]");
+tabs[1].click();
+const panels = tabs[1].closest(".panels").querySelectorAll("[data-panel]");
+found.panels = [...panels].filter(panel => !panel.hidden).map(panel => panel.dataset.panel);
+found.tab = tabs[1].dataset.tab;
+found.wider_than_the_page = document.documentElement.scrollWidth > window.innerWidth;
+const left = document.createElement("pre");
+left.id = "found";
+left.textContent = JSON.stringify(found);
+document.body.append(left);
+"""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [500, 1400])  # headless Chromium draws no narrower than 500
+def test_a_browser_sorts_shows_pictures_and_turns_panels(text, tmp_path, width):
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{{{PRESSES}}}</script></body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(html.unescape(done.stdout.rpartition('<pre id="found">')[2].partition("</pre>")[0]))
+    down, up = ([float(value) for value in order if value] for order in found["orders"])
+    assert down == sorted(down, reverse=True) and up == sorted(up) and len(set(down)) > 1
+    assert found["picture"]["open"] and found["is_its_own"] and found["closed"]
+    assert all(word in found["picture"]["told"] for word in ("seed", "DINO"))
+    assert found["panels"] == [found["tab"]] and not found["wider_than_the_page"]
 
 
 def test_every_head_of_every_table_is_a_button_that_a_key_can_press(text):
