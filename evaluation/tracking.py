@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+import pandas as pd
 import wandb
 
 from evaluation.config import EvalConfig
@@ -39,7 +40,7 @@ def means(config: EvalConfig) -> dict[str, float]:
 
 
 def tables(config: EvalConfig) -> dict[str, wandb.Table]:
-    """Scores, differences and each ablation, each number with the ends of its interval in columns of their own."""
+    """Scores, differences and each ablation, each number with the ends of its interval in columns of their own; and means by subject and by prompt."""
     summary = read_summary(config)
     rows = named_rows(summary)
     found = {"tables/scores": interval_table("Method", rows)}
@@ -47,6 +48,9 @@ def tables(config: EvalConfig) -> dict[str, wandb.Table]:
         found["tables/differences"] = interval_table("Difference", differences)
     for ablation in read_ablations(config):
         found[f"tables/ablation_{ablation.key}"] = interval_table("Setting", ablation.rows)
+    for by in ("subject", "prompt"):
+        means = pd.read_csv(config.eval_folder / f"per_{by}.csv").astype(object)
+        found[f"tables/per_{by}"] = wandb.Table(columns=list(means), data=means.where(means.notna(), None).to_numpy().tolist())
     return found
 
 
