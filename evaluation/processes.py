@@ -2,12 +2,13 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -51,7 +52,7 @@ def lightning_quiet() -> Iterator[None]:
 
 def build_trainer(device: str, num_processes: int) -> Trainer:
     """A Trainer that does nothing but run the processes."""
-    nodes, devices, strategy = launch(num_processes)
+    nodes, devices, strategy = launch(num_processes, device)
     return Trainer(
         accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, use_distributed_sampler=False,
         inference_mode=False,  # methods that are trained on a subject need gradients
@@ -59,8 +60,8 @@ def build_trainer(device: str, num_processes: int) -> Trainer:
     )  # fmt: skip
 
 
-def launch(num_processes: int) -> tuple[int, int, Any]:
-    """Nodes, processes a node and the strategy: as torchrun or srun started this process, else `num_processes` spawned here.
+def launch(num_processes: int, device: str = "cpu") -> tuple[int, int, Any]:
+    """Nodes, processes a node and the strategy: as torchrun or srun started this process, else `num_processes` started here.
 
     A process that has made its share waits for the others however long they take, so collectives do not time out.
     """
@@ -71,7 +72,15 @@ def launch(num_processes: int) -> tuple[int, int, Any]:
     if SLURMEnvironment.detect():
         nodes = int(os.environ.get("SLURM_NNODES", 1))
         return nodes, int(os.environ["SLURM_NTASKS"]) // nodes, DDPStrategy(**patient)
-    return 1, max(1, num_processes), DDPStrategy(start_method="spawn", **patient) if num_processes > 1 else "auto"
+    return 1, max(1, num_processes), DDPStrategy(start_method=start_method(device), **patient) if num_processes > 1 else "auto"
+
+
+def start_method(device: str) -> Literal["spawn", "forkserver"]:
+    """Forked off a server that has imported everything once; Lightning refuses that once CUDA is in use here, and it is after a scoring."""
+    if device != "cpu":
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["evaluation.generation", "evaluation.shared_scoring"])
+    return "forkserver"
 
 
 class Progress:
