@@ -109,7 +109,7 @@ def test_m_gen_lies_on_the_subject(tmp_path, data):
 
 
 def test_m_gen_does_not_lie_there_when_it_is_read_off_another_token(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(pipeline, "label_tokens", lambda *given: label_tokens(*given).roll(-2, dims=1))  # the start of the text; words near the label know of it
+    monkeypatch.setattr(pipeline, "label_tokens", lambda *given: label_tokens(*given).roll(-2, dims=1))  # the start of the text; other words know of the label
     assert place(tmp_path, data) < 0.6
 
 
