@@ -1,4 +1,4 @@
-"""The processes of an evaluation, run by Lightning's Trainer: spawned here, or as torchrun or srun started them."""
+"""The processes of an evaluation, run by Lightning's Trainer: started here, or as torchrun or srun started them."""
 
 import logging
 import math

@@ -39,7 +39,7 @@ class CacheFiller(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Rank 0's config, methods and digests count everywhere."""
-        logging.basicConfig(level=logging.INFO, format="%(message)s")  # a spawned process has no logging yet
+        logging.basicConfig(level=logging.INFO, format="%(message)s")  # a process started here has no logging yet
         self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
         self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
         self.evaluation.models.digests.update(digests)
