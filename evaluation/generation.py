@@ -1,6 +1,5 @@
 """Making the pictures: resumable, split by subject among processes that Lightning's Trainer runs."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from evaluation.config import EvalConfig
 from evaluation.methods import Method
 from evaluation.plan import Evaluation, Planned
-from evaluation.processes import Progress, run_processes
+from evaluation.processes import Progress, begin_process, run_processes
 from evaluation.stamps import git_revision
 from evaluation.writer import BackgroundWriter
 
@@ -54,7 +53,7 @@ class PictureMaker(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Rank 0's config, methods and digests count everywhere."""
-        logging.basicConfig(level=logging.INFO, format="%(message)s")  # a process started here has no logging yet
+        begin_process()
         self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
         self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
         self.evaluation.models.digests.update(digests)

@@ -4,6 +4,8 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,18 @@ def start_method(device: str) -> Literal["spawn", "forkserver"]:
         return "spawn"
     multiprocessing.get_context("forkserver").set_forkserver_preload(["evaluation.generation", "evaluation.shared_scoring"])
     return "forkserver"
+
+
+def begin_process() -> None:
+    """What a process started here lacks: logging, and an end when who started it is killed (PyTorch sees to that only where it is the OS's parent)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end_after, args=(parent,), daemon=True).start()
+
+
+def end_after(parent: Any) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Progress:

@@ -4,7 +4,6 @@ What costs time in scoring is encoders and SAM. Their answers are cached by the 
 nothing else, and a killed run goes on from what it had written.
 """
 
-import logging
 
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
@@ -14,7 +13,7 @@ from evaluation.extra_scores import Judges
 from evaluation.generation import digests_of
 from evaluation.methods import Method
 from evaluation.plan import Evaluation
-from evaluation.processes import Progress, launch, run_processes
+from evaluation.processes import Progress, begin_process, launch, run_processes
 from evaluation.scoring import open_judges, subject_rows
 
 
@@ -39,7 +38,7 @@ class CacheFiller(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Rank 0's config, methods and digests count everywhere."""
-        logging.basicConfig(level=logging.INFO, format="%(message)s")  # a process started here has no logging yet
+        begin_process()
         self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
         self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
         self.evaluation.models.digests.update(digests)

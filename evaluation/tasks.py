@@ -56,14 +56,14 @@ def chosen_subjects(protocol: Protocol, data: DreamBooth) -> list[Subject]:
 
 
 def references_of(protocol: Protocol, subject: Subject) -> Sequence[int]:
-    """Positions of a subject's input pictures. Raises ValueError where a protocol that lists them has none of the subject, or one that is not there."""
+    """Positions of a subject's input pictures. Raises ValueError where a protocol that lists them has none of the subject, one twice or an unknown one."""
     if protocol.references == "every":
         return range(len(subject.images))
     if protocol.references == "first":
         return range(1)
     files = [image.name for image in subject.images]
     listed = [file for name, _, file in (reference.partition("/") for reference in protocol.references) if name == subject.name]
-    if not listed or not set(listed) <= set(files):
+    if not listed or not set(listed) <= set(files) or len(set(listed)) < len(listed):
         told = ", ".join(listed) or "nothing"
         raise ValueError(f"protocol {protocol.name!r} lists as references of {subject.name!r}: {told}; its pictures are {', '.join(files)}")
     return [files.index(file) for file in listed]

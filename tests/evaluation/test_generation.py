@@ -164,6 +164,22 @@ def start(*command: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.timeout(300)
+def test_processes_end_when_who_started_them_is_killed(tmp_path):
+    run = start("-m", "tests.evaluation.processes", str(tmp_path), "20")
+    while len(found := list(tmp_path.glob("log.*"))) < 2 or not all(path.read_text() for path in found):
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.1)
+    pids = {int(path.read_text()) for path in found}
+    assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 @pytest.mark.timeout(600)
 def test_two_processes_one_killed_then_torchrun_goes_on(tmp_path):
     """Spawned processes, one of which dies by SIGKILL when the other has made its share; then two that torchrun starts, one without work."""

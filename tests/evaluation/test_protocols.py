@@ -115,7 +115,7 @@ def test_a_list_of_references_is_kept_to_and_checked(data):
     subject = chosen_subjects(protocol, data)[0]
     assert [image.name for image in subject.images] == ["00.png", "01.png", "02.png"]
     assert list(dict.fromkeys(task.reference for task in tasks_of(protocol, data, subject))) == [2, 0]
-    for listed, told in ([["tabby/09.png"], "09.png"], [["other/00.png"], "nothing"]):
+    for listed, told in ([["tabby/09.png"], "09.png"], [["other/00.png"], "nothing"], [["tabby/00.png"] * 2, "00.png, 00.png"]):
         with pytest.raises(ValueError, match=rf"lists as references of 'tabby': {told}; its pictures are 00.png, 01.png"):
             list(tasks_of(named("dreambooth-mini", {"references": listed}), data, subject))
 
