@@ -41,13 +41,16 @@ if [ -n "${DRY_RUN:-}" ]; then
     exit 0
 fi
 # srun hands the signal to every task: they save and exit. Its own exit code does not tell this from a crash, as it is the largest of all tasks'.
-time_is_up="" code=0
+# The trap comes first: a signal before it would end this script and leave the step.
+time_is_up="" step="" code=0
+trap 'time_is_up=1; [ -z "$step" ] || kill -USR1 "$step" || true' USR1
 "${command[@]}" &
-trap 'time_is_up=1; kill -USR1 $!' USR1
-wait $! || code=$?
-while kill -0 $! 2>/dev/null; do # the signal ended the wait, not the step
+step=$!
+[ -z "$time_is_up" ] || kill -USR1 "$step"
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do # the signal ended the wait, not the step
     code=0
-    wait $! || code=$?
+    wait "$step" || code=$?
 done
 if [ -n "$time_is_up" ] && [ "$code" -ne 0 ]; then # back into the queue; the same command goes on from the checkpoint
     echo "time is up: back into the queue"

@@ -20,7 +20,7 @@ STAGES = sorted(path for path in ROOT.glob("experiments/*/stage[12].yaml"))
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(CLUSTER / script), *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    return subprocess.run([str(CLUSTER / script), *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=280)
 
 
 def command_of(script: str, *arguments: str, **environment: str) -> list[str]:
