@@ -6,10 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from PIL import Image, ImageOps
-from torch import Tensor
 
 Box = tuple[int, int, int, int]
 
@@ -68,16 +65,6 @@ def cut(picture: Image.Image, box: Box, size: int) -> Image.Image:
     square = Image.new(picture.mode, (box[2] - box[0], box[3] - box[1]), 0 if is_mask else "white")
     square.paste(picture, (-box[0], -box[1]))
     return square.resize((size, size), Image.Resampling.NEAREST if is_mask else Image.Resampling.BICUBIC)
-
-
-def to_pixel_values(picture: Image.Image) -> Float[Tensor, "3 height width"]:
-    """An RGB picture as floats in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
-
-
-def to_subject_mask(mask: Image.Image) -> Float[Tensor, "1 height width"]:
-    """A mask from `open_mask` as 0.0 and 1.0."""
-    return torch.from_numpy(np.array(mask)).gt(0).float().unsqueeze(0)
 
 
 def _decoded(source: bytes | Path, at_least: int | None = None) -> Image.Image:

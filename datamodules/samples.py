@@ -1,7 +1,6 @@
 """From shards to decoded triplets, and what becomes of the bad ones: named in a log and skipped, or fatal."""
 
 import json
-import re
 import tarfile
 import warnings
 from collections import Counter
@@ -11,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import webdataset as wds
 from jaxtyping import Float
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from datamodules import pictures
+from datamodules.shards import PICTURE_EXTENSIONS, contains_label
 
 OnError = Literal["skip", "raise"]
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 END_OF_ARCHIVE = bytes(1024)
 
 
@@ -105,12 +105,17 @@ def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | N
         raise BadSampleError(f"subject is too small: nothing of its mask is left at {image_size}x{image_size}")
     if flip and rng is not None and rng.random() < 0.5:
         picture, mask = ImageOps.mirror(picture), ImageOps.mirror(mask)
-    return Triplet(pictures.to_pixel_values(picture), pictures.to_subject_mask(mask), caption, label, sample["__key__"], full_caption)
+    return Triplet(to_pixel_values(picture), to_subject_mask(mask), caption, label, sample["__key__"], full_caption)
 
 
-def contains_label(caption: str, label: str) -> bool:
-    """Whether the label stands in the caption as whole words, in any case."""
-    return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", caption, re.IGNORECASE) is not None
+def to_pixel_values(picture: Image.Image) -> Float[Tensor, "3 height width"]:
+    """An RGB picture as floats in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
+
+
+def to_subject_mask(mask: Image.Image) -> Float[Tensor, "1 height width"]:
+    """A mask from `open_mask` as 0.0 and 1.0."""
+    return torch.from_numpy(np.array(mask)).gt(0).float().unsqueeze(0)
 
 
 def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:

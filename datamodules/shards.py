@@ -7,18 +7,21 @@ its EXIF orientation) and `<key>.json` with at least `REQUIRED_FIELDS`. `datamod
 import errno
 import glob
 import hashlib
+import io
 import json
+import re
+import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import braceexpand
-import webdataset as wds
 
 from moma_lightning.files import commit, place_beside, write_bytes
 
 REQUIRED_FIELDS = ("caption", "caption_full", "label", "image_id", "source", "license", "author")
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # that are read; `ShardSample` says which are written
 MANIFEST = "manifest.json"
 
 
@@ -82,7 +85,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
     """
     beside = place_beside(path)
     try:
-        with beside.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+        with beside.open("wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
             count = sum(_add(tar, sample) for sample in samples)
         entry = {"count": count, "sha256": sha256(beside)}  # of what was written, not of what may have taken its place since
         commit(beside, path)
@@ -110,6 +113,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def contains_label(caption: str, label: str) -> bool:
+    """Whether the label stands in the caption as whole words, in any case."""
+    return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
 def expand_shards(patterns: str | list[str]) -> list[str]:
     """The sorted shards that paths, globs, brace ranges and URLs name; ValueError for one that names none."""
     found: set[str] = set()
@@ -132,9 +140,13 @@ def require_a_shard_each(shards: int, ranks: int, num_workers: int) -> None:
         )
 
 
-def _add(tar: wds.TarWriter, sample: ShardSample) -> int:
+def _add(tar: tarfile.TarFile, sample: ShardSample) -> int:
+    """As webdataset's TarWriter does, byte for byte; importing it would bring PyTorch into every process of a build."""
     text = json.dumps(sample.fields, ensure_ascii=False, sort_keys=True).encode()
-    tar.write({"__key__": sample.key, sample.extension: sample.picture, "mask.png": sample.mask, "json": text})
+    for extension, content in sorted({sample.extension: sample.picture, "mask.png": sample.mask, "json": text}.items()):
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
+        tar.addfile(member, io.BytesIO(content))
     return 1
 
 

@@ -29,6 +29,12 @@ def test_nothing_heavy_is_imported(code):
     assert imported.splitlines()[-1].split() == ["imported"]
 
 
+def test_a_build_of_shards_brings_no_pytorch():
+    """Its processes are many, and with PyTorch each takes half a gigabyte more."""
+    imported = python(f"import datamodules.openimages.build, datamodules.mini.export\nimport sys\nprint(*sorted({HEAVY} & sys.modules.keys()))")
+    assert imported.split() == ["numpy"]
+
+
 def test_the_usage_of_evaluation_lists_every_command():
     listed = {line.split()[0]: " ".join(line.split()[1:]) for line in USAGE.splitlines() if line.startswith("  ")}
     assert listed == {name: text for name, (_, text) in COMMANDS.items()}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from datamodules import pictures
-from datamodules.samples import BadSampleError, Triplet
+from datamodules.samples import BadSampleError, Triplet, to_subject_mask
 from moma_lightning.batch import CachedBatch
 
 FEATURES = "safetensors"
@@ -49,7 +49,7 @@ def decode(sample: dict[str, Any], rng: np.random.Generator | None = None, flip:
     """
     try:
         features = safetensors.torch.load(sample[FEATURES])
-        mask = pictures.to_subject_mask(pictures.open_mask(sample["mask.png"]))
+        mask = to_subject_mask(pictures.open_mask(sample["mask.png"]))
         texts = json.loads(sample["json"])
         view = int(flip and rng is not None and rng.random() < 0.5)
         features = {name: feature[view] for name, feature in features.items()}

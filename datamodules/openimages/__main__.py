@@ -1,14 +1,14 @@
 """`python -m datamodules.openimages build --config experiments/openimages/data.yaml`, `... validate|inspect --shards runs/openimages/data/shards`."""
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from datamodules.openimages.build import BuildConfig, build
 from datamodules.openimages.engine import MENDABLE
-from datamodules.openimages.inspect import InspectConfig, inspect
-from datamodules.openimages.validate import ValidateConfig, validate
+
+#: Of a command: its configuration, in the module and beside the function that have the command's name.
+COMMANDS = {"build": "BuildConfig", "validate": "ValidateConfig", "inspect": "InspectConfig"}
 
 
 def parser_of(config: type, command: str) -> ArgumentParser:
@@ -20,13 +20,12 @@ def parser_of(config: type, command: str) -> ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """What a person can mend is one line; everything else keeps its traceback."""
-    commands: dict[str, tuple[type, Callable[..., object]]] = {"build": (BuildConfig, build), "validate": (ValidateConfig, validate),
-                                                             "inspect": (InspectConfig, inspect)}
     command = arguments[0] if arguments else ""
-    if command not in commands:
+    if command not in COMMANDS:
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
-    config, function = commands[command]
+    module = import_module(f"datamodules.openimages.{command}")  # one alone: validate brings PyTorch, which a build does without
+    config, function = getattr(module, COMMANDS[command]), getattr(module, command)
     parser = parser_of(config, command)
     parsed = parser.instantiate(parser.parse_args(arguments[1:]))
     parsed.pop("config", None)

@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 from datamodules import shards as sharding
 from datamodules.openimages.perceptual import Lookalikes
 from datamodules.openimages.units import path_of, read_rows
-from datamodules.samples import PICTURE_EXTENSIONS
 from moma_lightning.files import write_beside
 
 SOURCE = "openimages-v7"
 #: What choosing needs of every row.
 LIGHT = ["key", "image_id", "reason", "hash", "note"]
-OFFSETS = dict.fromkeys(PICTURE_EXTENSIONS, "picture_offset") | {"mask.png": "mask_offset", "json": "json_offset"}
+OFFSETS = dict.fromkeys(sharding.PICTURE_EXTENSIONS, "picture_offset") | {"mask.png": "mask_offset", "json": "json_offset"}
 
 
 @dataclass

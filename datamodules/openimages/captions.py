@@ -1,6 +1,6 @@
 """What captions lose and what they must have (paper section 4.1): colour, shape and texture words go, the label stays findable.
 
-`samples.contains_label` and `find_label_tokens` look for the label as it is written, whole words in a row: so that is what a
+`shards.contains_label` and `find_label_tokens` look for the label as it is written, whole words in a row: so that is what a
 filtered caption is made to hold. A caption that has the plural only is worded again, as a mask is of one subject.
 """
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from datamodules.openimages.config import CaptionConfig
-from datamodules.samples import contains_label
+from datamodules.shards import contains_label
 
 WORDS = Path(__file__).parent / "words"
 READ_PIECES, PIECE = 50, re.compile(rb"[A-Za-z]{1,8}|[^A-Za-z]")

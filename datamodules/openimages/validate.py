@@ -18,7 +18,7 @@ from datamodules.openimages.assemble import member_offsets
 from datamodules.openimages.config import RunConfig
 from datamodules.openimages.engine import Engine, Stage
 from datamodules.openimages.perceptual import Lookalikes, perceptual_hash
-from datamodules.samples import PICTURE_EXTENSIONS, BadSampleError, BadSamples, decode, read_shards
+from datamodules.samples import BadSampleError, BadSamples, decode, read_shards
 
 SHOWN = 50
 
@@ -180,4 +180,4 @@ def _summary(shard: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 def picture_of(sample: dict[str, Any]) -> bytes:
     """The picture's file of an undecoded sample; b"" where it has none."""
-    return next((sample[extension] for extension in PICTURE_EXTENSIONS if extension in sample), b"")
+    return next((sample[extension] for extension in sharding.PICTURE_EXTENSIONS if extension in sample), b"")

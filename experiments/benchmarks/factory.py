@@ -1,8 +1,8 @@
 """The data factory's speed and memory on rendered pictures in the bucket's layout: `python -m experiments.benchmarks.factory --rows 1000 4000`.
 
-For each size a bucket is drawn and built in processes of their own; a line a step says processor time a row and the largest resident
-memory until then. Captions come from a file: BLIP-2 is not measured. Processor time counts, so other programs hardly matter; rows a second are
-those of cores that do nothing else, without downloads.
+For each size a bucket is drawn and built in processes of their own; a line a step says processor time a row, rows a second of one core
+that does nothing else (from processor time, so other programs hardly matter), rows a second of all workers together on the clock, and the
+largest resident memory until then. Captions come from a file and pictures from this disk: BLIP-2 and downloads are not measured.
 """
 
 import argparse
@@ -40,6 +40,8 @@ from moma_lightning.files import write_beside
 STEPS = {"start": "all imported", "SplitTable": "annotations to tables", "JoinDigit": "masks joined and filtered", "units": "cut into units",
          "PictureStage": "pictures and masks checked", "CaptionStage": "captions filtered", "choose": "near-duplicates out, chosen",
          "ShardStage": "shards written", "finish": "index and manifest"}  # fmt: skip
+#: Those of the main process, whatever the number of workers.
+ALONE = ("start", "units", "choose", "finish")
 GRAIN_FROM = 256  # pictures of this side and more get a photograph's grain: clean renderings decode too fast
 
 
@@ -48,19 +50,25 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def note(log: Path, step: str, started: float) -> None:
+def now() -> tuple[float, float]:
+    """Processor seconds of this process, and the clock's."""
+    return time.process_time(), time.perf_counter()
+
+
+def note(log: Path, step: str, started: tuple[float, float]) -> None:
+    seconds, clock = (ended - began for ended, began in zip(now(), started, strict=True))
     with log.open("a") as file:
-        file.write(json.dumps({"step": step, "seconds": time.process_time() - started, "megabytes": memory(), "process": os.getpid()}) + "\n")
+        file.write(json.dumps({"step": step, "seconds": seconds, "clock": clock, "megabytes": memory(), "process": os.getpid()}) + "\n")
 
 
 def clocked(make: Callable[..., Callable[[Item], Item]], log: Path, *arguments: Any) -> Callable[[Item], Item]:
     """A stage's function that notes what each item took, wherever it runs."""
-    name, started = getattr(make, "__name__", str(make)), time.process_time()
+    name, started = getattr(make, "__name__", str(make)), now()
     function = make(*arguments)
     note(log, name, started)
 
     def run(item: Item) -> Item:
-        started = time.process_time()
+        started = now()
         result = function(item)
         note(log, name, started)
         return result
@@ -85,7 +93,7 @@ def build(bucket: Path, out: Path, log: Path, workers: int) -> None:
     )  # fmt: skip
     for owner, name, step in ((Builder, "units", "units"), (assemble, "choose", "choose"), (Builder, "finish", "finish")):
         setattr(owner, name, _noted(getattr(owner, name), log, step))
-    note(log, "start", time.process_time())
+    note(log, "start", now())
     with ClockedEngine(log, workers) as engine:
         Builder(config, deciding(config), engine).build()
 
@@ -93,7 +101,7 @@ def build(bucket: Path, out: Path, log: Path, workers: int) -> None:
 def _noted(function: Callable[..., Any], log: Path, step: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
-        started = time.process_time()
+        started = now()
         result = function(*arguments, **options)
         note(log, step, started)
         return result
@@ -130,19 +138,19 @@ def made_up(numbers: range, rng: np.random.Generator) -> pd.DataFrame:
 
 def listed(folder: Path, rows: int, log: Path) -> None:
     """What the main process does with the list of all masks, on `rows` good ones without pictures: there lies what grows with their number."""
-    note(log, "start", time.process_time())
+    note(log, "start", now())
     rng, paths = np.random.default_rng(0), [folder / f"{digit}.parquet" for digit in DIGITS]
     for digit, path in enumerate(paths):
         numbers = range(rows * digit // len(paths), rows * (digit + 1) // len(paths))
         ordered(made_up(numbers, rng), 0).to_parquet(path, index=False, row_group_size=ROWS_AT_ONCE)
-    started = time.process_time()
+    started = now()
     units, _ = write_units(paths, folder / "units", RunConfig.unit)
     note(log, "units", started)
     for unit in range(units):
         part = pq.read_table(path_of(folder / "units", unit)).to_pylist()
         kept = {"caption": "a cat on a lawn", "caption_full": "a black cat on a lawn", "area": 0.2, "border": 0.0, "note": "", "width": 64, "height": 64}
         write_rows(path_of(folder / "samples", unit), [row_of(row) | kept | {"hash": int(rng.integers(2**63))} for row in part])
-    started = time.process_time()
+    started = now()
     items = assemble.shard_items(assemble.choose(assemble.read_light(folder / "samples", units), None, 3), "train", 1000)
     note(log, "choose", started)
     for item in items:
@@ -151,26 +159,31 @@ def listed(folder: Path, rows: int, log: Path) -> None:
                  for row in part if row["key"] in keys]  # fmt: skip
         path = folder / "index" / f"{item['shard']}.parquet"
         write_beside(path, functools.partial(pq.write_table, pa.Table.from_pylist(lines)))
-    started = time.process_time()
+    started = now()
     assemble.write_index(folder, folder, "train", [item["shard"] for item in items])
     note(log, "finish", started)
 
 
-def summary(log: Path, rows: int) -> dict[str, dict[str, float]]:
-    """By step: processor milliseconds a row, rows a second of one core, largest memory of a process until then in MB."""
+def summary(log: Path, rows: int, workers: int = 0) -> dict[str, dict[str, float]]:
+    """By step: processor milliseconds a row, rows a second of one core and of all workers at work, largest memory of a process until then in MB."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    seconds: dict[str, float] = defaultdict(float)
-    megabytes: dict[str, float] = defaultdict(float)
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 1e-9, "clock": 1e-9, "megabytes": 0.0})
     for line in lines:
-        seconds[line["step"]] += line["seconds"]
-        megabytes[line["step"]] = max(megabytes[line["step"]], line["megabytes"])
-    return {step: {"ms": 1000 * seconds[step] / rows, "rows_a_second": rows / max(seconds[step], 1e-9), "megabytes": megabytes[step]}
-            for step in STEPS if step in seconds}  # fmt: skip
+        step = sums[line["step"]]
+        step["seconds"] += line["seconds"]
+        step["clock"] += line["clock"]
+        step["megabytes"] = max(step["megabytes"], line["megabytes"])
+    return {name: {"ms": 1000 * step["seconds"] / rows, "rows_a_second": rows / step["seconds"], "megabytes": step["megabytes"],
+                   "rows_a_second_together": rows / step["clock"] * (1 if name in ALONE else max(workers, 1))}
+            for name in STEPS if (step := sums.get(name))}  # fmt: skip
 
 
 def table(rows: int, workers: int | None, found: dict[str, dict[str, float]], wall: float) -> str:
-    lines = [f"{rows} rows, {workers or 'no'} workers of Ray, {wall:.0f} s on the clock", f"{'step':<30} {'ms a row':>9} {'rows/s':>9} {'peak MB':>9}"]
-    lines += [f"{STEPS[step]:<30} {line['ms']:9.3f} {line['rows_a_second']:9.0f} {line['megabytes']:9.0f}" for step, line in found.items()]
+    lines = [f"{rows} rows, {workers or 'no'} workers of Ray, {wall:.0f} s on the clock",
+             f"{'step':<30} {'ms a row':>9} {'rows/s':>9} {'together':>9} {'peak MB':>9}"]  # fmt: skip
+    for step, line in found.items():
+        ms, alone, together, megabytes = (line[name] for name in ("ms", "rows_a_second", "rows_a_second_together", "megabytes"))
+        lines.append(f"{STEPS[step]:<30} {ms:9.3f} {alone:9.0f} {together:9.0f} {megabytes:9.0f}")
     return "\n".join([*lines, f"{'all':<30} {sum(line['ms'] for line in found.values()):9.3f}"])
 
 
@@ -208,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(results: list[dict[str, Any]], args: argparse.Namespace, rows: int, workers: int | None, wall: float) -> None:
-    found = summary(args.folder / "log.jsonl", rows)
+    found = summary(args.folder / "log.jsonl", rows, workers or 0)
     print(table(rows, workers, found, wall), flush=True)
     results.append({"rows": rows, "workers": workers, "side": args.side, "wall": wall, "steps": found})
     write_beside(args.out, lambda beside: beside.write_text(json.dumps(results, indent=1) + "\n"))

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules import pictures
 from datamodules.mini import world
 from datamodules.mini.render import render
+from datamodules.samples import to_pixel_values, to_subject_mask
 from experiments.benchmarks.timing import Case
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
 from moma_lightning.foundation import MINI, FoundationConfig
@@ -30,8 +30,8 @@ def batch_of(count: int, device: torch.device) -> TripletBatch:
     rendered = render([world.sample_picture(rng, world.identity("train", i, LABEL)) for i in range(count)])
     places = ["on the beach", "in the city at night", "in the snow"]
     texts = [f"a {LABEL} {places[i % 3]}" for i in range(count)]
-    pixels = torch.stack([pictures.to_pixel_values(Image.fromarray(picture)) for picture in rendered[0]])
-    masks = torch.stack([pictures.to_subject_mask(Image.fromarray(mask).convert("L")) for mask in rendered[1]])
+    pixels = torch.stack([to_pixel_values(Image.fromarray(picture)) for picture in rendered[0]])
+    masks = torch.stack([to_subject_mask(Image.fromarray(mask).convert("L")) for mask in rendered[1]])
     return TripletBatch(pixels.to(device), masks.to(device), texts, [LABEL] * count, [str(i) for i in range(count)])
 
 

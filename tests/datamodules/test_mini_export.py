@@ -11,7 +11,7 @@ from datamodules.mini import export, world
 from datamodules.mini.prompts import TEXTURES, live_prompts, object_prompts
 from datamodules.mini.render import render
 from datamodules.mini.views import VIEWS, say, seen
-from datamodules.samples import contains_label
+from datamodules.shards import contains_label
 from datamodules.triplets import TripletConfig, TripletDataModule
 from experiments.mini.recipe.common import sample_world
 

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from datamodules import pictures
@@ -112,10 +111,3 @@ def test_long_subject_is_padded_with_white_and_no_mask():
     values = np.asarray(pictures.cut(picture, box, 40))
     assert values[20].tolist() == [[255, 0, 0]] * 40 and values[5].min() == 255 and values[35].min() == 255
     assert np.asarray(pictures.cut(mask, box, 40)).sum() == 255 * 400
-
-
-def test_tensors_have_their_ranges():
-    picture = Image.fromarray(np.asarray([[[0, 127, 255]]], np.uint8))
-    assert torch.allclose(pictures.to_pixel_values(picture).flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
-    mask = pictures.to_subject_mask(Image.fromarray(np.asarray([[0, 255]], np.uint8)))
-    assert mask.tolist() == [[[0.0, 1.0]]]

@@ -1,11 +1,13 @@
+import io
 import json
 import os
 import tarfile
 
 import pytest
+import webdataset as wds
 
 from datamodules import shards
-from datamodules.shards import ShardSample, expand_shards, require_a_shard_each, write_shard, write_shards
+from datamodules.shards import ShardSample, contains_label, expand_shards, require_a_shard_each, write_shard, write_shards
 from moma_lightning.files import place_beside
 
 FIELDS = {name: "x" for name in shards.REQUIRED_FIELDS}
@@ -163,3 +165,22 @@ def test_too_few_shards_name_the_numbers_and_the_way_out():
     with pytest.raises(ValueError, match="5 training shards are too few for 2 ranks x 3 workers = 6 readers: "
                                          "set num_workers to at most 2, use fewer ranks, or write at least 6 smaller shards"):
         require_a_shard_each(5, 2, 3)
+
+
+@pytest.mark.parametrize("caption, label, expected", [
+    ("A Cat sits", "cat", True), ("a toy robot, wet", "toy robot", True), ("a concat", "cat", False), ("cats", "cat", False),
+    ("a c++ book", "c++", True)])
+def test_labels_are_whole_words(caption, label, expected):
+    assert contains_label(caption, label) is expected
+
+
+def test_a_shard_is_what_webdatasets_writer_writes(tmp_path):
+    long = "k" * 120  # beyond a plain tar's names
+    samples = [ShardSample("a", b"picture", "png", b"mask", FIELDS), ShardSample(long, b"p" * 1000, "jpg", b"", FIELDS | {"author": "Zoë"})]
+    write_shard(tmp_path / "a.tar", samples)
+    expected = io.BytesIO()
+    with wds.TarWriter(expected, encoder=False, mtime=0) as writer:
+        for sample in samples:
+            text = json.dumps(sample.fields, ensure_ascii=False, sort_keys=True).encode()
+            writer.write({"__key__": sample.key, sample.extension: sample.picture, "mask.png": sample.mask, "json": text})
+    assert (tmp_path / "a.tar").read_bytes() == expected.getvalue()

@@ -5,7 +5,7 @@ from tiny import tiny_tokenizer
 
 from datamodules.openimages.captions import CaptionError, CaptionRules, article, finish, plural, read_words, tidy
 from datamodules.openimages.config import CaptionConfig
-from datamodules.samples import contains_label
+from datamodules.shards import contains_label
 from moma_lightning.subject import label_tokens
 
 RULES = CaptionRules.of(CaptionConfig())

@@ -22,7 +22,8 @@ from datamodules.openimages.captions import CaptionError, CaptionRules, finish
 from datamodules.openimages.config import CaptionConfig, RunConfig, SelectConfig, SourcesConfig
 from datamodules.openimages.sources import Sources
 from datamodules.openimages.subjects import RejectedError, fetch_mask
-from datamodules.samples import BadSamples, contains_label, decode, read_shards
+from datamodules.samples import BadSamples, decode, read_shards
+from datamodules.shards import contains_label
 
 COUNT = int(os.environ.get("MOMA_FUZZ", "5000"))
 SELECT, RULES = SelectConfig(min_side=32, max_pixels=1_000_000, near_duplicate_bits=None), CaptionRules.of(CaptionConfig())
