@@ -90,7 +90,7 @@ seeds: $(INSTALLED) ## the recipe under three training seeds, every prompt, pool
 	$(RUN) experiments.seeds --exp $(EXP) $(ARGS)
 
 test: $(INSTALLED) ## the tests, on JOBS=2 processes
-	OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/bin/pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/bin/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and the rules of what may import what
 	.venv/bin/ruff check .

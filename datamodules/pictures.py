@@ -36,12 +36,12 @@ def open_mask(source: bytes | Path) -> Image.Image:
     return _decoded(source).convert("L").point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
 
 
-def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize a mask to its picture's (width, height), nearest; ValueError when their proportions differ by over 5 %."""
+def fit_mask(mask: Image.Image, size: tuple[int, int], tolerance: float = 0.05) -> Image.Image:
+    """Resize a mask to its picture's (width, height), nearest; ValueError when their proportions differ by `tolerance` or more."""
     if mask.size == size:
         return mask
     stretch = mask.width * size[1] / (mask.height * size[0])
-    if not 0.95 < stretch < 1.05:
+    if not 1 - tolerance < stretch < 1 + tolerance:
         raise ValueError(f"a mask of {mask.width}x{mask.height} does not fit a picture of {size[0]}x{size[1]}")
     return mask.resize(size, Image.Resampling.NEAREST)
 

@@ -1,7 +1,7 @@
 """Means with bootstrap intervals over subjects, paired differences, and what a mean is made of."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, Literal
 
@@ -138,19 +138,25 @@ def mean_of(table: pd.DataFrame) -> float:
 
 
 def method_interval(scores: pd.DataFrame, method: str, metric: str, resamples: int = RESAMPLES) -> Interval | None:
-    table = by_subject(scores, method, metric)
+    return _interval_of(by_subject(scores, method, metric), resamples)
+
+
+def difference(scores: pd.DataFrame, a: str, b: str, metric: str, resamples: int = RESAMPLES) -> Interval | None:
+    """a - b over the subjects that both have, both resampled with the same subjects."""
+    return _difference_of(by_subject(scores, a, metric), by_subject(scores, b, metric), resamples)
+
+
+def _interval_of(table: pd.DataFrame, resamples: int) -> Interval | None:
     if table.empty:
         return None
     return interval(mean_of(table), resampled_means(table, draws(len(table), resamples)))
 
 
-def difference(scores: pd.DataFrame, a: str, b: str, metric: str, resamples: int = RESAMPLES) -> Interval | None:
-    """a - b over the subjects that both have, both resampled with the same subjects."""
-    tables = [by_subject(scores, method, metric) for method in (a, b)]
-    common = tables[0].index.intersection(tables[1].index)
+def _difference_of(first: pd.DataFrame, second: pd.DataFrame, resamples: int) -> Interval | None:
+    common = first.index.intersection(second.index)
     if not len(common):
         return None
-    first, second = (table.loc[common] for table in tables)
+    first, second = first.loc[common], second.loc[common]
     drawn = draws(len(common), resamples)
     return interval(mean_of(first) - mean_of(second), resampled_means(first, drawn) - resampled_means(second, drawn))
 
@@ -175,22 +181,19 @@ def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, separate: bool =
 
 
 def summary_of(scores: pd.DataFrame, resamples: int) -> dict[str, Any]:
-    methods = list(dict.fromkeys(scores["method"]))
+    tables = {method: {metric: by_subject(scores, method, metric) for metric in METRICS} for method in dict.fromkeys(scores["method"])}
     summary: dict[str, Any] = {}
-    for method in methods:
-        found = {metric: method_interval(scores, method, metric, resamples) for metric in METRICS}
-        summary[method] = {metric: value for metric, value in found.items() if value is not None}
-    generated = [m for m in methods if m not in oracles(scores)]
-    summary["differences"] = list(differences(scores, generated, resamples))
+    for method, made in tables.items():
+        summary[method] = {metric: found for metric, table in made.items() if (found := _interval_of(table, resamples))}
+    real = oracles(scores)
+    generated = [method for method in tables if method not in real]
+    summary["differences"] = [
+        {"a": a, "b": b, "metric": metric, **found}
+        for a, b in combinations(generated[::-1], 2)  # later rows of a table minus earlier ones
+        for metric in METRICS
+        if (found := _difference_of(tables[a][metric], tables[b][metric], resamples))
+    ]
     return summary
-
-
-def differences(scores: pd.DataFrame, methods: Iterable[str], resamples: int) -> Iterable[dict[str, Any]]:
-    for a, b in combinations(list(methods)[::-1], 2):  # later rows of a table minus earlier ones
-        for metric in METRICS:
-            found = difference(scores, a, b, metric, resamples)
-            if found is not None:
-                yield {"a": a, "b": b, "metric": metric, **found}
 
 
 def oracles(scores: pd.DataFrame) -> list[str]:

@@ -64,6 +64,7 @@ class SelectConfig:
         (of picture sides) are left out; a mask's flags are its box's.
     min_predicted_iou: of the annotators' tool; masks without the number (validation, test) pass.
     max_border: share of the picture's outline that the subject may cover.
+    mask_tolerance: a mask whose width to height differs from its picture's by this share or more is left out.
     subjects_per_picture: the largest so many; one, so that a picture's two captions never name each other's subject.
     near_duplicate_bits: pictures whose 64-bit perceptual hashes differ in at most so many are one picture; None: all stay.
     """
@@ -81,6 +82,7 @@ class SelectConfig:
     min_area: float = 0.04
     max_area: float = 0.7
     max_border: float = 0.25
+    mask_tolerance: float = 0.05
     subjects_per_picture: int = 1
     classes: list[str] | None = None
     exclude_classes: list[str] = field(default_factory=list)

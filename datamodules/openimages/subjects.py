@@ -125,18 +125,18 @@ def read_picture(content: bytes, rotation: float | None, select: SelectConfig, s
         raise RejectedError("picture_broken", error) from error
 
 
-def fit_mask(content: bytes, picture: Picture) -> bytes:
+def fit_mask(content: bytes, picture: Picture, select: SelectConfig) -> bytes:
     """The mask as a PNG of the picture's size. Raises RejectedError("mask_misfit").
 
     Masks are of the file's own pixels; one that has the proportions of the picture as its EXIF turns it is taken as such.
     """
     mask = pictures.open_mask(content)
-    fitted = _fitted(mask, picture.stored_size)
+    fitted = _fitted(mask, picture.stored_size, select)
     if fitted is not None:
         mask = _turned(fitted, picture.orientation)
     else:
         turned = picture.stored_size[::-1] if picture.orientation >= 5 else None
-        again = turned and _fitted(mask, turned)
+        again = turned and _fitted(mask, turned, select)
         if not again:
             raise RejectedError("mask_misfit", f"a mask of {mask.size} for a picture of {picture.stored_size}")
         mask = again
@@ -187,9 +187,9 @@ def _checked(content: bytes, rotation: int, select: SelectConfig, shards: ShardC
     return Picture(jpeg, upright.size, stored, orientation, rotation, perceptual_hash(upright), ", ".join(notes))
 
 
-def _fitted(mask: Image.Image, size: tuple[int, int]) -> Image.Image | None:
+def _fitted(mask: Image.Image, size: tuple[int, int], select: SelectConfig) -> Image.Image | None:
     try:
-        return pictures.fit_mask(mask, size)
+        return pictures.fit_mask(mask, size, select.mask_tolerance)
     except ValueError:
         return None
 

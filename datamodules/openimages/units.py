@@ -124,7 +124,7 @@ class PictureStage:
         rows = []
         for subject in subjects:
             try:
-                mask = fit_mask(subject.mask, picture)
+                mask = fit_mask(subject.mask, picture, self.select)
                 turned = {"box": box_of(mask)} if picture.orientation != 1 or picture.rotation else {}
                 rows.append(_described(subject) | common | turned | {"mask": mask})
             except RejectedError as error:

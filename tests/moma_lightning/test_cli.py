@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from moma_lightning import __main__ as entry
 from moma_lightning.cli import MoMACLI, Run
+from tests.forked import Forked
 
 
 class OneWeight(LightningModule):
@@ -121,10 +122,8 @@ def test_without_checkpoints_a_run_begins_anew(run, tmp_path):
 
 
 def test_a_killed_process_goes_on_from_its_last_checkpoint(run, tmp_path, caplog):
-    arguments = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(config(tmp_path)), "--model.die_at", "3"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run(arguments, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert killed.returncode == 9, killed.stderr
+    killed = Forked("moma_lightning", "fit", "--config", str(config(tmp_path)), "--model.die_at", "3", log=tmp_path / "log")
+    assert killed.wait(250) == 9, (tmp_path / "log").read_text()
     assert last_step(tmp_path) == 2
     with caplog.at_level("INFO"):
         cli = run()

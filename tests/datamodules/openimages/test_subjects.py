@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules.openimages.build import build
 from datamodules.openimages.config import SelectConfig, ShardConfig
-from datamodules.openimages.subjects import fit_mask, read_picture
+from datamodules.openimages.subjects import RejectedError, fit_mask, read_picture
 from tests.datamodules.openimages.conftest import samples_of
 
 
@@ -55,7 +55,7 @@ def test_bad_pictures_and_masks_each_count_under_their_name(miniature, built):
 ])
 def test_odd_pictures_become_plain_ones(change, note):
     picture = Image.fromarray((np.indices((96, 128)).sum(0)[..., None] * np.array([1, 0.6, 0.9])).astype(np.uint8))
-    read = read_picture(change(picture), None, SelectConfig(min_side=32), ShardConfig())
+    read = read_picture(change(picture), None, SELECT, ShardConfig())
     upright = Image.open(io.BytesIO(read.content))
     assert read.note == note and upright.mode == "RGB" and upright.format == "JPEG" and max(upright.size) <= 1024
     seen = np.asarray(upright.resize((128, 96)).convert("L"), float)
@@ -67,6 +67,9 @@ def cornered(size=(64, 96)) -> Image.Image:
     image = Image.new("RGB", size, (90, 90, 90))
     image.paste("white", (0, 0, 20, 30))
     return image
+
+
+SELECT = SelectConfig(min_side=32)
 
 
 def white_share(picture: bytes, mask: bytes) -> float:
@@ -82,15 +85,15 @@ def test_picture_and_mask_turn_together(rotation, orientation):
     exif[0x0112] = orientation
     mask = Image.new("L", (64, 96))
     mask.paste(255, (0, 0, 20, 30))
-    read = read_picture(encode(cornered(), "JPEG", exif=exif), rotation, SelectConfig(min_side=32), ShardConfig())
-    fitted = fit_mask(encode(mask.resize((32, 48), 0)), read)
+    read = read_picture(encode(cornered(), "JPEG", exif=exif), rotation, SELECT, ShardConfig())
+    fitted = fit_mask(encode(mask.resize((32, 48), 0)), read, SELECT)
     assert Image.open(io.BytesIO(fitted)).size == Image.open(io.BytesIO(read.content)).size == read.size
     assert white_share(read.content, fitted) > 0.9
     assert Image.open(io.BytesIO(read.content)).getexif().get(0x0112, 1) == 1
 
 
 def test_rotation_is_counter_clockwise():
-    read = read_picture(encode(cornered(), "JPEG"), 90.0, SelectConfig(min_side=32), ShardConfig())
+    read = read_picture(encode(cornered(), "JPEG"), 90.0, SELECT, ShardConfig())
     pixels = np.asarray(Image.open(io.BytesIO(read.content)).convert("L"))
     assert read.size == (96, 64) and pixels[-5, 5] > 200 and pixels[5, 5] < 120  # top left goes to bottom left
 
@@ -115,7 +118,19 @@ def test_the_box_is_the_subjects_in_the_upright_picture(miniature, config_of, tm
 def test_a_mask_drawn_on_the_picture_as_exif_turns_it_fits():
     exif = Image.Exif()
     exif[0x0112] = 6
-    read = read_picture(encode(cornered(), "JPEG", exif=exif), None, SelectConfig(min_side=32), ShardConfig())
+    read = read_picture(encode(cornered(), "JPEG", exif=exif), None, SELECT, ShardConfig())
     mask = Image.new("L", (96, 64))
     mask.paste(255, (66, 0, 96, 20))  # top right, where orientation 6 puts the corner
-    assert white_share(read.content, fit_mask(encode(mask), read)) > 0.9
+    assert white_share(read.content, fit_mask(encode(mask), read, SELECT)) > 0.9
+
+
+@pytest.mark.parametrize(("tolerance", "fits"), [(0.05, False), (0.2, True)])
+def test_how_far_a_masks_shape_may_be_from_its_pictures_is_the_configs(tolerance, fits):
+    read = read_picture(encode(cornered(), "JPEG"), None, SELECT, ShardConfig())
+    mask = encode(Image.new("L", (64, 84), 255))  # for 64 x 96
+    select = SelectConfig(min_side=32, mask_tolerance=tolerance)
+    if fits:
+        assert Image.open(io.BytesIO(fit_mask(mask, read, select))).size == read.size
+    else:
+        with pytest.raises(RejectedError, match="64, 84"):
+            fit_mask(mask, read, select)

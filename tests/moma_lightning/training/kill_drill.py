@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from datamodules.mini.export import export
 from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.training import checkpoint_folder, checkpoint_io
+from tests.forked import Forked
 from tests.moma_lightning.conftest import write_base, write_mllm_and_clip
 
 EVERY, TRAIN_COUNT, STEPS_PER_EPOCH, WORKERS = 5, 48, 7, 2
@@ -93,16 +93,12 @@ def config(folder: Path, run: str, steps: int, processes: int, folders: bool) ->
     return path
 
 
-def start(path: Path, slow_save: bool = False) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    if slow_save:
-        environment["DRILL_SLOW_SAVE"] = "1"
-    log = path.with_suffix(".log").open("a")
-    command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(path)]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+def start(path: Path, slow_save: bool = False) -> Forked:
+    environment = {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | ({"DRILL_SLOW_SAVE": "1"} if slow_save else {})
+    return Forked("moma_lightning", "fit", "--config", str(path), log=path.with_suffix(".log"), **environment)
 
 
-def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Random) -> str:
+def interrupt(process: Forked, run: Path, number: int, rng: random.Random) -> str:
     """Wait for the moment, then end the process and all its children; returns what was done. Every seventh is asked to end, not killed."""
     before, kind = progress(run), signal.SIGTERM if is_asked(number) else signal.SIGKILL
     # A request to end is made in the first step: a short training would soon be over, and its handlers gone.
@@ -122,7 +118,7 @@ def interrupt(process: subprocess.Popen, run: Path, number: int, rng: random.Ran
     else:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
-        process.wait()
+        process.wait(60)
     return f"{kind.name} {moment}, over in {time.monotonic() - begun:.1f} s"
 
 
@@ -141,7 +137,7 @@ def is_saving(checkpoints: Path) -> bool:
     return any(path.name != placed for path in checkpoints.glob(".last.*"))
 
 
-def wait(process: subprocess.Popen, ready, every: float = 0.05, seconds: float = 900) -> None:
+def wait(process: Forked, ready, every: float = 0.05, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while process.poll() is None and not ready():
         if time.monotonic() > end:

@@ -9,8 +9,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.plan.measure import Measured, measure
 from moma_lightning.training.strategy import ShardedStrategy
+from tests.forked import on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
 from tests.moma_lightning.training.sharded_run import Size, build, size_of, train
 
@@ -63,11 +62,8 @@ def decoder_of(folder: Path) -> Path:
 
 def measured(folder: Path, stage: str, size: Size) -> int:
     """Train three steps on two processes that this one starts; rank 0's peak in bytes."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     decoder_of(folder)
-    command = [sys.executable, "-m", "tests.moma_lightning.training.peak_run", "--folder", str(folder), "--only", stage, str(size.pictures), str(size.side)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes("tests.moma_lightning.training.peak_run", "--folder", str(folder), "--only", stage, str(size.pictures), str(size.side), log=folder / "log")
     return json.loads((folder / "peak.json").read_text())
 
 

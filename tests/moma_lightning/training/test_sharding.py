@@ -1,10 +1,7 @@
 """Sharded training on two processes against one: the same losses, and checkpoints that either reads."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -18,6 +15,7 @@ from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.plan.measure import measure
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import ShardedStrategy
+from tests.forked import on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
 from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, build, build_variant, train
 from tests.tiny_mllms import write
@@ -48,10 +46,7 @@ def runs(foundation, decoder_folder, places, tmp_path_factory):
         losses[f"{name}-alone"] = train(build_variant(name, places), folder / name, 1, "auto", steps=VARIANT_STEPS)
     module = build("stage2", foundation, decoder_folder)
     losses["accumulated-alone"] = train(module, folder / "alone", 1, "auto", steps=3, accumulate_grad_batches=2)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.moma_lightning.training.sharded_run", str(folder)], env=environment, capture_output=True, text=True,
-                          timeout=1200, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes("tests.moma_lightning.training.sharded_run", str(folder), log=folder / "log")
     return folder, losses | json.loads((folder / "results.json").read_text())
 
 

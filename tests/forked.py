@@ -1,0 +1,72 @@
+"""Commands of the project in processes of their own that need not import everything again: forked off a server that has, once."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+#: What the commands that tests start spend their first seconds on.
+IMPORTED = ["moma_lightning.cli", "moma_lightning.modules.stage1", "moma_lightning.modules.stage2", "moma_lightning.training.strategy",
+            "datamodules.triplets", "evaluation.generation", "evaluation.shared_scoring"]  # fmt: skip
+
+
+class Forked:
+    """`python -m <module> <arguments>` in a session of its own, as a `subprocess.Popen` with what tests need of it.
+
+    It works where this process does. environment: on top of this process's own. log: takes what it prints, appended.
+    """
+
+    def __init__(self, module: str, *arguments: str, log: Path, **environment: str):
+        CONTEXT.set_forkserver_preload(IMPORTED)
+        self._process = CONTEXT.Process(target=run, args=(module, arguments, log, Path.cwd(), dict(os.environ) | environment))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int:
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"process {self.pid} runs after {seconds} s")
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def on_two_processes(module: str, *arguments: str, log: Path, seconds: float = 1200) -> None:
+    """The command as a launcher would start both processes of a node. AssertionError with the log when one of them fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [Forked(module, *arguments, log=log, LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port) for rank in (0, 1)]
+    end = time.monotonic() + seconds
+    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < end:
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0, 0], log.read_text()[-3000:]
