@@ -18,7 +18,7 @@ from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import git_revision
-from evaluation.statistics import METRICS, above_oracle, breakdown, summarise
+from evaluation.statistics import METRICS, above_oracle, breakdown, prompt_intervals, summarise
 from evaluation.tables import method_table, score_page
 from moma_lightning.files import write_bytes
 
@@ -56,9 +56,18 @@ def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
 
 
 def breakdowns(scores: pd.DataFrame, by: Literal["subject", "prompt"]) -> pd.DataFrame:
-    """Columns metric, subject or prompt, then a method each; a block of rows a metric."""
-    first = pd.DataFrame(columns=["metric", by])
-    return pd.concat([first, *(breakdown(scores, metric, by).reset_index().assign(metric=metric) for metric in METRICS)])
+    """Columns metric, subject or prompt, then a method each; a block of rows a metric. Prompts have the ends of every mean's interval besides,
+    `<method>_lo` and `<method>_hi`: intervals are over subjects, so that a single subject has none.
+    """
+    parts = [pd.DataFrame(columns=["metric", by])]
+    for metric in METRICS:
+        means = breakdown(scores, metric, by)
+        if by == "prompt" and not means.empty:
+            found = prompt_intervals(scores, metric)
+            ends = {form: {f"{method}_{end}": cell[end] for method, cell in cells.items() for end in ("lo", "hi")} for form, cells in found.items()}
+            means = means.join(pd.DataFrame.from_dict(ends, orient="index"))
+        parts.append(means.reset_index(names=by).assign(metric=metric))
+    return pd.concat(parts)
 
 
 def write_json(path, content) -> None:

@@ -60,7 +60,10 @@ def by_subject(scores: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
 
     Where the protocol's aggregation is "subjects", each subject counts once, with its mean.
     """
-    rows = rows_of(scores, method, metric)
+    return _sums_of(rows_of(scores, method, metric))
+
+
+def _sums_of(rows: pd.DataFrame) -> pd.DataFrame:
     table = rows.groupby("subject")["value"].agg(["sum", "count"])
     if "aggregation" in rows and (rows["aggregation"] == "subjects").any():
         return table.assign(sum=table["sum"] / table["count"], count=1)
@@ -75,12 +78,26 @@ def breakdown(scores: pd.DataFrame, metric: str, by: Literal["subject", "prompt"
     columns = {}
     for method in dict.fromkeys(scores["method"]):
         rows = rows_of(scores, method, metric)
-        if by == "prompt":
-            rows = rows[rows["prompt"] != ""]
-            rows = rows.assign(prompt=[prompt_form(*given) for given in zip(rows["prompt"], rows["label"], strict=True)])
+        rows = _prompted(rows) if by == "prompt" else rows
         if not rows.empty:
             columns[method] = rows.groupby(by)["value"].mean()
     return pd.DataFrame(columns).rename_axis(by)
+
+
+def prompt_intervals(scores: pd.DataFrame, metric: str, resamples: int = RESAMPLES) -> dict[str, dict[str, Interval]]:
+    """`{prompt: {method: {mean, lo, hi}}}`, prompts as in `breakdown`; intervals over the subjects that have the prompt."""
+    found: dict[str, dict[str, Interval]] = {}
+    for method in dict.fromkeys(scores["method"]):
+        for form, rows in _prompted(rows_of(scores, method, metric)).groupby("prompt", sort=False):
+            if cell := _interval_of(_sums_of(rows), resamples):
+                found.setdefault(str(form), {})[method] = cell
+    return found
+
+
+def _prompted(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of generated pictures, their prompts without the subject's name."""
+    rows = rows[rows["prompt"] != ""]
+    return rows.assign(prompt=[prompt_form(*given) for given in zip(rows["prompt"], rows["label"], strict=True)])
 
 
 def prompt_form(prompt: str, label: str) -> str:

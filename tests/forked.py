@@ -47,6 +47,7 @@ class Forked:
 
 
 def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for loading workers, as in a process of its own; a forked one would hand down its own way
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -60,13 +61,20 @@ def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, enviro
 
 def on_two_processes(module: str, *arguments: str, log: Path, seconds: float = 1200) -> None:
     """The command as a launcher would start both processes of a node. AssertionError with the log when one of them fails."""
+    codes = codes_of_two(module, *arguments, log=log, seconds=seconds)
+    assert codes == [0, 0], log.read_text()[-3000:]
+
+
+def codes_of_two(module: str, *arguments: str, log: Path, seconds: float) -> list[int | None]:
+    """What both end with; None for one that did not, within `seconds` or a minute after the other had failed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     ranks = [Forked(module, *arguments, log=log, LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port) for rank in (0, 1)]
     end = time.monotonic() + seconds
-    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < end:
+    while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < end:
+        end = min(end, time.monotonic() + 60) if any(codes) else end
         time.sleep(0.05)
     for rank in ranks:
         rank.kill()
-    assert codes == [0, 0], log.read_text()[-3000:]
+    return codes

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from evaluation.figures.names import column_of, method_name, metric_name
 from evaluation.figures.style import COLORS, SOFT, styled
-from evaluation.figures.tables import means_by
+from evaluation.figures.tables import subject_means
 from evaluation.statistics import METRICS
 
 Interval = Mapping[str, float]
@@ -76,7 +76,7 @@ def figure_7() -> list[str]:
 
 def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) -> Figure | None:
     """Figure 7, one panel: a vertical line a subject, a line a method. None where nothing was scored."""
-    frame = means_by(scores, metric, "subject")
+    frame = subject_means(scores, metric)
     if frame.empty:
         return None
     with styled():

@@ -44,11 +44,10 @@ def difference_rows(summary: Mapping[str, Any], names: Mapping[str, str] | None 
     return rows
 
 
-def means_by(scores: pd.DataFrame, metric: str, key: str) -> pd.DataFrame:
-    """Mean over the pictures of each value of column `key`, in the data's order; a column a method that has the metric."""
+def subject_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Mean over each subject's pictures, in the data's order; a column a method that has the metric."""
     if column_of(metric) not in scores:
         return pd.DataFrame()
-    keyed = scores.assign(subject=scores[key])
-    found = {method: by_subject(keyed, method, metric) for method in dict.fromkeys(scores["method"])}
+    found = {method: by_subject(scores, method, metric) for method in dict.fromkeys(scores["method"])}
     frame = pd.DataFrame({method: table["sum"] / table["count"] for method, table in found.items() if not table.empty})
-    return frame.reindex([value for value in dict.fromkeys(scores[key]) if value in frame.index])
+    return frame.reindex([value for value in dict.fromkeys(scores["subject"]) if value in frame.index])

@@ -21,12 +21,12 @@ from evaluation.figures.grids import Grid, draw_grid
 from evaluation.figures.names import method_name, metric_name
 from evaluation.figures.scored import comparison
 from evaluation.figures.style import colors_of, encoded, svg_address
-from evaluation.figures.tables import Cells, difference_rows, means_by, metrics_in, named_rows, read_scores, read_summary
+from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_scores, read_summary, subject_means
 from evaluation.figures.write import COMMUNITY, MADE, read_grid, scored_grids
 from evaluation.made_with import made_with
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
-from evaluation.statistics import LEVEL, METRICS, oracles, prompt_form
+from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals
 from moma_lightning.files import write_bytes
 
 CURVES = ("train/loss", "val/")
@@ -133,18 +133,14 @@ def grids(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> li
 
 def breakdowns(scores: pd.DataFrame) -> list[dict[str, Any]]:
     """Means by subject and by prompt, a table a metric."""
-    generated = scores[scores["prompt_kind"] != "real"]
-    forms = [prompt_form(prompt, label).replace("{}", "…") for prompt, label in zip(generated["prompt"], generated["label"], strict=True)]
+    frames = {metric_name(metric): subject_means(scores, metric) for metric in METRICS}
+    prompts = {metric_name(metric): prompt_intervals(scores, metric) for metric in METRICS}
     return [
-        {"name": "subject", "about": "The mean over each subject's pictures.", "tables": means_tables(scores, "subject")},
-        {"name": "prompt", "about": "The mean over all subjects; … stands for the subject.", "tables": means_tables(generated.assign(form=forms), "form")},
-    ]
-
-
-def means_tables(scores: pd.DataFrame, key: str) -> dict[str, tables.Table]:
-    frames = {metric: means_by(scores, metric, key) for metric in METRICS}
-    first = "Subject" if key == "subject" else "Prompt"
-    return {metric_name(metric): tables.means_table(first, frame) for metric, frame in frames.items() if not frame.empty}
+        {"name": "subject", "about": "The mean over each subject's pictures.",
+         "tables": {name: tables.means_table("Subject", frame) for name, frame in frames.items() if not frame.empty}},
+        {"name": "prompt", "about": f"The mean over all subjects and its {LEVEL:.0%} interval over them; … stands for the subject.",
+         "tables": {name: tables.prompt_table(rows) for name, rows in prompts.items() if rows}},
+    ]  # fmt: skip
 
 
 def subject_charts(scores: pd.DataFrame) -> list[Chart]:

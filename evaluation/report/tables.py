@@ -96,5 +96,12 @@ def means_table(first: str, frame: pd.DataFrame) -> Table:
     return Table(first, [method_name(method) for method in frame.columns], rows)
 
 
+def prompt_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """A row a prompt, a column a method, each with its interval over subjects; the subject's place is shown as an ellipsis."""
+    methods = list(dict.fromkeys(method for cells in rows.values() for method in cells))
+    lines = [(form.replace("{}", "…"), [value_of(cells[m]) if m in cells else None for m in methods]) for form, cells in rows.items()]
+    return Table("Prompt", list(map(method_name, methods)), lines)
+
+
 def plain(number: float | None) -> Value | None:
     return None if number is None or pd.isna(number) else Value(number, decimal(number))

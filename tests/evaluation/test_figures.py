@@ -16,7 +16,7 @@ from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json,
 from evaluation.figures.names import kind_name, method_name, methods_of, metric_name
 from evaluation.figures.scored import comparison, one_method, own_method, richest, settings_grid
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
-from evaluation.figures.tables import difference_rows, means_by
+from evaluation.figures.tables import difference_rows, subject_means
 from evaluation.figures.write import charts, read_grid
 from evaluation.generation import generate
 from evaluation.made_with import made_with
@@ -126,12 +126,12 @@ def test_options_come_from_the_stamps(evaluated):
 
 
 def test_means_by_subject_are_the_statistics_own(scores):
-    frame = means_by(scores, "dino", "subject")
+    frame = subject_means(scores, "dino")
     for method in ("real_images", "text_only", "moma_beta1"):
         table = by_subject(scores, method, "dino")
         assert np.allclose(frame[method].sort_index(), (table["sum"] / table["count"]).sort_index())
     assert list(frame.index) == list(dict.fromkeys(scores["subject"]))
-    assert means_by(scores.drop(columns="dino"), "dino", "subject").empty
+    assert subject_means(scores.drop(columns="dino"), "dino").empty
 
 
 def test_intervals_are_drawn_where_they_are():

@@ -251,7 +251,8 @@ def test_breakdowns_and_weights_are_written(tmp_path):
     scores = pd.read_parquet(config.eval_folder / "scores.parquet")
     subjects, prompts = (pd.read_csv(config.eval_folder / f"per_{by}.csv") for by in ("subject", "prompt"))
     assert list(subjects) == ["metric", "subject", "real_images", "copy", "blurred"]
-    assert list(prompts) == ["metric", "prompt", "copy", "blurred"]
+    assert list(prompts) == ["metric", "prompt", "copy", "blurred", "copy_lo", "copy_hi", "blurred_lo", "blurred_hi"]
+    assert (prompts.blurred_lo <= prompts.blurred).all() and (prompts.blurred <= prompts.blurred_hi).all()
     own = scores[(scores.method == "blurred") & (scores.subject == "tabby") & (scores.prompt_kind == "context")]
     row = subjects[(subjects.metric == "clip_i") & (subjects.subject == "tabby")].iloc[0]
     assert row.blurred == pytest.approx(own.clip_i.mean(), abs=1e-6)

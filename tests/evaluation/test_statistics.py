@@ -14,6 +14,7 @@ from evaluation.statistics import (
     difference,
     method_interval,
     prompt_form,
+    prompt_intervals,
     summarise,
 )
 
@@ -163,6 +164,17 @@ def test_breakdown_by_subject_and_prompt():
     assert list(prompts.columns) == ["a", "b"]
     assert prompts["a"].to_dict() == pytest.approx({"a {} in the snow": 0.4, "a {} on a lake": 0.4})
     assert breakdown(scores, "dinov2", "subject").empty
+
+
+def test_a_prompts_interval_is_over_the_subjects_that_have_it():
+    rng = np.random.default_rng(3)
+    values = rng.random((6, 4))
+    rows = [("a", f"s{i}", "cat", "a cat in the snow", value) for i, row in enumerate(values) for value in row] + [("a", "s0", "cat", "a cat", 0.5)]
+    scores = pd.DataFrame(rows, columns=["method", "subject", "label", "prompt", "dino"]).assign(prompt_kind="context")
+    found = prompt_intervals(scores, "dino", resamples=300)
+    again = values.mean(1)[np.random.default_rng(0).integers(0, 6, (300, 6))].mean(1)
+    assert found["a {} in the snow"]["a"] == pytest.approx({"mean": values.mean(), "lo": np.quantile(again, 0.025), "hi": np.quantile(again, 0.975)})
+    assert found["a {}"]["a"] == {"mean": 0.5, "lo": 0.5, "hi": 0.5}
 
 
 def test_the_subject_is_taken_out_of_its_prompt_as_a_word():

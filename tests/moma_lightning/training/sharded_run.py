@@ -1,4 +1,4 @@
-"""Trainings on two gloo processes for the tests of sharding: python -m tests.moma_lightning.training.sharded_run <folder>.
+"""Trainings on two gloo processes for the tests of sharding: python -m tests.moma_lightning.training.sharded_run <folder> [spoilt].
 
 `<folder>/foundation.json` says where the tiny models are. Batches, noise and dropout are those of the whole global batch, of
 which each rank takes its part, so that any number of ranks must give the same losses. Results go to `<folder>/<name>.json`.
@@ -24,6 +24,7 @@ from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.training.ema import EMA
+from moma_lightning.training.guards import StopOnNonFinite
 from moma_lightning.training.options import TrainingOptions
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.sharding import local, over_ranks
@@ -139,7 +140,7 @@ def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | No
     done = STEPS // 2 if resume else 0
     trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, accelerator="cpu", devices=ranks,
                       strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                      gradient_clip_val=0.05, callbacks=[recorder, *callbacks], num_sanity_val_steps=0, **{"limit_val_batches": 0} | options)
+                      gradient_clip_val=0.05, callbacks=[*callbacks, recorder], num_sanity_val_steps=0, **{"limit_val_batches": 0} | options)
     trainer.fit(module, Rest(done, size), ckpt_path=resume)
     return recorder.losses
 
@@ -191,6 +192,21 @@ def compiled(module, folder: Path) -> list[float]:
         torch.nn.Module.compile = compile_module
 
 
+class Spoilt(SameNoise):
+    """Its loss is no number on rank 1 at the step before the checkpoint."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_rank == 1 and self.global_step == STEPS // 2 - 1 else loss
+
+
+def spoilt(folder: Path) -> None:
+    places = json.loads((folder / "foundation.json").read_text())
+    module = build("stage2", FoundationConfig(**places["foundation"]), places["decoder"])
+    module.__class__ = Spoilt
+    train(module, folder / "spoilt", 2, ShardedStrategy(), [folder / "spoilt.ckpt"], callbacks=[StopOnNonFinite()])
+
+
 def main(folder: Path) -> None:
     places = json.loads((folder / "foundation.json").read_text())
     foundation, decoder = FoundationConfig(**places["foundation"]), places["decoder"]
@@ -217,4 +233,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (spoilt if sys.argv[2:] == ["spoilt"] else main)(Path(sys.argv[1]))

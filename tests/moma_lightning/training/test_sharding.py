@@ -15,7 +15,7 @@ from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.plan.measure import measure
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import ShardedStrategy
-from tests.forked import on_two_processes
+from tests.forked import codes_of_two, on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
 from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, build, build_variant, train
 from tests.tiny_mllms import write
@@ -156,6 +156,17 @@ def test_a_folder_is_read_as_strictly_as_a_file(runs, foundation, decoder_folder
     module.adapter.image_proj.norm.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"copy\.ckpt does not fit the model:\n  adapter\.image_proj\.norm\.weight: not expected"):
         train(module, tmp_path, 1, ShardedStrategy(), resume=folder_copy(runs, tmp_path))
+
+
+def test_no_number_on_one_rank_ends_both_and_saves_nothing(places, tmp_path):
+    """On rank 1, at the very step of a checkpoint; the message names the samples of its batch, and rank 0 does not wait for it for ever."""
+    (tmp_path / "foundation.json").write_text(json.dumps(places))
+    log = tmp_path / "log"
+    codes = codes_of_two("tests.moma_lightning.training.sharded_run", str(tmp_path), "spoilt", log=log, seconds=250)
+    assert all(codes), f"{codes}: {log.read_text()[-3000:]}"
+    last = STEPS // 2 - 1
+    assert f"the loss is nan after step {last + 1} on rank 1. Samples of the batch: {last}-2, {last}-3. Nothing was saved since" in log.read_text()
+    assert not (tmp_path / "spoilt.ckpt").exists()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
