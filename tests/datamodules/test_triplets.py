@@ -1,6 +1,9 @@
 import collections
 import itertools
 import json
+import re
+import traceback
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +23,16 @@ def epochs(module: TripletDataModule, count: int) -> list[list[str]]:
     """Keys of each batch over some epochs."""
     loader = module.train_dataloader()
     return [batch.key for _ in range(count) for batch in loader]
+
+
+def error_of(read: Callable[[], object]) -> str:
+    """The BadSampleError's message. The traceback goes at once: for workers of a loader in it, collected at some time, PyTorch waits 5 s each."""
+    try:
+        read()
+    except BadSampleError as error:
+        traceback.clear_frames(error.__traceback__)
+        return str(error)
+    pytest.fail("no BadSampleError")
 
 
 def test_batch(shards, tools):
@@ -147,8 +160,7 @@ def test_bad_samples_in_validation_leave_batches_smaller(shards_with_bad, tools)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_can_be_fatal(shards_with_bad, tools, workers):
     module = tools.datamodule(shards_with_bad, on_error="raise", num_workers=workers, steps_per_epoch=40)
-    with pytest.raises(BadSampleError, match=r"train-0000[03].tar, sample (cut|black|mute|other|-): "):
-        epochs(module, 1)
+    assert re.search(r"train-0000[03].tar, sample (cut|black|mute|other|-): ", error_of(lambda: epochs(module, 1)))
 
 
 @quiet
@@ -157,10 +169,8 @@ def test_no_good_sample_at_all_raises(shards, tools, workers):
     for number in range(4):
         tools.write_tar(shards / f"train-{number:05d}.tar", {"k": tools.sample(0, json=b"")})
     module = tools.datamodule(shards, num_workers=workers)
-    with pytest.raises(BadSampleError, match=r"none of 4 shards .* has a usable sample: see .*bad.log"):
-        epochs(module, 1)
-    with pytest.raises(BadSampleError, match="none of 4 shards"):
-        list(module.val_dataloader())
+    assert re.search(r"none of 4 shards .* has a usable sample: see .*bad.log", error_of(lambda: epochs(module, 1)))
+    assert re.search("none of 4 shards", error_of(lambda: list(module.val_dataloader())))
 
 
 @quiet
