@@ -60,7 +60,7 @@ def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, enviro
 
 
 def on_two_processes(module: str, *arguments: str, log: Path, seconds: float = 1200) -> None:
-    """The command as a launcher would start both processes of a node. AssertionError with the log when one of them fails."""
+    """The command as torchrun would start both processes of a node. AssertionError with the log when one of them fails."""
     codes = codes_of_two(module, *arguments, log=log, seconds=seconds)
     assert codes == [0, 0], log.read_text()[-3000:]
 
@@ -70,7 +70,8 @@ def codes_of_two(module: str, *arguments: str, log: Path, seconds: float) -> lis
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    ranks = [Forked(module, *arguments, log=log, LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port) for rank in (0, 1)]
+    node = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    ranks = [Forked(module, *arguments, log=log, RANK=rank, LOCAL_RANK=rank, **node) for rank in ("0", "1")]
     end = time.monotonic() + seconds
     while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < end:
         end = min(end, time.monotonic() + 60) if any(codes) else end

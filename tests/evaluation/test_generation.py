@@ -19,6 +19,7 @@ from evaluation.processes import Progress, launch
 from evaluation.stamps import read_stamp, stamp_path
 from tests.evaluation import processes
 from tests.evaluation.fakes import Painter, fake_config, made
+from tests.forked import on_two_processes
 
 PICTURES = 3 * (2 + 1)
 
@@ -159,21 +160,22 @@ def stamped(config) -> dict[Path, tuple[bytes, int]]:
     return {plan.path: (plan.path.read_bytes(), plan.path.stat().st_mtime_ns) for plan in plans if plan.is_done}
 
 
-def start(*command: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(*arguments: str) -> subprocess.Popen:
+    """Not a forked one: that could start no processes of its own."""
+    command, environment = [sys.executable, "-m", "tests.evaluation.processes", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.timeout(300)
 def test_processes_end_when_who_started_them_is_killed(tmp_path):
-    run = start("-m", "tests.evaluation.processes", str(tmp_path), "20")
+    run = start(str(tmp_path), "3")
     while len(found := list(tmp_path.glob("log.*"))) < 2 or not all(path.read_text() for path in found):
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.1)
     pids = {int(path.read_text()) for path in found}
     assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     run.kill()
-    run.wait()
+    run.wait(60)
     until = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
         time.sleep(0.1)
@@ -182,9 +184,9 @@ def test_processes_end_when_who_started_them_is_killed(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_two_processes_one_killed_then_torchrun_goes_on(tmp_path):
-    """Spawned processes, one of which dies by SIGKILL when the other has made its share; then two that torchrun starts, one without work."""
+    """Spawned processes, one of which dies by SIGKILL when the other has made its share; then two as torchrun starts them, one without work."""
     config, log = processes.config(tmp_path), str(tmp_path / "log")
-    run = start("-m", "tests.evaluation.processes", str(tmp_path), "0.3")
+    run = start(str(tmp_path), "0.3")
     boots = [plan for plan in Evaluation.open(config).planned("a", config.methods["a"]) if plan.task.subject == "old_boot"]
     while not all(plan.is_done for plan in boots):
         assert run.poll() is None, run.stdout.read()
@@ -192,20 +194,17 @@ def test_two_processes_one_killed_then_torchrun_goes_on(tmp_path):
     pids = {name: int(Path(f"{log}.{name}").read_text()) for name in ("old_boot", "red_mug")}
     os.kill(pids["red_mug"], signal.SIGKILL)
     output = run.communicate(timeout=250)[0]
-    assert run.returncode != 0, output
-    assert "SIGKILL" in output
+    assert run.returncode != 0 and "SIGKILL" in output
     assert len({*pids.values(), run.pid}) == 3
     before, made_before = stamped(config), len(made(log))
     assert 6 < len(before) < processes.PICTURES
     assert made_before - len(before) in (0, 1, 2)  # a batch may be lost
-    run = start("-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "tests.evaluation.processes", str(tmp_path), "0")
-    output = run.communicate(timeout=250)[0]
-    assert run.returncode == 0, output
+    on_two_processes("tests.evaluation.processes", str(tmp_path), "0", log=tmp_path / "again")
     after = stamped(config)  # rank 1's own config has another noise: its pictures would not count
     assert len(after) == processes.PICTURES
     assert all(after[path] == before[path] for path in before)
     assert len(made(log)) - made_before == processes.PICTURES - len(before)
-    assert "process 1 of 2, a: " in output
+    assert "process 1 of 2, a: " in (tmp_path / "again").read_text()
 
 
 def test_processes_are_the_launchers(monkeypatch):
