@@ -22,7 +22,8 @@ class Forked:
 
     def __init__(self, module: str, *arguments: str, log: Path, **environment: str):
         CONTEXT.set_forkserver_preload(IMPORTED)
-        self._process = CONTEXT.Process(target=run, args=(module, arguments, log, Path.cwd(), dict(os.environ) | environment))
+        self._process = CONTEXT.Process(target=run, args=(module, arguments, log, Path.cwd(), dict(os.environ) | environment),
+                                        daemon=True)  # a failed test's process ends with the tests  # fmt: skip
         self._process.start()
 
     @property
@@ -47,6 +48,7 @@ class Forked:
 
 
 def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, environment: dict[str, str]) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # it may start loading workers
     multiprocessing.set_start_method("fork", force=True)  # for loading workers, as in a process of its own; a forked one would hand down its own way
     os.setsid()
     os.chdir(folder)

@@ -22,6 +22,7 @@ from datamodules.mini import world
 from datamodules.mini.prompts import prompts_and_classes, texture_prompts, view_prompts
 from datamodules.mini.render import render
 from datamodules.shards import ShardSample, write_json, write_shards
+from moma_lightning.files import commit, place_beside
 
 #: Shards -> split of the world and first number of their identities; far apart, so that validation identities are new to the
 #: adapters and to the base models alike. Nothing is trained or chosen on "heldout": stage 1 is judged on it in the end.
@@ -110,8 +111,8 @@ def export_dreambooth(folder: Path, size: int = 64, seed: int = 0) -> None:
     manifest = {"size": size, "seed": seed, "renderer": _renderer_digest()}
     if (folder / "manifest.json").exists() and json.loads((folder / "manifest.json").read_text()) == manifest:
         return
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = place_beside(folder)
     identities = subjects(folder.name)
     for number, (name, identity) in enumerate(identities.items()):
         images, masks = render(subject_pictures(FOLDERS[folder.name][1] + number, identity, seed), size)
@@ -123,7 +124,7 @@ def export_dreambooth(folder: Path, size: int = 64, seed: int = 0) -> None:
         (beside / "dataset" / f"{kind}_prompts.txt").write_text(text)
     write_json(beside / "manifest.json", manifest)
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    commit(beside, folder)
 
 
 def _write_pictures(folder: Path, images: np.ndarray) -> None:
