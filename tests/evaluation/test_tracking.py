@@ -53,7 +53,7 @@ def test_an_offline_run_holds_config_metrics_tables_and_images(config, monkeypat
     assert table["data"] == [["beta 0", 0, 0.0, 1.0], ["beta 1", 1, 0.0, 1.0]]
     scores = json.loads(stored(run, path, "tables/scores").read_text())
     assert [row[0] for row in scores["data"]] == ["real", "MoMA, beta 1"]
-    for by, methods in (("subject", ["real", "moma_beta1"]), ("prompt", ["moma_beta1"])):
+    for by, methods in (("subject", ["real", "moma_beta1"]), ("prompt", ["moma_beta1", "moma_beta1_lo", "moma_beta1_hi"])):
         means = json.loads(stored(run, path, f"tables/per_{by}").read_text())
         assert means["columns"] == ["metric", by, *methods] and {row[0] for row in means["data"]} >= {"dino", "clip_i"}
 
