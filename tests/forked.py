@@ -5,6 +5,7 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,6 +50,7 @@ class Forked:
 
 def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, environment: dict[str, str]) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # it may start loading workers
+    threading.Thread(target=end_with_the_tests, daemon=True).start()
     multiprocessing.set_start_method("fork", force=True)  # for loading workers, as in a process of its own; a forked one would hand down its own way
     os.setsid()
     os.chdir(folder)
@@ -59,6 +61,11 @@ def run(module: str, arguments: tuple[str, ...], log: Path, folder: Path, enviro
         os.dup2(file.fileno(), 2)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def end_with_the_tests() -> None:
+    multiprocessing.parent_process().join()  # also where they were killed
+    os._exit(1)
 
 
 def on_two_processes(module: str, *arguments: str, log: Path, seconds: float = 1200) -> None:
