@@ -16,6 +16,9 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Im
 #: Masks stored as JPEG, or resized smoothly by someone, have noise around 0: it is not foreground.
 MASK_THRESHOLD = 128
 
+#: A mask whose width to height differs from its picture's by this share or more is not of it.
+MASK_TOLERANCE = 0.05
+
 
 def open_picture(source: bytes | Path, turn: bool = True, at_least: int | None = None) -> Image.Image:
     """Decode a picture completely, turn it as its EXIF says (unless told not to) and convert it to 8-bit RGB.
@@ -36,7 +39,7 @@ def open_mask(source: bytes | Path) -> Image.Image:
     return _decoded(source).convert("L").point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
 
 
-def fit_mask(mask: Image.Image, size: tuple[int, int], tolerance: float = 0.05) -> Image.Image:
+def fit_mask(mask: Image.Image, size: tuple[int, int], tolerance: float = MASK_TOLERANCE) -> Image.Image:
     """Resize a mask to its picture's (width, height), nearest; ValueError when their proportions differ by `tolerance` or more."""
     if mask.size == size:
         return mask

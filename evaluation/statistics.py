@@ -89,7 +89,7 @@ def prompt_intervals(scores: pd.DataFrame, metric: str, resamples: int = RESAMPL
     found: dict[str, dict[str, Interval]] = {}
     for method in dict.fromkeys(scores["method"]):
         for form, rows in _prompted(rows_of(scores, method, metric)).groupby("prompt", sort=False):
-            if cell := _interval_of(_sums_of(rows), resamples):
+            if cell := method_interval(_sums_of(rows), resamples):
                 found.setdefault(str(form), {})[method] = cell
     return found
 
@@ -154,22 +154,15 @@ def mean_of(table: pd.DataFrame) -> float:
     return table["sum"].sum() / table["count"].sum()
 
 
-def method_interval(scores: pd.DataFrame, method: str, metric: str, resamples: int = RESAMPLES) -> Interval | None:
-    return _interval_of(by_subject(scores, method, metric), resamples)
-
-
-def difference(scores: pd.DataFrame, a: str, b: str, metric: str, resamples: int = RESAMPLES) -> Interval | None:
-    """a - b over the subjects that both have, both resampled with the same subjects."""
-    return _difference_of(by_subject(scores, a, metric), by_subject(scores, b, metric), resamples)
-
-
-def _interval_of(table: pd.DataFrame, resamples: int) -> Interval | None:
+def method_interval(table: pd.DataFrame, resamples: int = RESAMPLES) -> Interval | None:
+    """Of a table from `by_subject`; None where it is empty."""
     if table.empty:
         return None
     return interval(mean_of(table), resampled_means(table, draws(len(table), resamples)))
 
 
-def _difference_of(first: pd.DataFrame, second: pd.DataFrame, resamples: int) -> Interval | None:
+def difference(first: pd.DataFrame, second: pd.DataFrame, resamples: int = RESAMPLES) -> Interval | None:
+    """first - second, tables from `by_subject`, over the subjects that both have, both resampled with the same subjects."""
     common = first.index.intersection(second.index)
     if not len(common):
         return None
@@ -201,14 +194,14 @@ def summary_of(scores: pd.DataFrame, resamples: int) -> dict[str, Any]:
     tables = {method: {metric: by_subject(scores, method, metric) for metric in METRICS} for method in dict.fromkeys(scores["method"])}
     summary: dict[str, Any] = {}
     for method, made in tables.items():
-        summary[method] = {metric: found for metric, table in made.items() if (found := _interval_of(table, resamples))}
+        summary[method] = {metric: found for metric, table in made.items() if (found := method_interval(table, resamples))}
     real = oracles(scores)
     generated = [method for method in tables if method not in real]
     summary["differences"] = [
         {"a": a, "b": b, "metric": metric, **found}
         for a, b in combinations(generated[::-1], 2)  # later rows of a table minus earlier ones
         for metric in METRICS
-        if (found := _difference_of(tables[a][metric], tables[b][metric], resamples))
+        if (found := difference(tables[a][metric], tables[b][metric], resamples))
     ]
     return summary
 

@@ -18,7 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG)))  # stable
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def environment():
     """What a file leaves in the environment, the next one does not find: a sharded training in this process sets the port of a store that lives on."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from datamodules.pictures import MASK_TOLERANCE
+
 Split = Literal["train", "validation", "test"]
 
 
@@ -82,7 +84,7 @@ class SelectConfig:
     min_area: float = 0.04
     max_area: float = 0.7
     max_border: float = 0.25
-    mask_tolerance: float = 0.05
+    mask_tolerance: float = MASK_TOLERANCE
     subjects_per_picture: int = 1
     classes: list[str] | None = None
     exclude_classes: list[str] = field(default_factory=list)

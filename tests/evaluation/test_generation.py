@@ -183,7 +183,7 @@ def test_processes_end_when_who_started_them_is_killed(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_one_killed_then_torchrun_goes_on(tmp_path):
+def test_two_processes_one_killed_then_a_launchers_two_go_on(tmp_path):
     """Spawned processes, one of which dies by SIGKILL when the other has made its share; then two as torchrun starts them, one without work."""
     config, log = processes.config(tmp_path), str(tmp_path / "log")
     run = start(str(tmp_path), "0.3")
