@@ -18,7 +18,7 @@ from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import git_revision
-from evaluation.statistics import METRICS, above_oracle, breakdown, prompt_intervals, summarise
+from evaluation.statistics import METRICS, above_oracle, prompt_intervals, subject_means, summarise
 from evaluation.tables import method_table, score_page
 from moma_lightning.files import write_bytes
 
@@ -59,15 +59,16 @@ def breakdowns(scores: pd.DataFrame, by: Literal["subject", "prompt"]) -> pd.Dat
     """Columns metric, subject or prompt, then a method each; a block of rows a metric. Prompts have the ends of every mean's interval besides,
     `<method>_lo` and `<method>_hi`: intervals are over subjects, so that a single subject has none.
     """
-    parts = [pd.DataFrame(columns=["metric", by])]
-    for metric in METRICS:
-        means = breakdown(scores, metric, by)
-        if by == "prompt" and not means.empty:
-            found = prompt_intervals(scores, metric)
-            ends = {form: {f"{method}_{end}": cell[end] for method, cell in cells.items() for end in ("lo", "hi")} for form, cells in found.items()}
-            means = means.join(pd.DataFrame.from_dict(ends, orient="index"))
-        parts.append(means.reset_index(names=by).assign(metric=metric))
-    return pd.concat(parts)
+    frames = {metric: subject_means(scores, metric) if by == "subject" else prompt_means(scores, metric) for metric in METRICS}
+    first = pd.DataFrame(columns=["metric", by])
+    return pd.concat([first, *(frame.reset_index(names=by).assign(metric=metric) for metric, frame in frames.items() if not frame.empty)])
+
+
+def prompt_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    found = prompt_intervals(scores, metric)
+    methods = list(dict.fromkeys(method for cells in found.values() for method in cells))
+    named = [(method, method, "mean") for method in methods] + [(f"{method}_{end}", method, end) for method in methods for end in ("lo", "hi")]
+    return pd.DataFrame({name: {form: cells[method][key] for form, cells in found.items() if method in cells} for name, method, key in named})
 
 
 def write_json(path, content) -> None:

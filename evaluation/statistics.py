@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,22 +70,18 @@ def _sums_of(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def breakdown(scores: pd.DataFrame, metric: str, by: Literal["subject", "prompt"]) -> pd.DataFrame:
-    """Means over pictures: a row a subject or a prompt, a column each method that has the metric.
-
-    Prompts of different subjects are the same where only the subject's name differs, which is written {}. Real pictures have no prompt.
-    """
-    columns = {}
-    for method in dict.fromkeys(scores["method"]):
-        rows = rows_of(scores, method, metric)
-        rows = _prompted(rows) if by == "prompt" else rows
-        if not rows.empty:
-            columns[method] = rows.groupby(by)["value"].mean()
-    return pd.DataFrame(columns).rename_axis(by)
+def subject_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Mean over each subject's pictures, in the data's order; a column a method that has the metric."""
+    found = {method: by_subject(scores, method, metric) for method in dict.fromkeys(scores["method"])}
+    frame = pd.DataFrame({method: table["sum"] / table["count"] for method, table in found.items() if not table.empty})
+    return frame.reindex([subject for subject in dict.fromkeys(scores["subject"]) if subject in frame.index])
 
 
 def prompt_intervals(scores: pd.DataFrame, metric: str, resamples: int = RESAMPLES) -> dict[str, dict[str, Interval]]:
-    """`{prompt: {method: {mean, lo, hi}}}`, prompts as in `breakdown`; intervals over the subjects that have the prompt."""
+    """`{prompt: {method: {mean, lo, hi}}}`; intervals over the subjects that have the prompt.
+
+    Prompts of different subjects are the same where only the subject's name differs, which is written {}. Real pictures have no prompt.
+    """
     found: dict[str, dict[str, Interval]] = {}
     for method in dict.fromkeys(scores["method"]):
         for form, rows in _prompted(rows_of(scores, method, metric)).groupby("prompt", sort=False):

@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 
 from evaluation.figures.names import column_of, method_name, metric_name
 from evaluation.figures.style import COLORS, SOFT, styled
-from evaluation.figures.tables import subject_means
-from evaluation.statistics import METRICS
+from evaluation.statistics import METRICS, subject_means
 
 Interval = Mapping[str, float]
 COLUMNS = 4

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from evaluation.config import EvalConfig
-from evaluation.figures.names import column_of, method_name, methods_of
-from evaluation.statistics import METRICS, by_subject
+from evaluation.figures.names import method_name, methods_of
+from evaluation.statistics import METRICS
 
 Cells = dict[str, dict[str, float]]
 
@@ -42,12 +42,3 @@ def difference_rows(summary: Mapping[str, Any], names: Mapping[str, str] | None 
         pair = f"{known.get(row['a'], method_name(row['a']))} \u2212 {known.get(row['b'], method_name(row['b']))}"
         rows.setdefault(pair, {})[row["metric"]] = {key: row[key] for key in ("mean", "lo", "hi")}
     return rows
-
-
-def subject_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean over each subject's pictures, in the data's order; a column a method that has the metric."""
-    if column_of(metric) not in scores:
-        return pd.DataFrame()
-    found = {method: by_subject(scores, method, metric) for method in dict.fromkeys(scores["method"])}
-    frame = pd.DataFrame({method: table["sum"] / table["count"] for method, table in found.items() if not table.empty})
-    return frame.reindex([value for value in dict.fromkeys(scores["subject"]) if value in frame.index])

@@ -21,12 +21,12 @@ from evaluation.figures.grids import Grid, draw_grid
 from evaluation.figures.names import method_name, metric_name
 from evaluation.figures.scored import comparison
 from evaluation.figures.style import colors_of, encoded, svg_address
-from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_scores, read_summary, subject_means
+from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_scores, read_summary
 from evaluation.figures.write import COMMUNITY, MADE, read_grid, scored_grids
 from evaluation.made_with import made_with
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
-from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals
+from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals, subject_means
 from moma_lightning.files import write_bytes
 
 CURVES = ("train/loss", "val/")

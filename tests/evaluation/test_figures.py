@@ -16,14 +16,14 @@ from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json,
 from evaluation.figures.names import kind_name, method_name, methods_of, metric_name
 from evaluation.figures.scored import comparison, one_method, own_method, richest, settings_grid
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
-from evaluation.figures.tables import difference_rows, subject_means
+from evaluation.figures.tables import difference_rows
 from evaluation.figures.write import charts, read_grid
 from evaluation.generation import generate
 from evaluation.made_with import made_with
 from evaluation.methods import Moma, RealImages
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
-from evaluation.statistics import by_subject
+from evaluation.statistics import by_subject, subject_means
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders
 
 

@@ -9,12 +9,12 @@ from evaluation.statistics import (
     METRICS,
     TABLE_1,
     above_oracle,
-    breakdown,
     by_subject,
     difference,
     method_interval,
     prompt_form,
     prompt_intervals,
+    subject_means,
     summarise,
 )
 
@@ -129,8 +129,8 @@ def test_scores_of_two_protocols_are_refused_by_name():
     mixed = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2)])
     a_method_each = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2).replace({"method": {"weak": "other"}})])
     a_method_each = a_method_each[a_method_each["method"].isin(["weak", "other"])]
-    for refused in (lambda: summarise(mixed), lambda: by_subject(mixed, "weak", "dino"), lambda: breakdown(mixed, "dino", "subject"),
-                    lambda: breakdown(a_method_each, "dino", "prompt")):  # fmt: skip
+    for refused in (lambda: summarise(mixed), lambda: by_subject(mixed, "weak", "dino"), lambda: subject_means(mixed, "dino"),
+                    lambda: prompt_intervals(a_method_each, "dino")):  # fmt: skip
         with pytest.raises(ValueError, match=r"'mini' \(aaa\), 'moma-paper' \(bbb\)"):
             refused()
 
@@ -157,14 +157,14 @@ def test_breakdown_by_subject_and_prompt():
             ("b", "x", "cat", "a cat in the snow", 0.8), ("real", "x", "cat", "", 0.9)]  # fmt: skip
     scores = pd.DataFrame(rows, columns=["method", "subject", "label", "prompt", "dino"])
     scores["prompt_kind"] = np.where(scores["method"] == "real", "real", "context")
-    subjects = breakdown(scores, "dino", "subject")
+    subjects = subject_means(scores, "dino")
     assert list(subjects.columns) == ["a", "b", "real"]
     assert subjects["a"].to_dict() == pytest.approx({"x": 0.3, "y": 0.6})
     assert subjects.loc["x", "real"] == 0.9 and np.isnan(subjects.loc["y", "b"])
-    prompts = breakdown(scores, "dino", "prompt")
-    assert list(prompts.columns) == ["a", "b"]
-    assert prompts["a"].to_dict() == pytest.approx({"a {} in the snow": 0.4, "a {} on a lake": 0.4})
-    assert breakdown(scores, "dinov2", "subject").empty
+    prompts = prompt_intervals(scores, "dino")
+    assert {form: {method: cell["mean"] for method, cell in cells.items()} for form, cells in prompts.items()} == {
+        "a {} in the snow": pytest.approx({"a": 0.4, "b": 0.8}), "a {} on a lake": pytest.approx({"a": 0.4})}  # fmt: skip
+    assert subject_means(scores, "dinov2").empty and not prompt_intervals(scores, "dinov2")
 
 
 def test_a_prompts_interval_is_over_the_subjects_that_have_it():
