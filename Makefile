@@ -18,9 +18,9 @@ INSTALLED := .venv/.installed
 RUN := .venv/bin/python -m
 STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
-FOUNDATION := autoencoder clip dino sam unet llava ip_adapter
+FOUNDATION := autoencoder clip dino sam unet llava ip_adapter style views
 
-.PHONY: $(STEPS) cache-stage1 cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation style views clean
+.PHONY: $(STEPS) cache-stage1 cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -108,12 +108,6 @@ mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about
 	$(RUN) experiments.mini.recipe.ship
 	$(RUN) experiments.mini.recipe.check_encoders
 	$(RUN) experiments.mini.recipe.check_base
-
-style: $(INSTALLED) ## a mini base in another drawing style, for Figure 10's community checkpoints
-	$(RUN) experiments.mini.recipe.style $(ARGS)
-
-views: $(INSTALLED) ## a mini base that knows poses and camera distances, for Figure 10's upper panel (experiments/mini/views.yaml)
-	$(RUN) experiments.mini.recipe.views $(ARGS)
 
 clean: ## remove runs/EXP
 	rm -rf runs/$(EXP)

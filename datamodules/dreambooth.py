@@ -22,7 +22,7 @@ from datamodules import pictures
 from datamodules.own_prompts import PROMPTS
 
 PROMPTS_FILE = "prompts_and_classes.txt"
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 #: Classes that get the live prompts: cats and dogs in google/dreambooth, the others in the mini world.
 LIVE_CLASSES = frozenset(("cat", "dog", "duck", "fish", "rabbit"))
@@ -151,7 +151,7 @@ def fill(template: str, label: str, unique_token: str | None = None) -> str:
 def parse_prompts_and_classes(text: str, source: str = PROMPTS_FILE) -> PromptsAndClasses:
     """Parse the text of `prompts_and_classes.txt`; ValueError names `source` and what is missing."""
     head, found, prompts = text.partition("prompt_list")
-    classes = dict(re.findall(r"^[ \t]*([\w-]+)[ \t]*,[ \t]*(\S.*?)[ \t]*$", head, re.MULTILINE))
+    classes = dict(re.findall(r"^[ \t]*(\w[\w .-]*?)[ \t]*,[ \t]*(\S.*?)[ \t]*$", head, re.MULTILINE))
     classes.pop("subject_name", None)
     if not classes:
         raise ValueError(f"{source}: no lines of the form subject_name,class before the prompts")

@@ -20,7 +20,6 @@ from datamodules import pictures
 from datamodules.shards import PICTURE_EXTENSIONS, contains_label
 
 OnError = Literal["skip", "raise"]
-END_OF_ARCHIVE = bytes(1024)
 
 
 class BadSampleError(ValueError):
@@ -40,9 +39,10 @@ class Triplet:
 
 
 class BadSamples:
-    """A log of what could not be used: one line `shard <tab> key <tab> reason` for each sample, however often it is met.
+    """A log of what could not be used: a line `shard <tab> key <tab> reason` for each sample, however often it is met.
 
-    With `on_error="raise"` the first one raises `BadSampleError` instead. Worker processes and ranks append to one file.
+    With `on_error="raise"` the first one raises `BadSampleError` instead. Worker processes and ranks append to one file; what several of
+    them meet may stand there more than once, and counts once.
     """
 
     def __init__(self, path: Path, on_error: OnError):
@@ -75,14 +75,14 @@ class BadSamples:
 def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, Any]]:
     """Undecoded webdataset samples of local shards or URLs, in order.
 
-    A shard that cannot be opened or is cut short is reported under the key "-"; what stands before
+    A shard that cannot be opened, is cut short or damaged is reported under the key "-"; what stands before
     the cut is used, but for the sample next to it.
     """
     for shard in shards:
         try:
             yield from wds.tarfile_samples([{"url": shard}])
             if not _is_complete(shard):
-                bad.report(shard, "-", "shard is cut short: no end-of-archive mark")
+                bad.report(shard, "-", "shard is cut short or damaged: no end of the archive behind its last good file")
         except BadSampleError:
             raise
         except (tarfile.TarError, OSError, EOFError) as error:
@@ -130,6 +130,10 @@ def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:
         if not isinstance(fields, dict) or not isinstance(fields.get(name), str) or not fields[name].strip():
             raise BadSampleError(f"{name} is missing")
     caption, label = fields["caption"].strip(), fields["label"].strip()
+    try:
+        f"{caption}{label}{fields.get('caption_full')}".encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError(f"caption holds half a character: {error.reason}") from error
     if not contains_label(caption, label):
         raise BadSampleError(f"label is absent from the caption: {label!r} in {caption!r}")
     return caption, label, fields.get("caption_full") or caption
@@ -162,11 +166,18 @@ def _message(error: Exception) -> str:
 
 
 def _is_complete(shard: str) -> bool:
-    """Whether a local tar ends with its end mark; a tar cut between two files reads like a whole one otherwise."""
+    """Whether a local tar has a good header after each file, and nothing behind its end mark.
+
+    Readers take a bad header, like a cut between two files, for the end: what follows would be lost without a word.
+    """
     path = Path(shard)
     if not path.is_file() or path.suffix != ".tar":
         return True  # remote or compressed: a cut shows as an error while reading
     with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - len(END_OF_ARCHIVE)))
-        return file.read() == END_OF_ARCHIVE
+        try:
+            while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):  # the first of the end mark's
+                member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+                file.seek(-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, 1)
+        except tarfile.HeaderError:
+            return False
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) and not any(part.strip(b"\0") for part in iter(lambda: file.read(1 << 20), b""))

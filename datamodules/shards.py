@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable
@@ -120,14 +121,14 @@ def contains_label(caption: str, label: str) -> bool:
 
 def expand_shards(patterns: str | list[str]) -> list[str]:
     """The sorted shards that paths, globs, brace ranges and URLs name; ValueError for one that names none."""
-    found: set[str] = set()
+    found: dict[str, str] = {}  # by the whole path: one shard may be written in two ways
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for path in braceexpand.braceexpand(pattern):
             matches = [path] if "://" in path or path.startswith("pipe:") else glob.glob(path)
             if not matches:
                 raise ValueError(f"no shard matches {path!r} (in {Path.cwd()}): write the shards first, or correct the path")
-            found.update(matches)
-    return sorted(found)
+            found |= {match if "://" in match or match.startswith("pipe:") else os.path.abspath(match): match for match in matches}
+    return sorted(found.values())
 
 
 def require_a_shard_each(shards: int, ranks: int, num_workers: int) -> None:
@@ -158,9 +159,9 @@ def _part(folder: Path, split: str, wanted: dict[str, Any], overwrite: bool) -> 
     if others and not overwrite:
         raise ValueError(f"{folder} holds {split} shards of another seed or configuration: remove them or write elsewhere")
     part = wanted | {"count": 0, "shards": {}}
-    write_json(folder / MANIFEST, read_manifest(folder) | {split: part})
-    for shard in others:
+    for shard in others:  # first: a manifest that is right already is not looked behind again
         shard.unlink()
+    write_json(folder / MANIFEST, read_manifest(folder) | {split: part})
     return part
 
 

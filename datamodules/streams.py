@@ -55,6 +55,11 @@ class TripletConfig:
     bad_samples: str | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in {"image_size": 1, "batch_size": 1, "steps_per_epoch": 1, "num_workers": 0, "shuffle_buffer": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.config.{name} is {getattr(self, name)}: it has to be {least} or more")
+
 
 class TrainStream(IterableDataset):
     """One reader's endless stream of (batch, worker, position after it); each iteration gives this worker's share of an epoch.

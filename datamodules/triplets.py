@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.caches.stamp import read_stamps
@@ -42,7 +42,8 @@ class TripletDataModule(LightningDataModule):
     ranks, shards, seed or shuffling, reading starts with the next pass.
 
     Raises ValueError in `setup` for patterns without shards, fewer training shards than ranks x workers, and several ranks
-    without `val_batches`, and for cached shards that are stale or do not belong (`caches.stamp.read_stamps`).
+    without `val_batches`, for a `trainer.limit_train_batches` below an epoch, and for cached shards that are stale or do not belong
+    (`caches.stamp.read_stamps`).
     """
 
     def __init__(self, config: TripletConfig):
@@ -69,8 +70,17 @@ class TripletDataModule(LightningDataModule):
         if stage in (None, "fit"):
             self.train_shards = expand_shards(self.config.train)
             require_a_shard_each(len(self.train_shards), world_size, self.config.num_workers)
+            self._require_whole_epochs()
         shards = self.val_shards + (self.train_shards if stage in (None, "fit") else [])
         self.made_by = {shard: stamp.made_by for shard, stamp in read_stamps(shards, self.config.image_size, self.config.flip).items()}
+
+    def _require_whole_epochs(self) -> None:
+        """Workers read ahead: what they hold when an epoch is cut off would be lost."""
+        limit = getattr(self.trainer, "limit_train_batches", 1.0)
+        cut = limit < 1.0 if isinstance(limit, float) else isinstance(limit, int) and limit < self.config.steps_per_epoch
+        if cut and not self.trainer.fast_dev_run:
+            steps = self.config.steps_per_epoch
+            raise ValueError(f"trainer.limit_train_batches {limit} ends an epoch within its {steps} steps: set data.config.steps_per_epoch instead")
 
     def train_dataloader(self) -> "TrainLoader":
         def build(first: int) -> DataLoader:
@@ -85,7 +95,7 @@ class TripletDataModule(LightningDataModule):
     def teardown(self, stage: str | None = None) -> None:
         counts = self.bad_samples.counts()
         if counts:
-            rank_zero_info(f"{counts.total()} bad samples skipped, {dict(counts)}: see {self.bad_samples.path}")
+            rank_zero_info(f"{counts.total()} bad samples skipped by this run and those before it, {dict(counts)}: see {self.bad_samples.path}")
 
     def state_dict(self) -> dict[str, Any]:
         """Readers are numbered over all ranks; every rank must call this."""
@@ -107,6 +117,7 @@ class TripletDataModule(LightningDataModule):
         if positions and (state_dict["readers"] != self._readers() or state_dict.get("order", self._order()) != self._order()):
             next_pass = max(number for number, _ in positions.values()) + 1
             self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0))
+            rank_zero_warn("the number of ranks or workers, the shards, the seed or the shuffling are not the checkpoint's: reading goes on with the next pass")
 
     def _order(self) -> str:
         """Digest of what decides which sample comes when, the number of readers apart."""

@@ -39,7 +39,7 @@ def run_ablation(config: EvalConfig) -> dict:
     page = [f"# {title}\n", protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n", method_table(summary), difference_table(summary)]
     if ablation.published is not None:
         page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(PUBLISHED[ablation.published], ablation.published)]
-    write_json(config.ablations_folder / f"{ablation.name}.json", {"title": title, "made_with": made_with(config), **summary})
+    write_json(config.ablations_folder / f"{ablation.name}.json", {"title": title, "made_with": made_with(config, ablation.methods.values()), **summary})
     write_bytes(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
     logger.info("%s\n%s", title, method_table(summary))
     return summary

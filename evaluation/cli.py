@@ -1,4 +1,4 @@
-"""`python -m evaluation {generate,score,dreambooth,ablate,point,figures,models,report} --config experiments/<family>/eval.yaml`."""
+"""`python -m evaluation {generate,score,dreambooth,ablate,point,masks,figures,models,report} --config experiments/<family>/eval.yaml`."""
 
 import builtins
 import json
@@ -21,18 +21,14 @@ from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
 
 #: Errors that say what is wrong with the input.
-MENDED_BY_HAND = (KeyError, ValueError, OSError)
-
-
-def figures(config: EvalConfig) -> None:
-    write_figures(config, config.report.bases)
+MENDED_BY_HAND = (KeyError, ValueError, OSError, ImportError)
 
 
 def report(config: EvalConfig) -> None:
     """Figures and page, then all of it to wandb."""
-    figures(config)
+    figures = write_figures(config)
     write_report(config)
-    log_evaluation(config)
+    log_evaluation(config, figures)
 
 
 def models(config: EvalConfig) -> None:
@@ -47,7 +43,7 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
     "ablate": (run_ablation, "one table of settings: add --config experiments/ablations/<axis>.yaml"),
     "point": (run_point, "one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs"),
     "masks": (run_mask_iou, "is M_gen where the subject is: IoU with SAM at three mask strengths"),
-    "figures": (figures, "the paper's figures as PNG and SVG"),
+    "figures": (write_figures, "the paper's figures as PNG and SVG"),
     "models": (models, "names of the protocol's encoders, for `python -m moma_lightning fetch --models`"),
     "report": (report, "figures, report/index.html and report/grid.png; log to wandb"),
 }
@@ -84,9 +80,19 @@ def main(args: Sequence[str] | None = None) -> None:
         COMMANDS[command][0](config)
     except MENDED_BY_HAND as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
-        sys.exit(f"evaluation {command}: {error}")
+        sys.exit(f"evaluation {command}: {error.args[0] if isinstance(error, KeyError) else error}")
     except ProcessRaisedException as error:  # of one process of several: its traceback as text
-        kind, _, what = str(error).strip().rpartition("\n")[2].partition(": ")
-        if not issubclass(getattr(builtins, kind, object), MENDED_BY_HAND):
+        told = raised(str(error))
+        if told is None:
             raise
-        sys.exit(f"evaluation {command}: {what}")
+        sys.exit(f"evaluation {command}: {told}")
+
+
+def raised(traceback: str) -> str | None:
+    """The message at a traceback's end, of one line or several; None for an error that a person cannot mend."""
+    lines = traceback.strip().split("\n")
+    for number in reversed(range(len(lines))):
+        kind, colon, _ = lines[number].partition(": ")
+        if colon and isinstance(error := getattr(builtins, kind, None), type) and issubclass(error, BaseException):
+            return "\n".join(lines[number:]).removeprefix(f"{kind}: ") if issubclass(error, MENDED_BY_HAND) else None
+    return None

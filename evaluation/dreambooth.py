@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.config import EvalConfig
 from evaluation.generation import generate
-from evaluation.made_with import made_with
+from evaluation.made_with import made_with, options_of
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
@@ -48,8 +48,9 @@ def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     write_json(folder / "summary.json", summary)
     for by in ("subject", "prompt"):
         write_bytes(folder / f"per_{by}.csv", breakdowns(scores, by).to_csv(index=False, float_format="%.6f").encode())
-    about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "made_with": made_with(evaluation.config)}
-    about |= {"protocol": asdict(protocol)}
+    config = evaluation.config
+    about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "made_with": made_with(config, config.methods.values())}
+    about |= {"methods": options_of(config.methods), "protocol": asdict(protocol)}
     write_json(folder / "protocol.json", about)
     write_bytes(folder / "table.md", score_page(summary, protocol, len(evaluation.subjects), found).encode())
     logger.info("%s\n%s", folder / "table.md", method_table(summary))

@@ -1,22 +1,41 @@
 """What scores were made with: two tables stand side by side only where it is the same."""
 
+import json
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import NEEDS_MASKS
+from evaluation.methods import Method
 from evaluation.protocols import Protocol
 from moma_lightning.digests import content_digest, identity
 from moma_lightning.hub import local_path
 
 
-def made_with(config: EvalConfig) -> dict[str, Any]:
-    """Digests of the protocol, of what judges and of what draws; a model of the hub is its name and revision, one that is not there None."""
-    drawing = {name: getattr(config.foundation, name) for name in ("base", "vae", "image_encoder", "mllm", "ip_adapter")}
-    drawing |= {"adapter": config.adapter, "decoder": config.decoder}
-    protocol = config.resolved_protocol()
+def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, Any]:
+    """Digests of the protocol, of the data, of what judges and of what draws; a model of the hub is its name and revision, one that is not there None.
+
+    methods: `others` holds what they read beside the config's own, by path.
+    """
+    foundation, protocol = config.foundation, config.resolved_protocol()
+    drawing = {name: getattr(foundation, name) for name in ("base", "base_config", "vae", "image_encoder", "mllm", "ip_adapter", "sam")}
+    drawing |= {"adapter": config.adapter, "decoder": config.decoder, "data": config.data}
     drawn_with = {name: known_identity(path) for name, path in drawing.items()}
-    return {"protocol": protocol.digest, "dtype": config.dtype, **drawn_with, "judges": weights_of(protocol)}
+    precision = {"dtype": config.dtype, "mllm_dtype": foundation.mllm_dtype, "mllm_quantization": foundation.mllm_quantization}
+    others = {path for method in methods for name in ("base", "adapter", "decoder") if (path := getattr(method, name, None))}
+    return {"protocol": protocol.digest, **precision, **drawn_with, "judges": weights_of(protocol), "others": {path: known_identity(path) for path in others}}
+
+
+def changed_since(before: Mapping[str, Any], config: EvalConfig) -> list[str]:
+    """Names of what is another now than `made_with` said it was."""
+    now = made_with(config) | {"others": {path: known_identity(path) for path in before.get("others", {})}}
+    return [name for name in now if before.get(name) != now[name]]
+
+
+def options_of(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Every method's options as a JSON file gives them back."""
+    return json.loads(json.dumps({name: method.options() for name, method in methods.items()}, default=str))
 
 
 @cache

@@ -4,8 +4,6 @@ The number behind Figure 9: with masking the maps stay on the subject, without i
 """
 
 import logging
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,9 +58,8 @@ def subject_ious(studio: Studio, judges: Judges, strength: float) -> list[list[f
 
 
 def first_plans(studio: Studio, name: str, method: Moma, subject: Subject) -> list[Planned]:
-    plans = [plan for plan in studio.evaluation.planned(name, method, [subject])
-             if (plan.task.kind, plan.task.reference, plan.task.picture) == ("context", 0, 0)]  # fmt: skip
-    return [replace(plan, path=Path(studio.folder) / name / plan.task.file) for plan in plans[:PROMPTS]]
+    """The subject's first context prompts."""
+    return [plan for plan in studio.plans(name, method, subject) if plan.task.kind == "context"][:PROMPTS]
 
 
 def mask_iou(generated: Image.Image, subject: np.ndarray) -> float:

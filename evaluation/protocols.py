@@ -6,7 +6,7 @@ crop, which real pictures, which reference, which text. A score is comparable on
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -84,6 +84,18 @@ class Protocol:
     segmenter: str = "sam_vit_h_4b8939.pth"
     mask_background: Literal["white", "grey"] = "white"
     sampler: Sampler = field(default_factory=Sampler)
+
+    def __post_init__(self):
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_prompts")}
+        if self.pictures_per_prompt < 1 or any(count is not None and count < 0 for count in counts.values()):
+            raise ValueError(f"protocol {self.name!r}: numbers of prompts are 0 or more, pictures_per_prompt 1 or more")
+        if not any(count != 0 for count in counts.values()):
+            raise ValueError(f"protocol {self.name!r} asks for no prompt of any kind")
+        if len(set(self.subjects or ())) < len(self.subjects or ()):
+            raise ValueError(f"protocol {self.name!r} names a subject twice")
+        for template in (self.text_template, self.sampler.prompt_template):
+            if "{prompt}" not in template:
+                raise ValueError(f"protocol {self.name!r}: the template {template!r} has no {{prompt}}")
 
     @property
     def encoders(self) -> dict[str, EncoderConfig]:

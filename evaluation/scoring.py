@@ -45,6 +45,8 @@ def score(
         logger.info("%s: %d pictures scored%s", name, len(rows), without_subject(frames[name]))
         for sentence in check_oracle(frames[name], protocol, len(evaluation.subjects)) if is_oracle else ():
             logger.warning("!!! %s", sentence)
+    if not methods:
+        raise ValueError("the config names no methods to evaluate")
     table = pd.concat([frames[name] for name in methods], ignore_index=True)
     table = table.assign(protocol=protocol.name, protocol_digest=protocol.digest, aggregation=protocol.aggregation)
     first = ["method", "subject", "label", "prompt_kind", "prompt", *judges.columns, "path", "reference"]

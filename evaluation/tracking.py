@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 import wandb
@@ -10,12 +11,11 @@ from evaluation.config import EvalConfig
 from evaluation.figures.ablations import read_ablations
 from evaluation.figures.names import methods_of, metric_name
 from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_summary
-from evaluation.figures.write import figures_folder
 from moma_lightning.wandb_mode import wandb_mode
 
 
-def log_evaluation(config: EvalConfig) -> None:
-    """Log `eval/<method>/<metric>`, the tables and the figures of the last scoring, ablations, figures and report."""
+def log_evaluation(config: EvalConfig, figures: Sequence[Path]) -> None:
+    """Log `eval/<method>/<metric>`, the tables of the last scoring and ablations, those of `figures` that are PNGs, and the report's grid."""
     if not config.wandb.enabled:
         return
     folder = config.eval_folder / "wandb"
@@ -31,7 +31,7 @@ def log_evaluation(config: EvalConfig) -> None:
         config={"protocol": asdict(config.resolved_protocol()), "adapter": config.adapter, "decoder": config.decoder},
         settings=wandb.Settings(silent=True, console="off"),
     ) as run:
-        run.log({**means(config), **tables(config), **images(config)})
+        run.log({**means(config), **tables(config), **images(config, figures)})
 
 
 def means(config: EvalConfig) -> dict[str, float]:
@@ -62,7 +62,6 @@ def interval_table(first: str, rows: Mapping[str, Cells]) -> wandb.Table:
     return wandb.Table(columns=[first, *titles], data=data)
 
 
-def images(config: EvalConfig) -> dict[str, wandb.Image]:
-    """Every PNG of `<run>/figures`, and the report's grid."""
-    paths = [*sorted(figures_folder(config).glob("*.png")), config.report_folder / "grid.png"]
+def images(config: EvalConfig, figures: Sequence[Path]) -> dict[str, wandb.Image]:
+    paths = [*sorted(path for path in figures if path.suffix == ".png"), config.report_folder / "grid.png"]
     return {f"figures/{path.stem}": wandb.Image(str(path)) for path in paths if path.exists()}

@@ -27,7 +27,7 @@ from moma_lightning.wandb_mode import wandb_mode
 
 def read(path: Path) -> dict[str, Any]:
     """A sweep file. Raises ValueError for one that is no grid over listed values or does not run `evaluation point`."""
-    sweep = yaml.safe_load(path.read_text())
+    sweep = {"name": path.stem} | yaml.safe_load(path.read_text())
     if sweep.get("method") != "grid" or not all({"values", "value"} & set(p) for p in sweep["parameters"].values()):
         raise ValueError(f"{path}: only `method: grid` over `values` runs without a server; with a key wandb runs the others")
     if sweep["command"][2:5] != ["-m", "evaluation", "point"]:
@@ -45,7 +45,7 @@ def points(sweep: dict[str, Any], extra: list[str]) -> Iterator[list[str]]:
     """The arguments of `evaluation` at each point of the grid, in wandb's form `--key=value`."""
     parameters = {key: p.get("values", [p.get("value")]) for key, p in sweep["parameters"].items()}
     for values in itertools.product(*parameters.values()):
-        args = [f"--{key}={value}" for key, value in zip(parameters, values, strict=True)]
+        args = [f"--{key}={'null' if value is None else value}" for key, value in zip(parameters, values, strict=True)]
         yield [part for word in sweep["command"][4:] for part in (args if word == "${args}" else [word])] + extra
 
 

@@ -71,6 +71,10 @@ class MoMACLI(LightningCLI):
         self.run = Run(Path(config.trainer.default_root_dir))
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write last.ckpt even so, over the real run's
+        if self.subcommand == "validate":
+            self.save_config_callback = None  # the run's config.yaml and metrics.csv are training's
+            if config.ckpt_path is None and not self.run.last_checkpoint.exists():
+                raise SystemExit(f"{self.run.last_checkpoint} is not there: train first, or name a checkpoint by --ckpt_path")
         if self.subcommand != "fit" or config.trainer.fast_dev_run:
             return
         if config.ckpt_path is None and self.run.is_finished(config.trainer.max_steps):
@@ -79,7 +83,9 @@ class MoMACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
-        loggers = run_loggers(self.run.folder) if config["logger"] in (None, True) and not config["fast_dev_run"] else config["logger"]
+        loggers = config["logger"]
+        if loggers in (None, True):
+            loggers = run_loggers(self.run.folder) if self.subcommand == "fit" and not config["fast_dev_run"] else False
         callbacks: list[Callback] = [*(config["callbacks"] or []), RandomStates(), StopOnNonFinite()]
         if not config["fast_dev_run"]:
             callbacks.append(StopOnSignal(self.run.last_checkpoint))
@@ -106,6 +112,11 @@ class MoMACLI(LightningCLI):
         if self.trainer.checkpoint_callback is not None:
             self.trainer.save_checkpoint(self.run.last_checkpoint)
             self.run.mark_finished(self.trainer.global_step)
+
+
+    def validate(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """`Trainer.validate` of `ckpt_path`, else of the run's last checkpoint. Prints; the run's own records stay as they are."""
+        self.trainer.validate(model, ckpt_path=ckpt_path or str(self.run.last_checkpoint), **kwargs)
 
 
 class Run:

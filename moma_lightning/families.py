@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from moma_lightning.hub import resolve
+from moma_lightning.hub import loading, resolve
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,10 @@ def family_of(name: str) -> Family:
     if not parts >= {"unet", "vae", "text_encoder"} or "text_encoder_3" in parts:
         raise ValueError(f"{name} is neither Stable Diffusion nor SDXL: its model_index.json lists {', '.join(sorted(parts))}")
     return SDXL if "text_encoder_2" in parts else STABLE_DIFFUSION
+
+
+def load_folder(name: str, vae: AutoencoderKL | None = None) -> DiffusionPipeline:
+    """The pipeline of a folder or hub name, in float32, with `vae` instead of its own. Raises FileNotFoundError that says how to fetch what is missing."""
+    with loading(name):
+        family, given = family_of(name), {"vae": vae} if vae is not None else {}
+        return family.pipeline.from_pretrained(**resolve(name), **family.without, **given, torch_dtype=torch.float32)

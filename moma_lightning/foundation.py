@@ -22,13 +22,13 @@ from transformers import (
     ProcessorMixin,
 )
 
-from moma_lightning.families import family_of
-from moma_lightning.hub import has_file, loading, local_path, resolve
+from moma_lightning.families import load_folder
+from moma_lightning.hub import find_file, has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.text import TextConditioning, encode_text
 from moma_lightning.quantization import Quantization, quantized
-from moma_lightning.single_file import is_single_file, load_single_file
+from moma_lightning.single_file import is_lora, is_single_file, load_single_file
 
 MINI = "experiments/mini/foundation"
 
@@ -38,7 +38,7 @@ class FoundationConfig:
     """Every model is a local folder, a file, or `owner/name[@revision[/path inside]]` on the hub (moma_lightning/hub.py).
 
     base: Stable Diffusion or SDXL (unet, vae, text encoders and tokenizers, scheduler), or a community checkpoint in one `.safetensors` file, which
-    takes configs and tokenizer from base_config. vae: another autoencoder instead of the base's.
+    takes configs and tokenizer from base_config, and where it is a LoRA the weights that it changes. vae: another autoencoder instead of the base's.
     image_encoder: CLIP vision tower of the image embeddings. mllm: multimodal LLM of a family in docs/mllms.md. ip_adapter: start of the
     context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
@@ -105,13 +105,7 @@ def load_base(config: FoundationConfig) -> Base:
     if config.vae:
         with loading(config.vae):
             vae = AutoencoderKL.from_pretrained(**resolve(config.vae), torch_dtype=torch.float32)
-    if is_single_file(config.base):
-        pipe = load_single_file(config.base, config.base_config, vae)
-    else:
-        with loading(config.base):
-            family = family_of(config.base)
-            other = {"vae": vae} if vae is not None else {}
-            pipe = family.pipeline.from_pretrained(**resolve(config.base), **family.without, **other, torch_dtype=torch.float32)
+    pipe = load_single_file(config.base, config.base_config, vae) if is_single_file(config.base) else load_folder(config.base, vae)
     install_processors(pipe.unet)
     base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
     if "text_encoder_2" in pipe.components:
@@ -166,8 +160,11 @@ def image_embed_dim(config: FoundationConfig) -> int:
 
 def vae_name(config: FoundationConfig) -> str:
     """Where the autoencoder is: a folder, a file, or a hub name."""
-    base = local_path(config.base)
-    return config.vae or (f"{config.base}/vae" if base is not None and base.is_dir() else config.base)
+    name = config.base
+    if config.base_config and is_single_file(name) and is_lora(find_file(name)):
+        name = config.base_config
+    base = local_path(name)
+    return config.vae or (f"{name}/vae" if base is not None and base.is_dir() else name)
 
 
 def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ def generate(
     mask: str | None = None,
     label: str | None = None,
     out: str = "runs/generated",
-    adapter: str = f"{MINI}/moma/adapter",
+    adapter: str | None = f"{MINI}/moma/adapter",
     decoder: str | None = f"{MINI}/moma/image_feature_decoder",
     beta: float = 1.0,
     mask_strength: float = 1.0,
@@ -56,7 +57,8 @@ def generate(
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    pipe = load_pipeline(foundation, adapter if image else None, decoder if image else None, dtype).to(device)
+    adapter, decoder = (adapter, decoder) if image else (None, None)
+    pipe = load_pipeline(foundation, adapter, decoder, dtype).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     worded = [prompt_template.format(prompt=text, label=label) for text in prompts]
@@ -67,7 +69,7 @@ def generate(
         path = Path(out) / f"{i:03d}-{re.sub('[^a-z0-9]+', '-', text.lower())[:60]}.png"
         write_beside(path, picture.save)
         record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, dtype=dtype,
-                                 prompt_template=prompt_template, **settings), indent=2)  # fmt: skip
+                                 prompt_template=prompt_template, **settings, foundation=asdict(foundation)), indent=2)  # fmt: skip
         write_beside(path.with_suffix(".json"), lambda beside: beside.write_text(record + "\n"))
         print(path)
 

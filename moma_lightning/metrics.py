@@ -12,7 +12,8 @@ class EmbeddingMatch(Metric):
     """Mean cosine similarity, and retrieval R@1: how often an embedding's nearest among `pool` true ones is its own.
 
     Both in [-1, 1] and [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples; with fewer samples than
-    one pool, all of them are the pool. True embeddings equal to its own (one picture in two samples) count as its own.
+    one pool, all of them are the pool. True embeddings equal to its own (one picture in two samples) count as its own; a prediction of
+    zeros, as near to all, never does.
     """
 
     full_state_update = False
@@ -38,5 +39,5 @@ class EmbeddingMatch(Metric):
         hits = []
         for start in range(0, len(target) - pool + 1, pool):
             similarity = predicted[start : start + pool] @ target[start : start + pool].T
-            hits.append(similarity.diagonal() >= similarity.max(1).values - 1e-6)
+            hits.append((similarity.diagonal() >= similarity.max(1).values - 1e-6) & predicted[start : start + pool].any(1))
         return torch.cat(hits).float().mean()

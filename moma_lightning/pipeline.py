@@ -94,7 +94,7 @@ class MoMAPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_masks: bool = False,
@@ -119,16 +119,23 @@ class MoMAPipeline(DiffusionPipeline):
         image_embeds: used instead of the decoder's prediction: one row, or one a prompt.
         mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
             "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
-        Raises ValueError for a label that no prompt names, an empty mask, a reference without adapter or label, or a context
-        that nothing can embed.
+        negative_prompt: for all prompts, or one a prompt.
+        Raises ValueError for a label that no prompt names, an empty mask, a reference or image_embeds without adapter, a reference without
+        label, a context that nothing can embed, and a height or width that the autoencoder cannot divide.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
         if len(asked) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
+        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt and list(negative_prompt)
+        if negative and len(negative) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(negative)} negative prompts: must be as many, or one string for all")
+        if image_embeds is not None and self.adapter is None:
+            raise ValueError("image_embeds need an adapter: load_pipeline(..., adapter=...)")
         height, width = height or self.default_size(), width or self.default_size()
+        if height % self.vae_scale_factor or width % self.vae_scale_factor:
+            raise ValueError(f"height {height} and width {width} have to be divisible by {self.vae_scale_factor}")
         device, guided = self._execution_device, guidance_scale > 1
-        negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
         text = self.encode_text(prompts, (height, width), num_images_per_prompt, guided, negative)
         batch = len(prompts) * num_images_per_prompt
         subject = image if isinstance(image, Subject) or image is None else self.prepare_subject(image, mask, label, height * width)
@@ -139,7 +146,8 @@ class MoMAPipeline(DiffusionPipeline):
         if subject is not None:
             assert self.adapter is not None, "prepare_subject has seen to it"
             settings = SubjectSettings(beta, mask_strength, mask_threshold, mask_layers, guide_subject)
-            tokens = label_tokens(self.tokenizers, prompts, subject.label).to(device)
+            spelled, label = (self.maybe_convert_prompt(texts, self.tokenizer) for texts in (prompts, subject.label))  # as encode_text reads them
+            tokens = label_tokens(self.tokenizers, spelled, label).to(device)
             guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)

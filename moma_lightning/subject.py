@@ -132,12 +132,18 @@ def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor
 def foreground(mask: Image.Image | Tensor, shown: tuple[int, int], size: Sequence[int]) -> Float[Tensor, "1 1 height width"]:
     """M_ref as 0 / 1 at `size`, (height, width); `shown` is the picture's own (width, height), upright.
 
-    Half grey decides, so that JPEG noise is not foreground; a mask that is a picture is turned as its EXIF says.
+    Half grey decides, so that JPEG noise is not foreground; a mask that is a picture is turned as its EXIF says. A tensor is in 0..255
+    where it holds bytes, else in 0..1.
 
-    Raises ValueError where the proportions differ by over 5 %: it is another picture's mask, or the same one's lying on its side.
+    Raises TypeError for what is neither picture nor tensor, ValueError where the proportions differ by over 5 %: it is another picture's mask,
+    or the same one's lying on its side.
     """
     if isinstance(mask, Image.Image):
         mask = torch.from_numpy(np.array(ImageOps.exif_transpose(mask).convert("L"), dtype=np.float32) / 255)
+    elif not isinstance(mask, Tensor):
+        raise TypeError(f"a mask is a PIL image or a tensor, not {type(mask).__name__}")
+    elif mask.dtype == torch.uint8:
+        mask = mask / 255
     height, width = mask.shape[-2:]
     if not 0.95 < width * shown[1] / (height * shown[0]) < 1.05:
         raise ValueError(f"a mask of {width}x{height} does not fit a picture that is shown at {shown[0]}x{shown[1]}: give one of the picture as it is shown")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TARGETS = ["fetch", "plan", "data", "validate-data", "inspect", "stage1", "stage2", "cache-stage1", "cache-stage2", "eval-dreambooth", "report",
            "reproduce", "ablate", "ablate-beta", "ablate-masking", "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench",
-           "mini-foundation", "style", "views", "clean", "help"]
+           "mini-foundation", "clean", "help"]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

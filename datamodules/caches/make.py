@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.caches import samples as cached
-from datamodules.caches.stamp import CacheStamp, source_state
+from datamodules.caches.stamp import LIST, CacheStamp, source_state
 from datamodules.samples import BadSampleError, BadSamples, Triplet, decode, read_shards
-from datamodules.shards import expand_shards
+from datamodules.shards import expand_shards, write_json
 from datamodules.streams import TripletConfig, batched, of_pictures
 from moma_lightning.files import write_beside
 from moma_lightning.modules.base import TrainedPartModule
@@ -43,7 +43,7 @@ class CacheMaker(LightningModule):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.stage, self.data, self.config, self.out = stage.eval(), data, config, out
-        self.bad = BadSamples(out / "bad_samples.log", data.on_error)
+        self.bad = BadSamples(Path(data.bad_samples or out / "bad_samples.log"), data.on_error)
 
     def setup(self, stage: str) -> None:
         self.made_by = self.stage.cache_identity()
@@ -51,9 +51,19 @@ class CacheMaker(LightningModule):
     def predict_dataloader(self) -> DataLoader:
         """Numbers of the shards; every `world_size`-th is this process's."""
         self.shards = sources(self.data)
+        if self.trainer.global_rank == 0:
+            self.announce({path.name for path in self.shards})
         own = range(self.trainer.global_rank, len(self.shards), self.trainer.world_size)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*|Total length of `DataLoader`.*")
         return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
+
+    def announce(self, names: set[str]) -> None:
+        """List what the cache is to hold, and remove what an earlier one left, which a pattern would find too."""
+        write_json(self.out / LIST, sorted(names))
+        for shard in self.out.glob("*.tar"):
+            if shard.name not in names and CacheStamp.path(shard).is_file():
+                CacheStamp.path(shard).unlink()
+                shard.unlink()
 
     def predict_step(self, number: int, batch_idx: int) -> int:
         """Make one shard, unless it is there already. Returns its number of samples."""

@@ -1,6 +1,7 @@
 """What a cached shard was made from and with: a JSON file beside each, which training holds against what it would use itself.
 
-A shard of a cache is finished when this file is there, and its own length is what the file says.
+A shard of a cache is finished when this file is there, and its own length is what the file says. A cache is finished when all shards
+that its list names are.
 """
 
 import json
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.shards import sha256, write_json
+
+#: The names of all shards that a cache is to hold, written before the first of them.
+LIST = "shards.json"
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,29 @@ def read_stamps(shards: Sequence[str], image_size: int, flip: bool) -> dict[str,
     """Stamps by shard; empty for shards of pictures.
 
     Raises ValueError, with the shard's name, for a mixture of both, a shard that is not the one its stamp is about, one whose source
-    has changed since, pictures of another size, and for `flip` where the mirrored view is missing.
+    has changed since, pictures of another size, for `flip` where the mirrored view is missing, and for a cache of which shards are missing or left over.
     """
     stamps = {shard: CacheStamp.read(shard) for shard in shards}
     cached = {shard: stamp for shard, stamp in stamps.items() if stamp is not None}
     if cached and len(cached) < len(stamps):
         raise ValueError(f"{next(s for s in stamps if s not in cached)} has no stamp beside it, {next(iter(cached))} has: shards of pictures and of a cache "
                          "cannot be mixed, and an unfinished cache has to be finished first")  # fmt: skip
+    for folder in {Path(shard).parent for shard in cached}:
+        require_whole(folder, {Path(shard).name for shard in cached if Path(shard).parent == folder})
     for shard, stamp in cached.items():
         if (why := _unfit(shard, stamp, image_size, flip)) is not None:
             raise ValueError(f"{shard}: {why}: make the cache again, or train on the pictures")
     return cached
+
+
+def require_whole(folder: Path, matched: set[str]) -> None:
+    """ValueError unless every shard that the cache is to hold is finished, and `matched` are among them."""
+    path = folder / LIST
+    wanted = set(json.loads(path.read_text())) if path.is_file() else set()
+    if lacking := sorted(name for name in wanted if not CacheStamp.path(folder / name).is_file()):
+        raise ValueError(f"{folder} lacks {len(lacking)} of the {len(wanted)} shards that it is to hold, {lacking[0]} among them: finish the cache first")
+    if left := sorted(matched - wanted):
+        raise ValueError(f"{folder / left[0]} is not among the shards in {path}: it is of an earlier cache, make the cache again")
 
 
 def _unfit(shard: str, stamp: CacheStamp, image_size: int, flip: bool) -> str | None:

@@ -1,8 +1,8 @@
 """Subjects as signed distance functions, in coordinates where the subject fills [-1, 1] x [-1, 1], y pointing down.
 
 Each drawing function takes `x, y` of shape [batch, height, width] and the identity's proportions `p` (three arrays of
-shape [batch, 1, 1] in [0, 1]) and returns layers from back to front: (role, signed distance, in silhouette or not).
-Roles are colours: "body" (with the pattern), "accent", "dark", "white".
+shape [batch, 1, 1] in [0, 1]) and returns layers from back to front: (role, signed distance).
+Roles are colours: "body" (with the pattern), "accent", and the fixed ones of `render.FIXED`.
 """
 
 import numpy as np

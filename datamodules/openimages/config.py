@@ -92,6 +92,10 @@ class SelectConfig:
     max_pixels: int = 100_000_000
     near_duplicate_bits: int | None = 3
 
+    def __post_init__(self):
+        if self.near_duplicate_bits is not None and not 0 <= self.near_duplicate_bits < 64:
+            raise ValueError(f"select.near_duplicate_bits is {self.near_duplicate_bits}: hashes have 64 bits, of which 0 to 63 may differ (null: all stay)")
+
 
 @dataclass
 class CaptionConfig:
@@ -121,6 +125,10 @@ class ShardConfig:
     samples_per_shard: int = 1000
     max_side: int = 1024
     quality: int = 95
+
+    def __post_init__(self):
+        if self.samples_per_shard < 1:
+            raise ValueError(f"shards.samples_per_shard is {self.samples_per_shard}: it has to be 1 or more")
 
 
 @dataclass

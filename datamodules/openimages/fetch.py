@@ -101,18 +101,24 @@ class Fetcher:
                 if total != str(have):
                     part.unlink()
                     raise _TransientError("the half file was longer than the whole one")
+                with self._get(url, {"Range": "bytes=0-0"}) as first:  # for its checksum
+                    self._verify(part, first, url)
                 return
             with part.open("ab" if answer.status_code == 206 else "wb") as file:
                 for chunk in answer.iter_content(CHUNK):
                     file.write(chunk)
             _check_total(part, answer)
-            with part.open("rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-            try:
-                self._check(digest, answer, url)
-            except ChecksumError:
-                part.unlink()
-                raise
+            self._verify(part, answer, url)
+
+    def _verify(self, part: Path, answer: requests.Response, url: str) -> None:
+        """Raises ChecksumError, the part removed, where the server's MD5 is another."""
+        with part.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+        try:
+            self._check(digest, answer, url)
+        except ChecksumError:
+            part.unlink()
+            raise
 
     def _get(self, url: str, headers: dict[str, str] | None = None, allow: tuple[int, ...] = ()) -> requests.Response:
         if not hasattr(self._local, "session"):

@@ -10,7 +10,7 @@ from typing import Any
 from evaluation.config import EvalConfig
 from evaluation.figures.names import NUMBER, axis_name, method_name, methods_of
 from evaluation.figures.tables import Cells, difference_rows, metrics_in
-from evaluation.made_with import made_with
+from evaluation.made_with import changed_since
 from evaluation.stamps import read_stamp
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
     paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
     summaries = {path.stem: json.loads(path.read_text()) for path in paths}
     tables = {key: summary for key, summary in summaries.items() if methods_of(summary)}
-    stale = [key for key, summary in tables.items() if summary.get("made_with") != made_with(config)]
+    stale = [key for key, summary in tables.items() if changed_since(summary.get("made_with", {}), config)]
     for key in stale:
         logger.warning("%s is left out: it was made under another protocol or with other weights; run `evaluation ablate` again", config.ablations_folder / key)
     return [read_ablation(key, summary, config.pictures) for key, summary in tables.items() if key not in stale]

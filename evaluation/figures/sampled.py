@@ -1,27 +1,31 @@
-"""Figures 8, 9 and the lower panel of 10: pictures made for the figure alone, each stamped, so that a second call makes nothing.
+"""Figures 8, 9 and 10: pictures made for the figure alone, each stamped, so that a second call makes nothing.
 
-Subject, prompt and noise are the evaluation's own first ones, so a figure's picture at the protocol's settings is the scored one.
+Subject, prompt and noise are the evaluation's own first ones, so a picture of Figures 8, 9 and 10's lower panel at the protocol's settings is the scored one.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
 from datamodules.dreambooth import Subject
 from evaluation.figures.grids import Cell, Grid, Row, spread
+from evaluation.figures.names import kind_name
 from evaluation.figures.scored import settings_of
 from evaluation.methods import Moma
 from evaluation.plan import Evaluation, Planned
 from evaluation.stamps import git_revision, is_current, write_picture
-from evaluation.tasks import picture_seed
+from evaluation.tasks import PromptKind, picture_seed
+from moma_lightning.single_file import is_single_file
 
 BETAS = tuple(round(0.2 * i, 1) for i in range(7))
 STRENGTHS = (1.0, 0.5, 0.0)
 NOISES = 6
+#: Figure 10's upper panel: prompts about more than the place.
+SETTINGS: tuple[PromptKind, ...] = ("accessory", "pose", "camera")
 
 
 class Recording:
@@ -46,9 +50,15 @@ class Studio:
     evaluation: Evaluation
     folder: Path
 
+    def plans(self, name: str, method: Moma, subject: Subject) -> list[Planned]:
+        """One picture of each of the subject's prompts, of its first reference."""
+        planned = self.evaluation.planned(name, method, [subject])
+        first = [plan for plan in planned if plan.task.picture == 0 and plan.task.reference == planned[0].task.reference]
+        return [replace(plan, path=self.folder / name / plan.task.file) for plan in first]
+
     def plan(self, name: str, method: Moma, subject: Subject, picture: int = 0) -> Planned:
-        """The subject's first context prompt from its noise number `picture`."""
-        first = self.evaluation.planned(name, method, [subject])[0]
+        """The subject's first prompt, of the protocol's first kind, from its noise number `picture`."""
+        first = self.plans(name, method, subject)[0]
         task = first.task
         seed = picture_seed(self.evaluation.protocol.sampler.seed, task.subject, task.kind, task.prompt_index, picture)
         task = replace(task, picture=picture, seed=seed)
@@ -131,10 +141,34 @@ def mask_cell(plan: Planned) -> Cell:
     return Cell("M_gen(0)", str(mask_path(plan.path)), "", plan.task.prompt, f"The mask read off the attention to “{plan.task.label}” after the last step.")
 
 
+def settings_grid(studio: Studio, base: str | None = None, per_kind: int = 2, prompts: int = 4) -> Grid:
+    """Figure 10, upper panel: what the subject wears, how it stands, how it is looked at, whatever kinds of prompt were scored.
+
+    base: as in `community_grid`, one that knows what the prompts' words mean; None for the foundation's own.
+    """
+    rows = []
+    chosen = some_subjects(studio.evaluation, len(SETTINGS) * per_kind)
+    for number, kind in enumerate(SETTINGS):
+        counts: dict[str, Any] = {f"{other}_prompts": None if other == kind else 0 for other in get_args(PromptKind)}
+        protocol = replace(studio.evaluation.protocol, **counts)
+        evaluation = replace(studio.evaluation, protocol=protocol, models=studio.evaluation.models.on_base(base))
+        here = Studio(evaluation, studio.folder)
+        for subject in chosen[number :: len(SETTINGS)] or chosen[:per_kind]:
+            method = Moma()
+            plans = spread(here.plans("settings", method, subject), prompts)
+            here.make(method, subject, plans)
+            cells = [reference(plans[0]), *(cell(plan, plan.task.prompt) for plan in plans)]
+            rows.append(Row(cells, kind_name(kind).capitalize()))
+    about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
+    if base is not None:
+        about += f" The adapters as they were trained, on {base_name(base)}, a fine-tune that knows the words."
+    return Grid("figure10_settings", "Accessories, poses, camera", about, rows, wrap=3)
+
+
 def community_grid(studio: Studio, bases: Sequence[str], subjects: int = 4) -> Grid:
     """Figure 10, lower panel: the adapters, unmodified, on other fine-tunes of the same base.
 
-    bases: folders (or hub ids) of Stable Diffusion models of the training base's architecture. Full-size ones from a hub are
+    bases: folders, files, LoRAs or hub ids of Stable Diffusion models of the training base's architecture. Full-size ones from a hub are
     not tried here.
     """
     chosen = some_subjects(studio.evaluation, subjects)
@@ -161,4 +195,7 @@ def on_base(studio: Studio, base: str | None, number: int, subjects: Sequence[Su
 
 
 def base_name(base: str | None) -> str:
-    return "Training base" if base is None else Path(base.partition("@")[0]).name.replace("_", " ")
+    if base is None:
+        return "Training base"
+    name = Path(base).stem if is_single_file(base) else Path(base.partition("@")[0]).name
+    return name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""Figures 4, 5, 6 and the upper panel of 10, from the pictures that were scored."""
+"""Figures 4, 5 and 6, from the pictures that were scored."""
 
 from pathlib import Path
 
@@ -6,25 +6,26 @@ import pandas as pd
 
 from evaluation.config import EvalConfig
 from evaluation.figures.grids import Cell, Grid, Row, spread
-from evaluation.figures.names import column_name, column_of, kind_name, method_name
+from evaluation.figures.names import column_name, column_of, method_name
 from evaluation.methods import Moma
 from evaluation.stamps import read_stamp
 from evaluation.statistics import METRICS
 
 
-def own_method(config: EvalConfig, scores: pd.DataFrame) -> str:
-    """The method that the figures of one method show: MoMA at the protocol's strength, else the last of the table."""
+def own_method(config: EvalConfig, scores: pd.DataFrame) -> str | None:
+    """The method that the figures of one method show: MoMA at the protocol's strength, else the last of the table; None where nothing was generated."""
     generated = list(dict.fromkeys(scores[scores["prompt_kind"] != "real"]["method"]))
     beta = config.resolved_protocol().sampler.beta
     ours = {name: m.beta for name, m in config.methods.items() if isinstance(m, Moma) and name in generated}
     away = {name: 0.0 if strength is None else abs(strength - beta) for name, strength in ours.items()}
-    return min(reversed(away), key=away.__getitem__, default=generated[-1])
+    return min(reversed(away), key=away.__getitem__, default=generated[-1] if generated else None)
 
 
 def shown(scores: pd.DataFrame) -> pd.DataFrame:
     """One picture a prompt and subject: the first of its first reference."""
     generated = scores[scores["prompt_kind"] != "real"]
-    return generated[(generated["reference_index"] == 0) & (generated["picture"] == 0)]
+    first = generated.groupby("subject")["reference_index"].transform("first")  # a protocol may name another than number 0
+    return generated[(generated["reference_index"] == first) & (generated["picture"] == 0)]
 
 
 def one_method(scores: pd.DataFrame, method: str, kind: str, name: str, title: str, about: str, subjects: int = 6, prompts: int = 5) -> Grid | None:
@@ -56,27 +57,6 @@ def comparison(scores: pd.DataFrame, subjects: int, prompts: int) -> Grid | None
 def comparison_row(same: pd.DataFrame, methods: list[str]) -> Row:
     first = same.loc[methods[0]]
     return Row([reference_cell(first, ""), *(cell_of(same.loc[m]) for m in methods)], first["prompt"])
-
-
-def settings_grid(scores: pd.DataFrame, method: str, per_kind: int = 2, prompts: int = 5) -> Grid | None:
-    """Figure 10, upper panel: accessories, poses and camera, whatever other kinds of prompt were scored."""
-    own = shown(scores)
-    own = own[own["method"] == method]
-    kinds = own["prompt_kind"].where(~own["prompt"].str.contains(r"\bwearing\b"), "accessory")
-    rows = []
-    for kind in [k for k in dict.fromkeys(kinds) if k not in ("context", "texture")]:
-        found = own[kinds == kind]
-        for subject in richest(found["subject"], per_kind):
-            rows.append(Row(cells_of(found[found["subject"] == subject], prompts), kind_name(kind).capitalize()))
-    about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
-    return Grid("figure10_settings", "Accessories, poses, camera", about, rows, wrap=3) if rows else None
-
-
-def richest(subjects: pd.Series, count: int) -> list[str]:
-    """The subjects with most pictures; where many have as many, some spread over the data set, whose neighbours are of one kind."""
-    pictures = subjects.value_counts(sort=False)
-    most = list(pictures.index[pictures == pictures.max()])
-    return spread(most, count) if len(most) >= count else list(pictures.sort_values(ascending=False, kind="stable").index[:count])
 
 
 def cells_of(pictures: pd.DataFrame, count: int) -> list[Cell]:

@@ -1,7 +1,7 @@
 """`<run>/figures`: every figure as PNG and SVG, and the picture grids as JSON, from which the report page shows them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,7 @@ from moma_lightning.files import write_bytes
 
 #: Grids whose pictures are sampled for them.
 COMMUNITY = "figure10_community"  # on the config's `report.bases`
-MADE = ("figure8", "figure9", COMMUNITY)
+MADE = ("figure8", "figure9", "figure10_settings", COMMUNITY)
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,17 @@ def figures_folder(config: EvalConfig) -> Path:
     return Path(config.run) / "figures"
 
 
-def write_figures(config: EvalConfig, bases: Sequence[str] = ()) -> list[Path]:
+def write_figures(config: EvalConfig) -> list[Path]:
     """Write the paper's figures and a chart of every table as PNG and SVG; returns their paths.
 
-    bases: other fine-tunes of the base model, for Figure 10's lower panel; none leaves it out. Figures 8 to 10 sample
-    pictures, once: they need the config's adapter and decoder and are left out without. Raises FileNotFoundError before `score`.
+    Figures 8 to 10 sample pictures, once: they need the config's adapter and decoder and are left out without. Raises
+    FileNotFoundError before `score`.
     """
     folder, scores = figures_folder(config), read_scores(config)
     paths = []
     for name, figure in charts(config, scores):
         paths += write_figure(figure, folder, name)
-    for grid in (*scored_grids(config, scores), *made_grids(config, bases)):
+    for grid in (*scored_grids(config, scores), *made_grids(config)):
         write_bytes(folder / f"{grid.name}.json", to_json(grid))
         paths += write_figure(draw_grid(grid), folder, grid.name)
     logger.info("%s: %d files", folder, len(paths))
@@ -48,28 +48,30 @@ def write_figures(config: EvalConfig, bases: Sequence[str] = ()) -> list[Path]:
 
 
 def scored_grids(config: EvalConfig, scores: pd.DataFrame) -> list[Grid]:
-    """Figures 4, 5, 6 and the upper panel of 10."""
+    """Figures 4, 5 and 6."""
     own = scored.own_method(config, scores)
+    if own is None:
+        return []
     by = f"{method_name(own)}. One picture of the subject in, new pictures out."
     grids = [
         scored.one_method(scores, own, "context", "figure4", "New contexts", by),
         scored.one_method(scores, own, "texture", "figure5", "New textures", by),
         scored.comparison(scores, subjects=5, prompts=2),
-        scored.settings_grid(scores, own),
     ]
     return [grid for grid in grids if grid is not None]
 
 
-def made_grids(config: EvalConfig, bases: Sequence[str] = ()) -> Iterator[Grid]:
-    """Figures 8, 9 and the lower panel of 10, their missing pictures made."""
+def made_grids(config: EvalConfig) -> Iterator[Grid]:
+    """Figures 8, 9 and 10, their missing pictures made."""
     if config.adapter is None or config.decoder is None:
         logger.info("no adapter or decoder in the config: Figures 8 to 10 are left out")
         return
     studio = sampled.Studio(Evaluation.open(config, config.resolved_device()), figures_folder(config) / "pictures")
     yield sampled.beta_strip(studio)
     yield sampled.masking_grid(studio)
-    if bases:
-        yield sampled.community_grid(studio, bases)
+    yield sampled.settings_grid(studio, config.report.settings_base)
+    if config.report.bases:
+        yield sampled.community_grid(studio, config.report.bases)
 
 
 def read_grid(config: EvalConfig, name: str) -> Grid | None:

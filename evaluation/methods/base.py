@@ -14,7 +14,9 @@ from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import identity
 from moma_lightning.foundation import FoundationConfig
+from moma_lightning.hub import find_file
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
+from moma_lightning.single_file import is_lora, is_single_file
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,16 @@ class Models:
     def on_base(self, base: str | None) -> "Models":
         """The same adapters on another fine-tune of the base model, None for the foundation's own.
 
-        A single file brings no configs and takes those of the base in whose place it stands.
+        A single file brings no configs and takes those of the base in whose place it stands; a LoRA is added to that base. Raises ValueError for a
+        LoRA where that base is one file: diffusers adds it to a folder's weights.
         """
         if base is None:
             return self
-        configs = self.foundation.base_config or self.foundation.base
-        return replace(self, foundation=replace(self.foundation, base=base, base_config=configs))
+        own = self.foundation
+        configs = own.base_config if is_single_file(own.base) else own.base
+        if is_single_file(base) and is_single_file(own.base) and is_lora(find_file(base)) and not is_lora(find_file(own.base)):
+            raise ValueError(f"{base} is a LoRA, and {own.base} is one file: save that model as a diffusers folder, for the LoRA to be added to it")
+        return replace(self, foundation=replace(own, base=base, base_config=configs))
 
     def digest(self, path_or_id: str | None) -> str | None:
         """Digest of a file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""

@@ -37,7 +37,7 @@ class Folder(Method):
     table: str
 
     def rows(self) -> list[dict[str, str]]:
-        with open(self.table, newline="") as file:
+        with open(self.table, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if missing := COLUMNS - set(reader.fieldnames or ()):
                 raise ValueError(f"{self.table} lacks the columns {', '.join(sorted(missing))}")

@@ -98,7 +98,15 @@ class Pipeline(ForeignPipeline):
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         groups = [tasks] if self.batched else [[task] for task in tasks]
-        return [image for group in groups for image in self.pipeline(**self.call_arguments(reference, group)).images]
+        return [image for group in groups for image in self.drawn(reference, group)]
+
+    def drawn(self, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        """Raises ValueError where the pipeline's safety checker has made a picture black, which is none of the method's."""
+        output = self.pipeline(**self.call_arguments(reference, tasks))
+        if hidden := sum(getattr(output, "nsfw_content_detected", None) or []):
+            raise ValueError(f"{self.pipeline_class}: its safety checker has hidden {hidden} of {len(tasks)} pictures of {tasks[0].subject}: load it with "
+                             "load_kwargs: {safety_checker: null}")  # fmt: skip
+        return output.images
 
     def call_arguments(self, reference: Reference, tasks: list[PictureTask]) -> dict[str, Any]:
         prompts = [self.sampler.prompt_template.format(prompt=task.prompt, label=task.label) for task in tasks]

@@ -23,7 +23,7 @@ from evaluation.figures.scored import comparison
 from evaluation.figures.style import colors_of, encoded, svg_address
 from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_scores, read_summary
 from evaluation.figures.write import COMMUNITY, MADE, read_grid, scored_grids
-from evaluation.made_with import made_with
+from evaluation.made_with import changed_since, options_of
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
 from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals, subject_means
@@ -85,11 +85,12 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
 
 
 def stale(config: EvalConfig, about: dict[str, Any]) -> list[str]:
-    """A sentence where the scores are of another protocol or of other weights than figures and ablations on this page."""
-    before, now = about.get("made_with"), made_with(config)
+    """A sentence where the scores are of another protocol, of other weights or options than figures and ablations on this page."""
+    before, now = about.get("made_with"), options_of(config.methods)
     if before is None:
         return ["The scores do not say what they were made with: score again"]
-    changed = [name for name in now if before.get(name) != now[name]]
+    methods = about.get("methods", now)
+    changed = changed_since(before, config) + [name for name in now | methods if methods.get(name) != now.get(name)]
     return [f"The scores were made with another {', '.join(changed)} than there is now: score again"] if changed else []
 
 
@@ -125,7 +126,7 @@ def as_chart(figure: Figure, title: str) -> Chart:
 
 
 def grids(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> list[Grid]:
-    """Figures 4 to 6 and 10 from the scores, 8 to 10 as `figures` left them, by their numbers."""
+    """Figures 4 to 6 from the scores, 8 to 10 as `figures` left them, by their numbers."""
     found = [compared if grid.name == "figure6" else grid for grid in scored_grids(config, scores)]
     found += [read_grid(config, name) for name in MADE if config.report.bases or name != COMMUNITY]
     return sorted([grid for grid in found if grid is not None], key=lambda grid: grid.number)
@@ -183,6 +184,7 @@ def stage_charts(table: pd.DataFrame) -> list[Chart]:
     charts = []
     for name in (column for column in table.columns if column.startswith(CURVES)):
         points = table[["step", name]].apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna()
+        points = points.drop_duplicates("step", keep="last").sort_values("step")  # a resumed training writes some steps again
         if len(points) > 1:
             charts.append(as_chart(curve(name, points["step"].tolist(), points[name].tolist()), name))
     return charts

@@ -193,10 +193,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--listed", type=int, nargs="*", default=[1000, 100_000], help="rows of the main process's steps alone, without pictures")
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="of Ray; 0: one process without Ray")
     parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels; OpenImages' are 1024 on their longer side")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench-factory"))
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where `bench-factory` is made, and removed at the end")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-factory.json"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in a process of its own: draw or build
     args = parser.parse_args(arguments)
+    if not args.one:
+        args.folder /= "bench-factory"  # one of its own: it is removed whole
     bucket, shards, log = args.folder / "bucket", args.folder / "shards", args.folder / "log.jsonl"
     if args.one:
         what, rows = args.one[0], int(args.one[1])

@@ -60,7 +60,7 @@ def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch) -> Run:
     return step(trained(module.adapter), lambda: module.sample_losses(batch, drop=True)[0].mean())
 
 
-def cached(module: Stage2, batch: TripletBatch) -> CachedBatch:
+def cached(module: Stage1 | Stage2, batch: TripletBatch) -> CachedBatch:
     return CachedBatch(module.features(batch), batch.subject_mask, batch.caption, batch.label, batch.key, batch.full_caption)
 
 
@@ -77,10 +77,11 @@ def online_against_cached(device: torch.device) -> tuple[Run, Run]:
     return stage2_step(module, batch), stage2_step(module, cached(module, batch))
 
 
-def stage1_against_bare_mllm(device: torch.device, target: bool = False) -> tuple[Run, Run]:
+def stage1_against_bare_mllm(device: torch.device, target: bool = False, from_cache: bool = False) -> tuple[Run, Run]:
     """The bare side reads the same pictures and words with the same MLLM; its loss is the mean of its last hidden states.
 
-    target: it makes CLIP's embeddings of the pictures too, as any training towards them has to.
+    target: it makes CLIP's embeddings of the pictures too, as any training towards them has to. from_cache: the stage has its
+    frozen features from a cache; the bare side runs its vision tower.
     """
     module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()).to(device), batch_of(BATCH, device)
     decoder = module.decoder
@@ -93,8 +94,8 @@ def stage1_against_bare_mllm(device: torch.device, target: bool = False) -> tupl
             module.target(batch)
         return decoder.mllm(input_ids=input_ids, pixel_values=pixels, attention_mask=mask.long(), use_cache=False).last_hidden_state.mean()
 
-    parameters = trained(module)
-    return step(parameters, lambda: module.loss(module(batch), module.target(batch))), step(parameters, bare)
+    parameters, read = trained(module), cached(module, batch) if from_cache else batch
+    return step(parameters, lambda: module.loss(module(read), module.target(read))), step(parameters, bare)
 
 
 def cases() -> list[Case]:
@@ -104,5 +105,6 @@ def cases() -> list[Case]:
         Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(True)),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
         Case("stage 1 step / bare MLLM, mini", "<= 1.02", shape, stage1_against_bare_mllm),
+        Case("stage 1 step from a cache / bare MLLM, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, from_cache=True)),
         Case("stage 1 step / bare MLLM and target, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, target=True)),
     ]

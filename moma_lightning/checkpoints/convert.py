@@ -57,13 +57,14 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
     path = Path(target)
     if path.suffix == ".th" and decoder is None and (beside := local_path(f"{source}/{DECODER}")) is not None:
         decoder = str(beside)
-    state, variant = read_source(source)
+    (state, variant), card = read_source(source), None
     if decoder is not None:
-        state |= read_decoder(Path(decoder))
+        trained, card = read_decoder(Path(decoder))
+        state |= trained
     if mllm is not None:
-        state |= read_mllm(mllm)
-    write = {".th": write_released, ".bin": write_ip_adapter, ".safetensors": write_ip_adapter}.get(path.suffix, write_folders)
-    written = write(path, state, variant)
+        state, card = state | read_mllm(mllm), None
+    write = {".th": write_released, ".bin": write_ip_adapter, ".safetensors": write_ip_adapter}.get(path.suffix)
+    written = write(path, state, variant) if write else write_folders(path, state, variant, card)
     lost = {name: value for name, value in state.items() if name not in written}
     lines = [f"read     {source}: {summary(state)}", f"written  {target}: {summary(written)}"]
     return "\n".join(lines + ([f"left out {summary(lost)}: the format of {path.name} does not hold them"] if lost else []))
@@ -78,12 +79,13 @@ def read_source(source: str) -> tuple[State, str]:
     return state, metadata.get("moma_variant", "released")
 
 
-def read_decoder(folder: Path) -> State:
-    """What an image-feature decoder trained, for the released file. Raises CheckpointError for a decoder that the file cannot describe."""
-    options = read_config(folder)["decoder"]
+def read_decoder(folder: Path) -> tuple[State, dict]:
+    """What an image-feature decoder trained, and its config.json. Raises CheckpointError for one that the released file cannot describe."""
+    card = read_config(folder)
+    options = card["decoder"]
     if options["template"] != "released" or options["learnable_token"]:
         raise CheckpointError(f"{folder}: its decoder uses the paper's template or a learnable token; the released file holds neither")
-    return read_tensors(folder / WEIGHTS)
+    return read_tensors(folder / WEIGHTS), card
 
 
 def write_released(path: Path, state: State, variant: str) -> State:
@@ -106,14 +108,14 @@ def write_ip_adapter(path: Path, state: State, variant: str) -> State:
     return kept
 
 
-def write_folders(path: Path, state: State, variant: str) -> State:
-    """Native: the adapter's folder, and the released decoder's where there is a mapping."""
+def write_folders(path: Path, state: State, variant: str, card: dict | None = None) -> State:
+    """Native: the adapter's folder, and the decoder's where there is a mapping; `card` is its config.json, None: the released one's."""
     require(path, state, "image_proj", "ip_adapter")
     decoder = {name: value for name, value in state.items() if name.partition(".")[0] in ("mapping", "mllm")}
     write_native(path / ADAPTER, {name: value for name, value in state.items() if name not in decoder}, variant)
     if decoder:
         require(path, state, "mapping")
-        write_folder(path / DECODER, decoder, decoder_config(decoder))
+        write_folder(path / DECODER, decoder, card or decoder_config(decoder))
     return state
 
 

@@ -213,7 +213,7 @@ class Stage2(TrainedPartModule):
     def _log_grid(self, batch: TripletBatch | CachedBatch) -> None:
         pipe = MoMAPipeline.from_base(self.base, self.adapter).to(self.device)
         rows = grid.redrawn(pipe, batch, self.pictures(batch), self.context_embeds(batch), float(self.config.subject), self.grid)
-        if self.trainer.is_global_zero:
+        if rows and self.trainer.is_global_zero:
             grid.save(self, picture_grid(rows))
 
     def pictures(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch 3 height width"]:

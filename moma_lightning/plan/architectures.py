@@ -33,6 +33,7 @@ from moma_lightning.hub import hub_name, local_path
 from moma_lightning.models.adapter import MoMAAdapter, install_processors
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.single_file import is_single_file
 
 #: Public architectures by their hub name, written from the models' own descriptions: `<owner>/<name>/[path/]config.json`.
 CONFIGS = Path(__file__).parent / "configs"
@@ -80,14 +81,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_base(config: FoundationConfig) -> Base:
-    unet = UNet2DConditionModel.from_config(read(config.base, "unet"))
-    vae = AutoencoderKL.from_config(read(config.vae) if config.vae else read(config.base, "vae"))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**read(config.base, "text_encoder")))
+    configs = config.base_config if is_single_file(config.base) and config.base_config else config.base
+    unet = UNet2DConditionModel.from_config(read(configs, "unet"))
+    vae = AutoencoderKL.from_config(read(config.vae) if config.vae else read(configs, "vae"))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**read(configs, "text_encoder")))
     install_processors(unet)
     words = Words(text_encoder.config.max_position_embeddings)
     base = Base(frozen(unet), frozen(vae), frozen(text_encoder), words, DDIMScheduler(**STABLE_DIFFUSION_SCHEDULE))
     if unet.config.addition_embed_type == "text_time":  # SDXL
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**read(config.base, "text_encoder_2")))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**read(configs, "text_encoder_2")))
         base = replace(base, text_encoder_2=frozen(second), tokenizer_2=words)
     return base
 

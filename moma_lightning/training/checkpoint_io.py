@@ -1,6 +1,7 @@
 """Checkpoint files that are there whole or not at all."""
 
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             if leftover.is_file():
                 leftover.unlink(missing_ok=True)  # of a process that was killed while saving
         write_beside(Path(path), lambda beside: torch.save(checkpoint, beside))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Of sharded training's folders the folder too, and not the link to it alone."""
+        if "://" in str(path) or not Path(path).is_symlink():
+            super().remove_checkpoint(path)
+            return
+        folder = Path(path).resolve()
+        Path(path).unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """A file's tensors are mapped, not read: the ranks of a node then share one copy in the system's cache."""

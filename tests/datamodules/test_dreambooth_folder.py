@@ -52,6 +52,15 @@ def test_subjects(root):
     assert DreamBooth(root / "dataset").subjects == data.subjects
 
 
+def test_names_may_hold_spaces_and_dots_and_pictures_be_webp(root):
+    (root / "dataset/my dog v1.5").mkdir()
+    Image.new("RGB", (6, 4)).save(root / "dataset/my dog v1.5/00.webp")
+    path = root / "dataset/prompts_and_classes.txt"
+    path.write_text(path.read_text().replace("dog, dog", "dog, dog\nmy dog v1.5,dog"))
+    found = DreamBooth(root).subjects[-1]
+    assert (found.name, found.label, [image.name for image in found.images]) == ("my dog v1.5", "dog", ["00.webp"])
+
+
 def test_prompts(root):
     data = DreamBooth(root)
     bear, dog = data.subjects

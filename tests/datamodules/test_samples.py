@@ -130,6 +130,20 @@ def test_shard_cut_anywhere_is_named_and_its_beginning_used(three, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*It is skipped")
+@pytest.mark.parametrize("spoil", [
+    lambda content, header: content[:header] + bytes([content[header] ^ 1]) + content[header + 1 :], lambda content, header: content + content])  # fmt: skip
+def test_a_tar_with_more_behind_its_readable_end_is_named(three, tmp_path, spoil):
+    """A bad header in the middle, or two tars in one file: readers stop there as at an end."""
+    with tarfile.open(three) as tar:
+        header = tar.getmembers()[4].offset
+    three.write_bytes(spoil(three.read_bytes(), header))
+    log = bad_log(tmp_path)
+    assert 0 < len(list(read_shards([str(three)], log))) <= 3
+    (line,) = log.lines()
+    assert line.startswith(f"{three}\t-\tshard is cut short or damaged")
+
+
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, None])
 def test_shards_that_are_none_do_not_stop_the_others(three, tmp_path, content):
     broken = tmp_path / "broken.tar"

@@ -126,6 +126,20 @@ def test_another_configuration_is_refused_or_replaced(tmp_path):
     assert part["count"] == 2 and sorted(files(tmp_path)) == ["manifest.json", "train-00000.tar"]
 
 
+def test_a_kill_while_old_shards_are_removed_leaves_none_for_good(tmp_path, monkeypatch):
+    write(tmp_path, Source())
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, Source(), seed=2, count=2, overwrite=True)
+    write(tmp_path, Source(), seed=2, count=2, overwrite=True)
+    assert sorted(files(tmp_path)) == ["manifest.json", "train-00000.tar"]
+
+
 def test_shards_of_unknown_origin_are_not_touched(tmp_path):
     (tmp_path / "train-00007.tar").write_bytes(b"someone's")
     with pytest.raises(ValueError, match="remove them or write elsewhere"):
@@ -155,6 +169,7 @@ def test_patterns(tmp_path):
     assert expand_shards(str(tmp_path / "a-{0..1}.tar")) == both
     assert expand_shards([both[1], both[0], str(tmp_path / "a-*.tar")]) == both
     assert expand_shards("https://host/x-{0..1}.tar") == ["https://host/x-0.tar", "https://host/x-1.tar"]
+    assert expand_shards([both[0], f"{tmp_path}/./a-0.tar", os.path.relpath(both[0])]) == [os.path.relpath(both[0])]
     with pytest.raises(ValueError, match=r"no shard matches '.*c-\*.tar'"):
         expand_shards(str(tmp_path / "c-*.tar"))
 

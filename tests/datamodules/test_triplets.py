@@ -144,7 +144,7 @@ def test_bad_samples_are_skipped_counted_and_named(shards_with_bad, tools, worke
     module = tools.datamodule(shards_with_bad, num_workers=workers, batch_size=1, steps_per_epoch=40)
     keys = {key for batch in epochs(module, 2) for key in batch}
     assert keys == set(ALL[:11])
-    assert module.bad_samples.counts() == {reason: 1 for reason, _ in BAD.values()} | {"shard is cut short": 1}
+    assert module.bad_samples.counts() == {reason: 1 for reason, _ in BAD.values()} | {"shard is cut short or damaged": 1}
     log = (shards_with_bad / "bad.log").read_text()
     for key in BAD:
         assert f"train-00000.tar\t{key}\t" in log
@@ -238,7 +238,8 @@ def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     state = killed.state_dict()
     assert state == {"readers": [1, 1], "order": state["order"], "positions": {0: (1, 4)}, "given": 0}
     resumed = tools.datamodule(shards, num_workers=2)
-    resumed.load_state_dict(killed.state_dict())
+    with pytest.warns(UserWarning, match="reading goes on with the next pass"):
+        resumed.load_state_dict(killed.state_dict())
     assert resumed.progress.positions == {0: (2, 0), 1: (2, 0)}
 
 
@@ -282,6 +283,20 @@ def test_lightning_run_killed_and_resumed_sees_what_an_unbroken_one_sees(shards,
     resumed = fit(tmp_path / "killed", Recorder(), tools.datamodule(shards, prepared=False), tmp_path / "killed" / "last.ckpt")
     assert killed.seen + resumed.seen == whole.seen
     assert resumed.validated[-6:] == whole.validated[-6:] and whole.validated[-6:] == [ALL[i : i + 2] for i in range(0, 12, 2)]
+
+
+@pytest.mark.parametrize("limit", [1, 0.5])
+def test_an_epoch_that_is_cut_off_is_refused(shards, tools, tmp_path, limit):
+    """Workers read ahead, so that samples would be lost, and a resumed epoch would begin in the middle."""
+    trainer = Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=limit, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="limit_train_batches .* ends an epoch within its 4 steps: set data.config.steps_per_epoch"):
+        trainer.fit(Recorder(), tools.datamodule(shards, prepared=False))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"steps_per_epoch": 0}, {"num_workers": -1}])
+def test_numbers_that_cannot_work_are_named(shards, tools, options):
+    with pytest.raises(ValueError, match=f"data.config.{next(iter(options))} is"):
+        tools.datamodule(shards, **options)
 
 
 @pytest.mark.filterwarnings("ignore")

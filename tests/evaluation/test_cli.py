@@ -87,7 +87,9 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
         main(["score", "--config", str(tmp_path / "eval.yaml"), f"--data={data}", f"--run={tmp_path / 'run'}"])
 
 
-@pytest.mark.parametrize(("told", "ends"), [("ValueError: an empty mask", SystemExit), ("RuntimeError: out of memory", ProcessRaisedException)])
+@pytest.mark.parametrize(("told", "ends"), [
+    ("ValueError: an empty mask", SystemExit), ("FileNotFoundError: no model.\nFetch it: a command", SystemExit), ("ImportError: needs peft", SystemExit),
+    ("RuntimeError: out of memory", ProcessRaisedException)])  # fmt: skip
 def test_what_a_process_of_several_says_is_one_clear_line_too(monkeypatch, told, ends):
     def run(config):
         raise ProcessRaisedException(f"-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  File x\n{told}\n", 1, 2)

@@ -54,6 +54,15 @@ def test_wrong_overrides_are_refused(overrides):
         named("dreambooth-mini", overrides)
 
 
+@pytest.mark.parametrize(("overrides", "told"), [
+    ({"context_prompts": -1}, "0 or more"), ({"pictures_per_prompt": 0}, "1 or more"), ({"context_prompts": 0, "texture_prompts": 0}, "no prompt of any kind"),
+    ({"subjects": ["tabby", "tabby"]}, "a subject twice"), ({"text_template": "A photo depicts"}, "has no {prompt}"),
+    ({"sampler": {"prompt_template": "a photo"}}, "has no {prompt}")])  # fmt: skip
+def test_protocols_that_score_something_else_are_refused(overrides, told):
+    with pytest.raises(ValueError, match=told):
+        named("dreambooth-mini", overrides)
+
+
 @pytest.mark.parametrize("encoder", ["clip", "siglip2"])
 def test_a_pinned_revision_is_of_its_own_model_alone(encoder, tmp_path):
     """Whoever overrides the model says its revision too: another repository has no such commit."""

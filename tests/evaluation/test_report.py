@@ -23,7 +23,7 @@ from evaluation.made_with import made_with
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
-from evaluation.report.page import stale
+from evaluation.report.page import stage_charts, stale
 from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
 from evaluation.scoring import score
@@ -99,7 +99,14 @@ def test_a_page_whose_scores_are_older_than_its_weights_says_so(evaluated, text,
     assert stale(replace(evaluated, adapter=str(tmp_path / "adapter")), about) == ["The scores were made with another adapter than there is now: score again"]
     assert stale(evaluated, about | {"made_with": about["made_with"] | {"judges": {}}}) == [
         "The scores were made with another judges than there is now: score again"]  # fmt: skip
+    methods = evaluated.methods | {"moma_beta1": Painter(0.1)}
+    assert stale(replace(evaluated, methods=methods), about) == ["The scores were made with another moma_beta1 than there is now: score again"]
     assert stale(evaluated, {}) == ["The scores do not say what they were made with: score again"]
+
+
+def test_a_resumed_trainings_curve_has_each_step_once():
+    resumed = pd.DataFrame({"step": [10, 20, 30, 20, 30, 40], "train/loss": [1.0, 9.0, 9.0, 2.0, 3.0, 4.0]})
+    assert stage_charts(resumed) == stage_charts(pd.DataFrame({"step": [10, 20, 30, 40], "train/loss": [1.0, 2.0, 3.0, 4.0]}))
 
 
 def test_embedded_pictures_are_whole(page):

@@ -1,4 +1,4 @@
-"""Figures 8, 9 and 10's lower panel, drawn by the real pipeline on tiny random weights."""
+"""Figures 8, 9 and 10, drawn by the real pipeline on tiny random weights."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 
 from evaluation.figures import sampled
-from evaluation.figures.sampled import Studio, as_picture, beta_strip, community_grid, mask_path, masking_grid
+from evaluation.figures.sampled import (
+    Studio,
+    as_picture,
+    base_name,
+    beta_strip,
+    community_grid,
+    mask_path,
+    masking_grid,
+    settings_grid,
+)
 from evaluation.methods import Models
 from evaluation.plan import Evaluation
 from evaluation.stamps import read_stamp
@@ -119,6 +128,26 @@ def test_other_bases_take_the_adapters_as_they_are(studio, tmp_path):
     assert own | {"base": None} == other | {"base": None}
     assert set(studio.loaded) == {str(tmp_path / "base"), str(tmp_path / "other")}
     assert settings(grid.rows[0].cells[1].path)["task"]["seed"] == settings(grid.rows[0].cells[2].path)["task"]["seed"]
+
+
+def test_accessories_poses_and_camera_are_drawn_on_the_base_that_knows_them(studio, tmp_path):
+    grid = settings_grid(studio, str(tmp_path / "other"), per_kind=1, prompts=2)
+    assert [row.title for row in grid.rows] == ["Accessory", "Pose", "Camera"]
+    for row in grid.rows:
+        assert [len(row.cells), row.cells[0].title] == [3, "Reference"]
+        tasks = [settings(cell.path)["task"] for cell in row.cells[1:]]
+        assert {task["kind"] for task in tasks} == {row.title.lower()} and [task["prompt"] for task in tasks] == [cell.caption for cell in row.cells[1:]]
+    assert set(studio.loaded) == {str(tmp_path / "other")}
+    calls = len(studio.loaded)
+    assert settings_grid(studio, str(tmp_path / "other"), per_kind=1, prompts=2) == grid and len(studio.loaded) == calls
+    studio.evaluation.subjects = studio.evaluation.subjects[:1]
+    assert [row.title for row in settings_grid(studio, per_kind=1, prompts=1).rows] == ["Accessory", "Pose", "Camera"], "of one subject"
+
+
+def test_a_base_is_called_by_its_folders_or_files_name():
+    bases = {None: "Training base", "bases/oil_paint": "oil paint", "loras/pastel.v2.safetensors": "pastel.v2", "o/some@main": "some",
+             "o/loras@main/oil.safetensors": "oil"}
+    assert [*map(base_name, bases)] == [*bases.values()]
 
 
 def test_masks_become_grey_levels():

@@ -35,7 +35,7 @@ def test_an_offline_run_holds_config_metrics_tables_and_images(config, monkeypat
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     config.wandb.enabled, config.wandb.group, config.wandb.tags = True, "some group", ["a tag"]
-    log_evaluation(config)
+    log_evaluation(config, sorted((Path(config.run) / "figures").iterdir()))
     wandb.teardown()  # its service writes the file behind our back; this waits for it
     (path,) = config.eval_folder.rglob("run-*.wandb")
     run = offline_run(path)
@@ -66,7 +66,7 @@ def stored(run: dict, path: Path, key: str) -> Path:
 def test_nothing_is_logged_when_it_is_off(config):
     config.wandb.enabled = False
     before = set(config.eval_folder.rglob("*"))
-    log_evaluation(config)
+    log_evaluation(config, [])
     assert set(config.eval_folder.rglob("*")) == before
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PARTS = """
-import os
 import sys
 from importlib import import_module
 for part, *options in (
@@ -19,8 +18,8 @@ for part, *options in (
     ("unet", "--pictures", "32", "--batch", "2"),
     ("unet", "--pictures", "32", "--batch", "2", "--second-round"),
     ("llava", "--pictures", "32", "--batch", "2"),
-    ("style", "--pictures", "32", "--batch", "2", "--out", os.environ["MINI_WORK"] + "/pastel"),
-    ("views", "--pictures", "32", "--batch", "2", "--out", os.environ["MINI_WORK"] + "/views"),
+    ("style", "--pictures", "32", "--batch", "2"),
+    ("views", "--pictures", "32", "--batch", "2"),
 ):
     sys.argv = [part, "--steps", "1", *options]
     import_module(f"experiments.mini.recipe.{part}").main()

@@ -26,6 +26,9 @@ class OneWeight(LightningModule):
         self.slope, self.die_at, self.echo = slope, die_at, echo
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
+    def validation_step(self, batch, batch_idx):
+        self.log("val/weight", self.weight.detach())
+
     def training_step(self, batch, batch_idx):
         if self.global_step == self.die_at:
             os._exit(9)
@@ -37,12 +40,16 @@ class OneWeight(LightningModule):
 
 
 class Numbers(LightningDataModule):
+    """Training and validation of the same few numbers."""
+
     def __init__(self, count: int = 8):
         super().__init__()
         self.count = count
 
     def train_dataloader(self):
         return DataLoader(torch.arange(float(self.count)).tolist(), batch_size=1)
+
+    val_dataloader = train_dataloader
 
 
 @pytest.fixture
@@ -105,6 +112,20 @@ def test_more_steps_go_on_from_a_finished_run(run, tmp_path):
     cli = run(max_steps=7)
     assert float(cli.model.weight.detach()) == 7.0
     assert logged_steps(tmp_path) == list(range(7))
+
+
+def test_validate_judges_the_last_checkpoint_and_leaves_the_run_as_it_is(run, tmp_path, monkeypatch):
+    run(limit_val_batches=0)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", ["moma_lightning", "validate", "--config", str(tmp_path / "stage.yaml"), "--trainer.limit_val_batches", "1.0"])
+    assert MoMACLI().trainer.callback_metrics["val/weight"] == 5.0
+    assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_validate_without_a_checkpoint_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moma_lightning", "validate", "--config", str(config(tmp_path))])
+    with pytest.raises(SystemExit, match=r"checkpoints/last\.ckpt is not there: train first"):
+        MoMACLI()
 
 
 def test_a_run_cut_before_its_exports_were_made_is_taken_up_again(run, tmp_path):

@@ -149,6 +149,16 @@ def test_a_trained_mllm_that_the_released_file_has_no_place_for_is_told(base, re
     assert "left out MLLM 0.00 M (1 entries, float32): the format of x.th does not hold them" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [{"lora": {"rank": 2}}, {"trainable": [r"^mllm\.multi_modal_projector\.", r"^mapping\."]}])
+def test_a_decoders_own_options_go_with_it_into_a_folder(released, tmp_path, options):
+    convert(released, tmp_path / "run")
+    path = tmp_path / "run/image_feature_decoder/config.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps(card | {"decoder": card["decoder"] | options}))
+    convert(tmp_path / "run", tmp_path / "again", "--decoder", path.parent)
+    assert json.loads((tmp_path / "again/image_feature_decoder/config.json").read_text())["decoder"] == card["decoder"] | options
+
+
 def test_an_ip_adapter_with_another_projector_is_no_native_folder(tmp_path):
     torch.save({"image_proj": {"latents": torch.zeros(1)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(1)}}, tmp_path / "plus.bin")
     with pytest.raises(SystemExit, match="convert: .*holds no image_proj.norm.weight and no image_proj.proj.weight: not an IP-Adapter .the plain one."):

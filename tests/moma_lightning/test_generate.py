@@ -1,6 +1,7 @@
 """`python -m moma_lightning generate` with the shipped models: files, settings, and what it says to bad input."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,9 @@ def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):
     prompts, subject = ["a cat on the beach"], ("--image", cat, "--label", "cat")
     (alone,), (first,), (again,) = (generate(tmp_path / name, prompts, *options).values() for name, options in (("a", ()), ("b", subject), ("c", subject)))
     assert np.array_equal(first, again) and not np.array_equal(alone, first)
+    alone, first = (json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab")
+    assert [alone["adapter"], alone["decoder"]] == [None, None] and first["adapter"] == str(FoundationConfig().ip_adapter)
+    assert alone["foundation"] == first["foundation"] == asdict(FoundationConfig())
 
 
 @pytest.mark.parametrize("options, message", [

@@ -36,6 +36,10 @@ def test_one_prediction_for_all_finds_one_of_the_pool():
     assert measured(target.mean(0).expand(64, -1), target, pool=32)["r_at_1"] == pytest.approx(1 / 32)
 
 
+def test_a_prediction_of_nothing_finds_nothing():
+    assert measured(torch.zeros(10, 8), torch.randn(10, 8))["r_at_1"] == 0.0
+
+
 def test_a_picture_that_occurs_twice_counts_as_found():
     target = torch.randn(10, 8)
     target[5] = target[2]

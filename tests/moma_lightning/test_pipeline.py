@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, DynamicCache
 
+from moma_lightning import pipeline
 from moma_lightning.foundation import MINI, ImageEncoder
 from moma_lightning.pipeline import MoMAPipeline
 from moma_lightning.segmentation import SamMasker
@@ -144,7 +145,11 @@ def test_clear_errors(base):
     with pytest.raises(ValueError, match="no mask was given"):
         run(pipe, image=picture(), label="cat")
     with pytest.raises(ValueError, match="needs an adapter"):
-        run(MoMAPipeline.from_base(base), image=picture(), mask=square_mask(), label="cat")
+        run(MoMAPipeline.from_base(base), image=picture(), mask=square_mask(), label="cat", image_embeds=None)
+    with pytest.raises(ValueError, match="image_embeds need an adapter"):
+        run(MoMAPipeline.from_base(base))
+    with pytest.raises(ValueError, match="height 60 and width 64 have to be divisible by"):
+        run(pipe, height=60, width=64)
     with pytest.raises(ValueError, match="needs a decoder or a CLIP image encoder"):
         run(pipe, image=picture(), mask=square_mask(), label="cat", image_embeds=None)
 
@@ -234,8 +239,34 @@ def test_a_negative_prompt_is_stable_diffusions(base):
     other.unet.set_attn_processor(AttnProcessor2_0())
     stock = StableDiffusionPipeline(other.vae, other.text_encoder, other.tokenizer, other.unet, other.scheduler, None, None, requires_safety_checker=False)
     options = dict(guidance_scale=3.0, num_inference_steps=3, output_type="np")
+    pipe = MoMAPipeline.from_base(base)
     expected = stock(PROMPTS, negative_prompt=["a dog"] * 2, generator=generators(2), **options).images
-    assert np.array_equal(run(MoMAPipeline.from_base(base), image_embeds=None, negative_prompt="a dog").images, expected)
+    assert np.array_equal(run(pipe, image_embeds=None, negative_prompt="a dog").images, expected)
+    expected = stock(PROMPTS, negative_prompt=["a dog", "snow"], generator=generators(2), **options).images
+    assert np.array_equal(run(pipe, image_embeds=None, negative_prompt=["a dog", "snow"]).images, expected)
+    with pytest.raises(ValueError, match="2 prompts and 1 negative prompts"):
+        run(pipe, image_embeds=None, negative_prompt=["a dog"])
+
+
+def test_the_labels_place_is_that_behind_a_textual_inversion_of_several_vectors(monkeypatch):
+    base = tiny_base()
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    width = base.text_encoder.config.hidden_size
+    pipe.load_textual_inversion(torch.randn(3, width), token="<toy>")
+    found = []
+    guide = pipeline.SubjectGuide
+    monkeypatch.setattr(pipeline, "SubjectGuide", lambda adapter, subject, tokens, *rest: found.append(tokens) or guide(adapter, subject, tokens, *rest))
+    subject = dict(image=picture(), mask=square_mask(), label="cat", generator=generators(1))
+    run(pipe, ["<toy> cat"], **subject)
+    run(pipe, ["cat"], **subject)
+    assert [int(tokens[0].argmax()) for tokens in found] == [4, 1]
+
+
+def test_bytes_in_a_mask_are_grey_levels(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    levels = (square_mask() * 255).to(torch.uint8)
+    given = [pipe.prepare_subject(picture(), mask, "cat", 64 * 64).mask for mask in (square_mask(), levels, levels.clamp(min=100))]
+    assert torch.equal(given[0], given[1]) and torch.equal(given[0], given[2])
 
 
 def test_a_mask_of_other_proportions_is_refused_and_exif_turns_masks_too(base):

@@ -187,7 +187,10 @@ def test_logged_lambda_is_that_of_the_logged_step(build, tmp_path):
 def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build, tmp_path):
     module = build()
     module.grid = GridConfig(pictures=2, num_inference_steps=2)
-    odd = replace(batch(5), caption=["a lake without it", "a cat on a lake", "a cat"])
+    odd, none = (replace(batch(5), caption=captions) for captions in (["a lake without it", "a cat on a lake", "a cat"], ["a lake"] * 3))
+    with pytest.warns(UserWarning, match="5-0 is not redrawn: .*'cat' does not occur"):
+        trainer(tmp_path, 1).fit(module, loader(0), DataLoader([none], batch_size=None))
+    assert not (tmp_path / "pictures").exists()
     with pytest.warns(UserWarning, match="5-0 is not redrawn: .*'cat' does not occur"):
         trainer(tmp_path, 1).fit(module, loader(0), DataLoader([odd], batch_size=None))
     assert Image.open(next((tmp_path / "pictures").iterdir())).height < 2 * 40

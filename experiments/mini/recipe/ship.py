@@ -13,7 +13,8 @@ from moma_lightning.files import write_beside
 
 #: The part of the recipe that makes each folder.
 RECIPES = {"base/vae": "autoencoder", "base/unet": "unet", "base/text_encoder": "clip", "base/tokenizer": "clip", "base/scheduler": "unet",
-           "clip": "clip", "image_encoder": "clip", "dino": "dino", "sam": "sam", "llava": "llava", "ip_adapter": "ip_adapter", "moma": "moma"}
+           "clip": "clip", "image_encoder": "clip", "dino": "dino", "sam": "sam", "llava": "llava", "ip_adapter": "ip_adapter", "moma": "moma",
+           "loras/pastel": "style", "loras/views": "views"}
 
 
 def halve(path: Path) -> None:
@@ -38,7 +39,7 @@ def manifest() -> dict:
     for path in sorted(FOUNDATION.rglob("*")):
         if path.is_file() and path.name != "manifest.json":
             name = path.relative_to(FOUNDATION).as_posix()
-            recipe = next((r for folder, r in RECIPES.items() if name.startswith(folder + "/")), None)
+            recipe = next((r for folder, r in RECIPES.items() if name.startswith((folder + "/", folder + "."))), None)
             files[name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size,
                            "recipe": recipe and f"python -m experiments.mini.recipe.{recipe}"}
     return {"date": datetime.date.today().isoformat(), "bytes": sum(f["bytes"] for f in files.values()), "files": files}

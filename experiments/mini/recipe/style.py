@@ -1,7 +1,7 @@
-"""A community checkpoint of the mini base: fine-tuned to another drawing style (pastel), as people do with Stable Diffusion (Figure 10).
+"""A community checkpoint of the mini base: a LoRA of another drawing style (pastel), as people make them of Stable Diffusion (Figure 10).
 
-Not shipped: `python -m experiments.mini.recipe.style` makes it in some minutes. Check: its pictures are pale, and MoMA's adapters, trained on the
-base, still carry the subject over (`make report ARGS='--report.bases ["runs/mini/bases/pastel"]'`).
+Check: its pictures are pale, and MoMA's adapters, trained on the base, still carry the subject over:
+`make ablate AXIS=experiments/mini/ablations/community.yaml`.
 """
 
 import torch
@@ -19,7 +19,7 @@ def pastel(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batc
 
 
 def main():
-    args = arguments(__doc__, "runs/mini/bases/pastel", steps=400)
+    args = arguments(__doc__, "pastel", steps=400)
     images, masks, pictures = rendered(args.pictures)
     coverage = F.adaptive_avg_pool2d(torch.from_numpy(masks)[:, None] / 255, 8)
     finetune(args, lambda rows: pastel(to_pixels(images[rows])), coverage, pictures)

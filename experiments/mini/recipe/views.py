@@ -1,8 +1,8 @@
 """A community checkpoint of the mini base that also knows poses and camera distances (Figure 10, upper panel).
 
-The shipped base never saw a subject upside down or far away. This fine-tunes its UNet on pictures of which two thirds are so; the text encoder is left alone,
-and so are MoMA's adapters, which only ever saw upright subjects. Not shipped: `make views` makes it in about 20 minutes.
-Check: `make ablate AXIS=experiments/mini/ablations/views.yaml`, then `python -m experiments.mini.recipe.check_views`.
+The shipped base never saw a subject upside down or far away. This trains a LoRA of its UNet on pictures of which two thirds are so; the text encoder is left
+alone, and so are MoMA's adapters, which only ever saw upright subjects. Check: the commands in experiments/mini/views.yaml, then
+`python -m experiments.mini.recipe.check_views`.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def caption(picture: ViewedPicture, rng: np.random.Generator) -> str:
 
 
 def main():
-    args = arguments(__doc__, "runs/mini/bases/views", steps=2400, pictures=12000)
+    args = arguments(__doc__, "views", steps=2400, pictures=12000)
     pictures = viewed(args.pictures)
     images, masks = (np.concatenate(parts) for parts in zip(*(render(pictures[i : i + 256]) for i in range(0, len(pictures), 256)), strict=True))
     coverage = F.adaptive_avg_pool2d(torch.from_numpy(masks)[:, None] / 255, 8)

@@ -44,6 +44,6 @@ def losses(module: TrainedPartModule, folder: Path, root: Path, **options) -> li
 
 def copied(cache: Path, folder: Path) -> Path:
     folder.mkdir()
-    for path in cache.glob("*-*.*"):
+    for path in cache.glob("*.*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder

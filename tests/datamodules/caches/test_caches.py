@@ -164,6 +164,25 @@ def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
         make(cache, tmp_path / "twice", stage2(decoder))
 
 
+def test_a_cache_is_whole_and_holds_nothing_of_an_earlier_one(cache, decoder, data, tmp_path):
+    def setup(folder: Path):
+        TripletDataModule(config(folder)).setup("fit")
+
+    half = copied(cache, tmp_path / "half")
+    for end in ("tar", "json"):
+        (half / f"train-00002.{end}").unlink()  # as a kill between two shards leaves it
+    with pytest.raises(ValueError, match=r"half lacks 1 of the 7 shards that it is to hold, train-00002\.tar among them: finish the cache first"):
+        setup(half)
+    more = copied(cache, tmp_path / "more")
+    for end in ("tar", "json"):
+        shutil.copy(more / f"train-00002.{end}", more / f"train-00009.{end}")  # as an export of more shards left it
+    with pytest.raises(ValueError, match=r"train-00009\.tar is not among the shards in .*shards\.json"):
+        setup(more)
+    make(data, more, stage2(decoder))
+    assert not list(more.glob("train-00009.*"))
+    setup(more)
+
+
 def test_a_source_is_judged_by_its_bytes_and_read_only_where_it_may_have_changed(cache, decoder, data, tmp_path, monkeypatch):
     def setup(folder: Path):
         TripletDataModule(config(folder)).setup("fit")
@@ -210,7 +229,7 @@ def test_bad_samples_are_left_out_and_counted(data, decoder, tmp_path):
     (folder / "train-00000.tar").unlink()
     out = make(folder, tmp_path / "cache", stage2(decoder))
     assert finished(config(folder), out)["left_out"] == 1 and finished(config(folder), out)["samples"] == 31
-    assert "json is missing" in (out / "bad_samples.log").read_text()
+    assert "json is missing" in (folder / "bad.log").read_text()
 
 
 @pytest.mark.parametrize("experiment", ["mini", "sd15_llava7b"])

@@ -106,7 +106,7 @@ def test_cut_and_stale_shards_are_refused(cache, tmp_path):
 def test_an_option_at_none_is_one_that_a_stamp_does_not_tell_of(cache, data, tmp_path):
     """As caches are that were made before the option was there, or when it was kept as "None"."""
     old = copied(cache, tmp_path / "old")
-    for path in old.glob("*.json"):
+    for path in old.glob("*-*.json"):
         content = json.loads(path.read_text())
         assert "mllm_quantization" not in content["made_by"]
         path.write_text(json.dumps(content | {"made_by": content["made_by"] | {"mllm_quantization": "None"}}))

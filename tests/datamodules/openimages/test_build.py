@@ -205,6 +205,9 @@ def test_hashes_are_read_back_exactly(tmp_path):
 def test_a_configuration_that_cannot_work_says_so(plain_bucket, config_of):
     with pytest.raises(ValueError, match="limit must be at least 1"):
         build(config_of(plain_bucket, limit=0))
+    for part, options in ((ShardConfig, {"samples_per_shard": 0}), (SelectConfig, {"near_duplicate_bits": 64})):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+            part(**options)
     config = config_of(plain_bucket, "elsewhere")
     config.sources.masks = "v5/nothing.csv"
     with pytest.raises(FileNotFoundError, match=r"nothing.csv is missing: sources.masks"):

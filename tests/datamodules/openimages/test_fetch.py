@@ -54,6 +54,12 @@ def test_a_part_that_is_whole_already_is_taken(bucket, fetcher, tmp_path):
     assert (tmp_path / "copy").read_bytes() == CONTENT
 
 
+def test_a_part_of_the_right_length_and_other_bytes_is_not_taken(bucket, fetcher, tmp_path):
+    (tmp_path / "copy.part").write_bytes(bytes(len(CONTENT)))
+    fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+
+
 def test_redirects_are_followed(bucket, fetcher):
     assert fetcher.read(f"{bucket.url}/moved/file") == CONTENT
 

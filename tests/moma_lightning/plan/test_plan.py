@@ -77,6 +77,11 @@ def test_sdxl_at_its_own_size():
     assert frozen == pytest.approx(2567.46e6 + 83.65e6 + 123.06e6 + 694.66e6 + 6_941e6, rel=0.002)
 
 
+def test_a_community_file_is_planned_by_the_configs_it_takes(foundation):
+    file = replace(foundation, base="community.safetensors", base_config=foundation.base)
+    assert count_parameters(experiment(Stage2, file)) == count_parameters(experiment(Stage2, foundation))
+
+
 def test_recomputation_saves_activations(stage2_of):
     assert stage2_of(2, "all").activations < 0.8 * stage2_of(2, "none").activations
 
@@ -162,6 +167,8 @@ def test_what_cannot_be_planned_is_told():
         architectures.read("nobody/nothing@main", "unet")
     with pytest.raises(ValueError, match="12 GPUs in copies of 8"):
         plan(FULL / "stage2.yaml", gpus=12, shard_size=8)
+    with pytest.raises(ValueError, match="cached shards cannot be planned"):
+        count_parameters(replace(cached := read_experiment(FULL / "stage2.yaml"), model=cached.model | {"stage2": cached.model["stage2"] | {"cached": True}}))
     with pytest.raises(ValueError, match="mfu 35"):
         plan(FULL / "stage2.yaml", mfu=35)
 

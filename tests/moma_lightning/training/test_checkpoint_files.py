@@ -31,6 +31,13 @@ def test_a_folder_read_by_a_strategy_that_does_not_shard_is_named(tmp_path):
         WholeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=True)
 
 
+def test_a_removed_checkpoint_takes_its_folder_along(tmp_path):
+    save(tmp_path / "best.ckpt", 1)
+    save(tmp_path / "last.ckpt", 1)
+    WholeCheckpointIO().remove_checkpoint(tmp_path / "best.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".last.ckpt-1", "last.ckpt"]
+
+
 def test_a_folder_takes_a_files_place_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     torch.save({"global_step": 1}, path)
