@@ -112,6 +112,18 @@ def test_arguments_are_mapped(monkeypatch, reference):
     assert method.weights(Models(FoundationConfig())) == {"pipeline": "owner/name@abc"}
 
 
+def test_pictures_that_a_safety_checker_has_hidden_are_not_scored(monkeypatch, reference):
+    class Hiding(Recorder):
+        def __call__(self, prompt):
+            return SimpleNamespace(images=super().__call__(prompt).images, nsfw_content_detected=[False, True])
+
+    monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Hiding}.__getitem__)
+    method = Pipeline("owner/name", here("Recorder"))
+    method.setup(Models(FoundationConfig()), SAMPLER)
+    with pytest.raises(ValueError, match=r"has hidden 1 of 2 pictures of red_mug.*safety_checker: null"):
+        method.generate(SUBJECT, reference, TASKS)
+
+
 def test_pictures_one_by_one_with_the_pipelines_own_scheduler(monkeypatch, reference):
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
     method = Pipeline("owner/name", here("Recorder"), batched=False, own_scheduler=True)

@@ -257,6 +257,8 @@ def test_folder_names_what_is_missing(tmp_path):
     config.methods["theirs"] = Folder(write_folder(tmp_path / "theirs", Evaluation.open(config), skip=1))
     with pytest.raises(ValueError, match="names no picture number 1 of subject 'tabby'"):
         generate(config)
+    Path(tmp_path / "excel.csv").write_text("subject,prompt,path\n", encoding="utf-8-sig")
+    assert Folder(str(tmp_path / "excel.csv")).rows() == []
     Path(tmp_path / "bad.csv").write_text("subject,path\n")
     with pytest.raises(ValueError, match="bad.csv lacks the columns prompt"):
         Folder(str(tmp_path / "bad.csv")).rows()

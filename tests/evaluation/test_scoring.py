@@ -33,6 +33,11 @@ def embeds(paths) -> np.ndarray:
     return ColorEncoder().encode_images([Image.open(path) for path in paths]).numpy()
 
 
+def test_no_method_at_all_is_told(tmp_path):
+    with pytest.raises(ValueError, match="the config names no methods to evaluate"):
+        score(Evaluation.open(fake_config(tmp_path, {})), {}, fake_encoders())
+
+
 def test_scores_are_the_plain_formulas(tmp_path):
     config = fake_config(tmp_path, METHODS)
     table = scored(config).set_index("path")

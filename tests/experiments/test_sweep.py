@@ -1,0 +1,33 @@
+"""A sweep file's grid, point by point; running one is in test_yamls.py."""
+
+import pytest
+import yaml
+
+from experiments.sweep import points, read
+
+COMMAND = ["${env}", "${interpreter}", "-m", "evaluation", "point", "${args}"]
+
+
+def written(tmp_path, **changes):
+    sweep = {"method": "grid", "parameters": {"moma.beta": {"values": [0.0, 1.0]}, "moma.texture_beta": {"values": [None, 0.4]}}, "command": COMMAND}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(sweep | changes))
+    return tmp_path / "both.yaml"
+
+
+def test_every_point_of_the_product_and_nothing_is_null(tmp_path):
+    found = list(points(read(written(tmp_path)), ["--run=x"]))
+    assert found == [["point", f"--moma.beta={beta}", f"--moma.texture_beta={texture}", "--run=x"] for beta in (0.0, 1.0) for texture in ("null", 0.4)]
+
+
+def test_a_file_without_a_name_is_called_as_it_is(tmp_path):
+    assert read(written(tmp_path))["name"] == "both" and read(written(tmp_path, name="mine"))["name"] == "mine"
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"method": "bayes"}, "only `method: grid`"), ({"parameters": {"moma.beta": {"min": 0, "max": 1}}}, "only `method: grid`"),
+    ({"command": ["${env}", "${interpreter}", "train.py"]}, "its command must be"),
+    ({"parameters": {"protocol": {"values": ["a"]}}}, "not protocol"),
+])  # fmt: skip
+def test_what_does_not_run_offline_is_told(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        read(written(tmp_path, **changes))
