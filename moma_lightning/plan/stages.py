@@ -82,7 +82,7 @@ def build(experiment: Experiment) -> TrainedPartModule:
 def _build(experiment: Experiment) -> TrainedPartModule:
     options = experiment.model
     foundation, optimizer = FoundationConfig(**options["foundation"]), optim.OptimizerConfig(**options["optimizer"])
-    if options.get("cached") or options["stage2"].get("cached"):
+    if options.get("cached") or options.get("stage2", {}).get("cached"):
         raise ValueError("a training from cached shards cannot be planned: its batches hold features; plan it with `cached: false`, which is an upper bound")
     encoder = architectures.build_image_encoder(foundation)
     if experiment.stage is Stage1:
