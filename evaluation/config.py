@@ -35,7 +35,7 @@ class ReportConfig:
     """subjects, prompts: rows of the picture grid. pixels: pictures wider than this are shrunk in the page.
 
     bases: other fine-tunes of the base model that take the adapters unmodified (Figure 10, lower panel). settings_base: one that knows the words
-    for accessories, poses and camera distances (upper panel), None for the base itself. Both are folders, files, LoRAs or hub ids.
+    of poses and camera distances (upper panel), None for the base itself. Both are folders, files, LoRAs or hub ids.
     """
 
     title: str = "MoMA evaluation"

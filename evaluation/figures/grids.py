@@ -120,4 +120,4 @@ def caption_lines(row: Row, inches: float) -> int:
 
 def lines_of(caption: str, inches: float) -> list[str]:
     """At most two lines of what fits below a picture at 7 points."""
-    return textwrap.wrap(caption, int(inches * 20), max_lines=2, placeholder=" …")
+    return textwrap.wrap(caption, int(inches * 18), max_lines=2, placeholder=" …")

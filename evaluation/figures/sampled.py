@@ -144,14 +144,15 @@ def mask_cell(plan: Planned) -> Cell:
 def settings_grid(studio: Studio, base: str | None = None, per_kind: int = 2, prompts: int = 4) -> Grid:
     """Figure 10, upper panel: what the subject wears, how it stands, how it is looked at, whatever kinds of prompt were scored.
 
-    base: as in `community_grid`, one that knows what the prompts' words mean; None for the foundation's own.
+    base: as in `community_grid`, one that knows the words of poses and camera distances; None for the foundation's own, on which accessories are
+    drawn in any case.
     """
     rows = []
     chosen = some_subjects(studio.evaluation, len(SETTINGS) * per_kind)
     for number, kind in enumerate(SETTINGS):
         counts: dict[str, Any] = {f"{other}_prompts": None if other == kind else 0 for other in get_args(PromptKind)}
         protocol = replace(studio.evaluation.protocol, **counts)
-        evaluation = replace(studio.evaluation, protocol=protocol, models=studio.evaluation.models.on_base(base))
+        evaluation = replace(studio.evaluation, protocol=protocol, models=studio.evaluation.models.on_base(None if kind == "accessory" else base))
         here = Studio(evaluation, studio.folder)
         for subject in chosen[number :: len(SETTINGS)] or chosen[:per_kind]:
             method = Moma()
@@ -161,7 +162,7 @@ def settings_grid(studio: Studio, base: str | None = None, per_kind: int = 2, pr
             rows.append(Row(cells, kind_name(kind).capitalize()))
     about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
     if base is not None:
-        about += f" The adapters as they were trained, on {base_name(base)}, a fine-tune that knows the words."
+        about += f" Poses and distances: the adapters as they were trained, on a fine-tune of the base that knows the words ({base_name(base)})."
     return Grid("figure10_settings", "Accessories, poses, camera", about, rows, wrap=3)
 
 

@@ -130,14 +130,15 @@ def test_other_bases_take_the_adapters_as_they_are(studio, tmp_path):
     assert settings(grid.rows[0].cells[1].path)["task"]["seed"] == settings(grid.rows[0].cells[2].path)["task"]["seed"]
 
 
-def test_accessories_poses_and_camera_are_drawn_on_the_base_that_knows_them(studio, tmp_path):
+def test_poses_and_camera_are_drawn_on_the_base_that_knows_them_and_accessories_on_the_own(studio, tmp_path):
     grid = settings_grid(studio, str(tmp_path / "other"), per_kind=1, prompts=2)
     assert [row.title for row in grid.rows] == ["Accessory", "Pose", "Camera"]
     for row in grid.rows:
         assert [len(row.cells), row.cells[0].title] == [3, "Reference"]
         tasks = [settings(cell.path)["task"] for cell in row.cells[1:]]
         assert {task["kind"] for task in tasks} == {row.title.lower()} and [task["prompt"] for task in tasks] == [cell.caption for cell in row.cells[1:]]
-    assert set(studio.loaded) == {str(tmp_path / "other")}
+    accessory, pose, camera = (settings(row.cells[1].path)["weights"]["base"] for row in grid.rows)
+    assert accessory != pose == camera and set(studio.loaded) == {str(tmp_path / "base"), str(tmp_path / "other")}
     calls = len(studio.loaded)
     assert settings_grid(studio, str(tmp_path / "other"), per_kind=1, prompts=2) == grid and len(studio.loaded) == calls
     studio.evaluation.subjects = studio.evaluation.subjects[:1]
