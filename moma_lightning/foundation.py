@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from moma_lightning.families import load_folder
-from moma_lightning.hub import find_file, has_file, loading, local_path, resolve
+from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.text import TextConditioning, encode_text
@@ -161,7 +161,7 @@ def image_embed_dim(config: FoundationConfig) -> int:
 def vae_name(config: FoundationConfig) -> str:
     """Where the autoencoder is: a folder, a file, or a hub name."""
     name = config.base
-    if config.base_config and is_single_file(name) and is_lora(find_file(name)):
+    if config.base_config and is_lora(name):
         name = config.base_config
     base = local_path(name)
     return config.vae or (f"{name}/vae" if base is not None and base.is_dir() else name)

@@ -32,7 +32,7 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
         raise ValueError(f"{name} is a single file, without configs and tokenizer: set foundation.base_config to a diffusers folder or hub name "
                          "of the same architecture, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5")  # fmt: skip
     path, given = find_file(name), {"vae": vae} if vae is not None else {}
-    if is_lora(path):
+    if is_lora(name):
         if is_single_file(config):
             raise ValueError(f"{name} is a LoRA: it needs the whole model as a diffusers folder or hub name in foundation.base_config, not the file {config}")
         return with_lora(load_folder(config, vae), path)
@@ -58,10 +58,11 @@ def require_all_weights(pipe: DiffusionPipeline, path: Path) -> None:
         raise ValueError(f"{path} lacks {len(lacking)} weights of the model: {', '.join(lacking[:3])}, ...")
 
 
-def is_lora(path: Path) -> bool:
-    """Whether a file holds low-rank updates, under diffusers' names or kohya's, and no model."""
-    if path.suffix != ".safetensors":
+def is_lora(name: str) -> bool:
+    """Whether `name`, as FoundationConfig's, is a file of low-rank updates and no model. Raises ValueError for a file that cannot be read."""
+    if not name.endswith(".safetensors"):
         return False
+    path = find_file(name)
     try:
         with safe_open(path, "pt") as file:
             return any("lora" in name for name in file.keys())  # noqa: SIM118 - not a dict

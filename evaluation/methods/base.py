@@ -14,7 +14,6 @@ from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import identity
 from moma_lightning.foundation import FoundationConfig
-from moma_lightning.hub import find_file
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 from moma_lightning.single_file import is_lora, is_single_file
 
@@ -76,7 +75,7 @@ class Models:
             return self
         own = self.foundation
         configs = own.base_config if is_single_file(own.base) else own.base
-        if is_single_file(base) and is_single_file(own.base) and is_lora(find_file(base)) and not is_lora(find_file(own.base)):
+        if is_lora(base) and is_single_file(own.base) and not is_lora(own.base):
             raise ValueError(f"{base} is a LoRA, and {own.base} is one file: save that model as a diffusers folder, for the LoRA to be added to it")
         return replace(self, foundation=replace(own, base=base, base_config=configs))
 
