@@ -1,7 +1,7 @@
 """How long MoMA's parts take, each as a ratio to something known (`make bench`): docs/performance.md says what each figure is.
 
 Prints a table and writes runs/bench.json: {name: {ratio, lo, hi, goal, a, b, a_mb, b_mb, shape}}; lo and hi are quartiles over the pairs, a and b
-medians in seconds, a_mb and b_mb peak memory. Random weights; one thread on a CPU.
+medians in seconds, a_mb and b_mb peak memory. One thread on a CPU.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from moma_lightning.files import write_beside
 
 
 def all_cases(full: bool) -> list[Case]:
+    """full: the paper's models at their own size too, with random weights."""
     sizes = [*guided_step.SIZES, *([guided_step.FULL] if full else [])]
-    others = (whole_subject, training_step, loading, scoring, growth)
-    return [*guided_step.cases(sizes), *(case for part in others for case in part.cases())]
+    others = (loading, scoring, growth)
+    return [*guided_step.cases(sizes), *whole_subject.cases(full), *training_step.cases(full), *(case for part in others for case in part.cases())]
 
 
 def line(name: str, entry: dict) -> str:
@@ -37,17 +38,17 @@ def save(path: Path, entries: dict[str, dict]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="with Stable Diffusion 1.5's UNet at its own width on a CPU too")
+    parser.add_argument("--full", action="store_true", help="with the paper's models at their own size on a CPU too: minutes a pair, 30 GB")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     for case in all_cases(args.full or device.type == "cuda"):
-        if args.only in case.name:
+        if any(part in case.name for part in args.only):
             entry = measure(case, args.pairs, device)
             print(line(case.name, entry), flush=True)
             save(args.out, {case.name: entry})

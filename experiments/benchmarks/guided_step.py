@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from experiments.benchmarks import explicit
-from experiments.benchmarks.timing import Case
+from experiments.benchmarks.discs import disc
+from experiments.benchmarks.timing import PRECISION, Case, dtype_of
 from moma_lightning.foundation import MINI, FoundationConfig, load_base
 from moma_lightning.models.adapter import MoMAAdapter, install_processors
 from moma_lightning.models.attention import Recorder
@@ -33,7 +34,7 @@ class Size:
     @property
     def shape(self) -> str:
         unet = f"SD 1.5's UNet x{self.width:g}" if self.width else "mini UNet"
-        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of 2, fp32"
+        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of 2, {PRECISION}"
 
     def build(self) -> UNet2DConditionModel:
         if self.width is None:
@@ -52,14 +53,15 @@ class Setting:
 
     @torch.no_grad()
     def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device):
-        self.unet, self.device, self.latents = unet.to(device), device, torch.randn(2, unet.config.in_channels, latents, latents, device=device)
-        self.text = torch.randn(2, 77, unet.config.cross_attention_dim, device=device)
+        there = {"device": device, "dtype": dtype_of(device)}
+        self.unet, self.device, self.latents = unet.to(**there), device, torch.randn(2, unet.config.in_channels, latents, latents, **there)
+        self.text = torch.randn(2, 77, unet.config.cross_attention_dim, **there)
         self.mask = disc(share, latents).to(device)
-        self.adapter = random_adapter(unet).to(device)
+        self.adapter = random_adapter(unet).to(**there)
         install_processors(unet)
         self.reference = self.adapter.reference_features(unet, self.latents[:1], self.text[:1])
-        self.context = self.adapter.context_conditioning(torch.randn(2, self.adapter.image_proj.proj.in_features, device=device))
-        pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet)).to(device)
+        self.context = self.adapter.context_conditioning(torch.randn(2, self.adapter.image_proj.proj.in_features, **there))
+        pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet))
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
         subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL)
@@ -103,15 +105,6 @@ def random_adapter(unet: UNet2DConditionModel) -> MoMAAdapter:
     for layer in adapter.subject.values():
         layer.lambda_.fill_(0.5)
     return adapter
-
-
-def disc(share: float, size: int) -> Tensor:
-    """The `share` of [1, 1, size, size] that lies nearest to the middle."""
-    across = torch.arange(size) - (size - 1) / 2
-    distance = (across[:, None] ** 2 + across[None] ** 2).flatten()
-    mask = torch.zeros(size * size)
-    mask[distance.argsort(stable=True)[: round(share * size * size)]] = 1
-    return mask.view(1, 1, size, size)
 
 
 def cases(sizes: list[Size]) -> list[Case]:

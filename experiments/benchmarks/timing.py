@@ -9,6 +9,13 @@ from pathlib import Path
 
 import torch
 
+#: What each is sampled and trained with; where only the CPU's is meant, `shape` says so.
+PRECISION = "fp32, on a GPU bf16"
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
 
 @dataclass
 class Case:
@@ -74,6 +81,8 @@ def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, devi
 def measure(case: Case, pairs: int, device: torch.device) -> dict:
     """A case's entry of bench.json."""
     torch.manual_seed(0)
+    gc.collect()
+    torch.cuda.empty_cache()  # what the case before has held
     a, b = case.prepare(device)
     pairs = min(pairs, case.pairs or pairs)
     clock = f"{device}, {torch.get_num_threads()} threads, {pairs} pairs"

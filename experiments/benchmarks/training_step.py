@@ -1,7 +1,8 @@
-"""Training steps of the mini world: stage 2 against an IP-Adapter's and against itself from a cache, stage 1 against the bare MLLM."""
+"""Training steps: stage 2 against an IP-Adapter's and against itself from a cache, stage 1 against the bare MLLM."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from datamodules.mini import world
 from datamodules.mini.render import render
 from datamodules.samples import to_pixel_values, to_subject_mask
-from experiments.benchmarks.timing import Case
+from experiments.benchmarks.timing import PRECISION, Case, dtype_of
+from experiments.benchmarks.true_models import SD15, random_batch, random_stage
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
 from moma_lightning.foundation import MINI, FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig
@@ -19,6 +21,7 @@ from moma_lightning.models.preprocess import preprocess_square
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.plan.stages import read_experiment
 
 LABEL, BATCH = "cat", 24
 Run = Callable[[], object]
@@ -84,23 +87,77 @@ def stage1_against_bare_mllm(device: torch.device, target: bool = False, from_ca
     frozen features from a cache; the bare side runs its vision tower.
     """
     module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()).to(device), batch_of(BATCH, device)
-    decoder = module.decoder
-    white = white_background(batch.pixel_values, batch.subject_mask)
-    pixels = preprocess_square(white, decoder.picture_side, decoder.image_processor)
-    input_ids, mask = decoder.tokenize(batch.label, batch.caption, decoder.see(white).embeds.shape[1])
+    bare = bare_mllm(module, batch)
 
-    def bare() -> Tensor:
-        if target:
-            module.target(batch)
-        return decoder.mllm(input_ids=input_ids, pixel_values=pixels, attention_mask=mask.long(), use_cache=False).last_hidden_state.mean()
+    def beside_target() -> Tensor:
+        module.target(batch)
+        return bare()
 
     parameters, read = trained(module), cached(module, batch) if from_cache else batch
-    return step(parameters, lambda: module.loss(module(read), module.target(read))), step(parameters, bare)
+    return step(parameters, lambda: module.loss(module(read), module.target(read))), step(parameters, beside_target if target else bare)
 
 
-def cases() -> list[Case]:
+@torch.no_grad()
+def bare_mllm(module: Stage1, batch: TripletBatch) -> Callable[[], Tensor]:
+    """The mean of the MLLM's last hidden states for the batch's pictures and instructions, which are prepared here."""
+    decoder, device = module.decoder, batch.pixel_values.device
+    white = white_background(batch.pixel_values, batch.subject_mask)
+    pixels = preprocess_square(white, decoder.picture_side, decoder.image_processor).to(decoder.mllm.dtype)
+    input_ids, mask = (t.to(device) for t in decoder.tokenize(batch.label, batch.caption, decoder.see(white).embeds.shape[1]))
+    read = {"input_ids": input_ids, "pixel_values": pixels, "attention_mask": mask.long()}
+    return torch.enable_grad()(lambda: decoder.mllm(**read, use_cache=False).last_hidden_state.mean())
+
+
+def true_stage2(device: torch.device, **options) -> tuple[Stage2, TripletBatch]:
+    """The paper's stage 2 with random weights, and a batch of its size; options: of `Stage2Config`."""
+    experiment = read_experiment(SD15 / "stage2.yaml")
+    experiment = replace(experiment, model=experiment.model | {"stage2": experiment.model["stage2"] | options})
+    module = random_stage(experiment, device)
+    assert isinstance(module, Stage2)
+    return module, random_batch(experiment, device)
+
+
+def in_bf16(run: Run, device: torch.device) -> Run:
+    """As Lightning's bf16-mixed does."""
+    return lambda: torch.autocast(device.type, torch.bfloat16)(run)()
+
+
+def true_against_ip_adapter(device: torch.device, from_cache: bool = False) -> tuple[Run, Run]:
+    runs = []
+    for options in ({}, {"context": "image_encoder", "subject": False}):
+        module, batch = true_stage2(device, **options)
+        runs.append(in_bf16(stage2_step(module, cached(module, batch) if from_cache else batch), device))
+        if from_cache:
+            module.decoder = module.image_encoder = None  # as `stage2.cached` has it
+    return runs[0], runs[1]
+
+
+def true_online_against_cached(device: torch.device) -> tuple[Run, Run]:
+    module, batch = true_stage2(device)
+    return tuple(in_bf16(stage2_step(module, read), device) for read in (batch, cached(module, batch)))  # type: ignore[return-value]
+
+
+def true_stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
+    """Losses and gradients alone: two optimizers' moments would not fit beside the weights, and both sides' take as long."""
+    experiment = replace(read_experiment(SD15 / "stage1.yaml"), batch_size=8)
+    module, batch = random_stage(experiment, device).to(dtype_of(device)), random_batch(experiment, device)
+    assert isinstance(module, Stage1)
+    parameters = trained(module)
+
+    def gradients(loss: Callable[[], Tensor]) -> Run:
+        def run() -> None:
+            for parameter in parameters:
+                parameter.grad = None
+            loss().backward()
+
+        return run
+
+    return gradients(lambda: module.loss(module(batch).float(), module.target(batch))), gradients(bare_mllm(module, batch))
+
+
+def cases(full: bool) -> list[Case]:
     shape = f"mini, batch of {BATCH}, fp32, AdamW"
-    return [
+    listed = [
         Case("stage 2 step / IP-Adapter step, mini", "<= 1.35", shape, against_ip_adapter(False)),
         Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(True)),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
@@ -108,3 +165,12 @@ def cases() -> list[Case]:
         Case("stage 1 step from a cache / bare MLLM, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, from_cache=True)),
         Case("stage 1 step / bare MLLM and target, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, target=True)),
     ]
+    if full:
+        shape = f"SD 1.5 and LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, AdamW"
+        listed += [
+            Case("stage 2 step / IP-Adapter step, sd15", "<= 1.35", shape, true_against_ip_adapter),
+            Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", shape, functools.partial(true_against_ip_adapter, from_cache=True)),
+            Case("stage 2 step online / from a cache, sd15", ">= 2.0", shape, true_online_against_cached),
+            Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"{shape.removesuffix(', AdamW')}, bf16 weights, no optimizer", true_stage1_against_bare_mllm),
+        ]
+    return listed

@@ -1,52 +1,102 @@
-"""A subject's evaluation at mini size: prepared once and batched over prompts and seeds, against one call a picture."""
+"""A subject's evaluation: prepared once and batched over prompts and seeds, against one call a picture."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from segment_anything import sam_model_registry
+from torch import Tensor
 
 from datamodules.mini import world
 from datamodules.mini.render import render
-from experiments.benchmarks.timing import Case
+from experiments.benchmarks.discs import disc
+from experiments.benchmarks.timing import PRECISION, Case, dtype_of
+from experiments.benchmarks.true_models import LABEL, PLACES, SD15, random_stage
 from moma_lightning.foundation import MINI, FoundationConfig
+from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
+from moma_lightning.plan.stages import read_experiment
+from moma_lightning.segmentation import NothingFoundError, SamMasker
 
-LABEL, STEPS, SEEDS, BATCH = "cat", 12, 4, 16
-PLACES = ["on the beach", "in the snow", "in the jungle", "in the city at night"]
 PROMPTS = [f"a {LABEL} {place}" for place in PLACES]
 
 
-class Evaluation:
-    """The shipped mini MoMA on a held-out subject; SAM finds its mask."""
+@dataclass
+class Setting:
+    """steps: of the sampler. seeds: pictures of each prompt. batch: pictures at once."""
 
-    def __init__(self, pipe: MoMAPipeline):
-        picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, LABEL))
-        self.pipe, self.image = pipe, Image.fromarray(render([picture])[0][0])
-        self.tasks = [(prompt, seed) for prompt in PROMPTS for seed in range(SEEDS)]
+    steps: int
+    seeds: int
+    batch: int
+    guidance: float
+
+    @property
+    def shape(self) -> str:
+        return f"{len(PROMPTS)} prompts x {self.seeds} seeds, {self.steps} steps, batches of {self.batch}"
+
+
+MINI_SETTING = Setting(12, 4, 16, 3.0)
+TRUE_SETTING = Setting(25, 4, 16, 7.5)
+
+
+class Evaluation:
+    """A pipeline with a reference picture; SAM finds its mask."""
+
+    def __init__(self, pipe: MoMAPipeline, image: Image.Image, setting: Setting):
+        self.pipe, self.image, self.setting = pipe, image, setting
+        self.tasks = [(prompt, seed) for prompt in PROMPTS for seed in range(setting.seeds)]
 
     def draw(self, tasks: list[tuple[str, int]], **reference) -> np.ndarray:
         generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in tasks]
-        settings = dict(generator=generators, guidance_scale=3.0, num_inference_steps=STEPS, output_type="np")
+        settings = dict(generator=generators, guidance_scale=self.setting.guidance, num_inference_steps=self.setting.steps, output_type="np")
         return self.pipe([prompt for prompt, _ in tasks], **reference, **settings).images
 
     def batched(self) -> np.ndarray:
         """As the project evaluates: everything that the subject alone decides is made once."""
-        area = self.pipe.default_size() ** 2
+        area, size = self.pipe.default_size() ** 2, self.setting.batch
         subject = self.pipe.prepare_subject(self.image, None, LABEL, area)
-        return np.concatenate([self.draw(self.tasks[i : i + BATCH], image=subject) for i in range(0, len(self.tasks), BATCH)])
+        return np.concatenate([self.draw(self.tasks[i : i + size], image=subject) for i in range(0, len(self.tasks), size)])
 
     def one_by_one(self) -> np.ndarray:
         """The released code's loop: SAM, autoencoder, reference pass and MLLM anew for every picture, and a batch of one."""
         return np.concatenate([self.draw([task], image=self.image, label=LABEL) for task in self.tasks])
 
 
-def prepare(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def mini(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The shipped mini MoMA on a held-out subject."""
     pipe = load_pipeline(FoundationConfig(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder").to(str(device))
-    evaluation = Evaluation(pipe)
+    picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, LABEL))
+    evaluation = Evaluation(pipe, Image.fromarray(render([picture])[0][0]), MINI_SETTING)
     return evaluation.one_by_one, evaluation.batched
 
 
-def cases() -> list[Case]:
-    shape = f"mini MoMA, {len(PROMPTS)} prompts x {SEEDS} seeds, {STEPS} steps, batches of {BATCH}"
-    return [Case("one by one / a subject at once, mini", ">= 4.0", shape, prepare)]
+class BlindSam(SamMasker):
+    """SAM with random weights finds anything or nothing: it is run, and a disc over a quarter of the picture is its answer."""
+
+    def forward(self, image: Image.Image) -> Tensor:
+        try:
+            return disc(0.25, image.width)[0].to(super().forward(image).device)
+        except NothingFoundError:
+            return disc(0.25, image.width)[0]
+
+
+def true_size(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The paper's models with random weights, on noise."""
+    module = random_stage(read_experiment(SD15 / "stage2.yaml"), device)
+    assert isinstance(module, Stage2)
+    with device:
+        masker = BlindSam(sam_model_registry["vit_h"]())
+    pipe = MoMAPipeline.from_base(module.base, module.adapter, module.decoder, masker=masker).to(device, dtype_of(device))
+    pixels = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
+    evaluation = Evaluation(pipe, Image.fromarray(pixels), TRUE_SETTING)
+    return evaluation.one_by_one, evaluation.batched
+
+
+def cases(full: bool) -> list[Case]:
+    listed = [Case("one by one / a subject at once, mini", ">= 4.0", f"mini MoMA, {MINI_SETTING.shape}", mini)]
+    if full:
+        shape = f"SD 1.5, LLaVA-1.5-7B and SAM ViT-H, random weights, 512 px, {TRUE_SETTING.shape}, {PRECISION}"
+        listed.append(Case("one by one / a subject at once, sd15", ">= 4.0", shape, true_size, pairs=3))
+    return listed

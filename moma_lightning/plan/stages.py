@@ -17,7 +17,7 @@ from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.modules.grid import GridConfig
-from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage1 import EditConfig, Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.plan import architectures
 from moma_lightning.training.options import Checkpointing, TrainingOptions
@@ -87,6 +87,7 @@ def _build(experiment: Experiment) -> TrainedPartModule:
     encoder = architectures.build_image_encoder(foundation)
     if experiment.stage is Stage1:
         module = unloaded(Stage1, optimizer, experiment.training)
+        module.edits = EditConfig(**options["edits"])
         trained = architectures.build_decoder(foundation, DecoderConfig.from_dict(options["decoder"]), encoder.embed_dim)
         module.assemble(encoder, trained, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None)
         return module

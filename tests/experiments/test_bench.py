@@ -1,14 +1,17 @@
 """The bench compares like with like, and writes what it says. Nothing here is timed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import bench
-from experiments.benchmarks import loading, timing, training_step
-from experiments.benchmarks.guided_step import Setting, disc
+from experiments.benchmarks import loading, timing, training_step, whole_subject
+from experiments.benchmarks.discs import disc
+from experiments.benchmarks.guided_step import Setting
 from moma_lightning.models.mask_estimation import estimate_mask
+from moma_lightning.segmentation import SamConfig, build_sam
 from tests.tiny import tiny_unet
 
 
@@ -96,3 +99,34 @@ def test_the_loaders_bare_side_gives_as_many_samples(monkeypatch):
     monkeypatch.setattr(loading, "BATCH", 2)
     bare, ours = loading.bare_against_ours(torch.device("cpu"))
     bare(), ours()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The mini world's shapes where the bench has the paper's, on the CPU."""
+    for part in (training_step, whole_subject):
+        monkeypatch.setattr(part, "SD15", Path("experiments/mini"))
+    monkeypatch.setattr(whole_subject, "sam_model_registry", {"vit_h": lambda: build_sam(SamConfig())})
+    monkeypatch.setattr(whole_subject, "TRUE_SETTING", whole_subject.Setting(2, 1, 2, 3.0))
+    return torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", ["true_against_ip_adapter", "true_online_against_cached", "true_stage1_against_bare_mllm"])
+def test_steps_of_an_experiments_own_size_run(small, case):
+    for run in getattr(training_step, case)(small):
+        run()
+
+
+def test_random_models_train(small):
+    """Every trained parameter gets a finite gradient, most of them one other than 0."""
+    module, batch = training_step.true_stage2(small)
+    module.sample_losses(batch, drop=True)[0].mean().backward()
+    grads = [parameter.grad for parameter in training_step.trained(module)]
+    assert all(torch.isfinite(grad).all() for grad in grads) and sum(bool(grad.any()) for grad in grads) > 0.9 * len(grads)
+
+
+def test_a_subject_at_once_draws_the_pictures_of_one_by_one(small):
+    torch.manual_seed(0)
+    one, both = (run() for run in whole_subject.true_size(small))
+    assert one.shape == both.shape == (4, 64, 64, 3)
+    assert abs(one - both).max() < 2e-2

@@ -73,14 +73,15 @@ def prepare(folder: Path) -> None:
         (folder / "ready").touch()
 
 
-def config(folder: Path, run: str, steps: int, processes: int, folders: bool) -> Path:
+def config(folder: Path, run: str, steps: int, processes: int, folders: bool, gpu: bool) -> Path:
     path, models, shards = folder / f"{run}.yaml", folder / "models", folder / "data/shards"
     strategy = {"class_path": "moma_lightning.training.strategy.ShardedStrategy", "init_args": {"save_distributed_checkpoint": folders}}
     sharded = {"strategy": strategy, "devices": processes} if processes > 1 or folders else {"devices": 1}
+    device = {"accelerator": "gpu", "deterministic": True} if gpu else {"accelerator": "cpu"}
     path.write_text(yaml.safe_dump({
-        "trainer": {"default_root_dir": str(folder / run), "accelerator": "cpu", "max_steps": steps, "log_every_n_steps": 10, "num_sanity_val_steps": 0,
+        "trainer": {"default_root_dir": str(folder / run), "max_steps": steps, "log_every_n_steps": 10, "num_sanity_val_steps": 0,
                     "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": 1.0, "limit_val_batches": 1,
-                    "callbacks": [{"class_path": "moma_lightning.training.ema.EMA", "init_args": {"decay": 0.9}}]} | sharded,
+                    "callbacks": [{"class_path": "moma_lightning.training.ema.EMA", "init_args": {"decay": 0.9}}]} | sharded | device,
         "checkpoint": {"every_n_train_steps": EVERY},
         "model": {"class_path": "tests.moma_lightning.training.kill_drill.Drilled", "init_args": {
             "foundation": {"base": str(models / "base"), "image_encoder": str(models / "image_encoder"), "mllm": str(models / "llava"), "ip_adapter": None},
@@ -152,15 +153,15 @@ def progress(run: Path) -> int:
     return len(seen.read_text().splitlines()) if seen.exists() else 0
 
 
-def undisturbed(folder: Path, steps: int, processes: int, folders: bool) -> Path:
-    process = start(config(folder, "whole", steps, processes, folders))
+def undisturbed(folder: Path, **options) -> Path:
+    process = start(config(folder, "whole", **options))
     assert process.wait(3000) == 0, (folder / "whole.log").read_text()[-3000:]
     return folder / "whole"
 
 
-def disturbed(folder: Path, steps: int, processes: int, folders: bool, kills: int, seed: int) -> Path:
+def disturbed(folder: Path, kills: int, seed: int, **options) -> Path:
     rng, run = random.Random(seed), folder / "killed"
-    path = config(folder, "killed", steps, processes, folders)
+    path = config(folder, "killed", **options)
     killed = 0
     for number in itertools.count():
         if killed == kills:
@@ -224,12 +225,13 @@ def flatten(tree, name="") -> dict[str, torch.Tensor]:
     return {key: value for k, branch in items for key, value in flatten(branch, f"{name}.{k}").items()}
 
 
-def drill(folder: Path, kills: int, processes: int = 1, folders: bool = False, steps: int = 60, seed: int = 0) -> list[str]:
-    """Everything; returns what differs."""
+def drill(folder: Path, kills: int, processes: int = 1, folders: bool = False, steps: int = 60, seed: int = 0, gpu: bool = False) -> list[str]:
+    """Everything; returns what differs. gpu: with deterministic algorithms, since those that add in any order are not equal to the bit twice."""
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
-    whole = undisturbed(folder, steps, processes, folders)
-    killed = disturbed(folder, steps, processes, folders, kills, seed)
+    options = dict(steps=steps, processes=processes, folders=folders, gpu=gpu)
+    whole = undisturbed(folder, **options)
+    killed = disturbed(folder, kills, seed, **options)
     return differences(whole, killed, processes) + uneven(killed, processes)
 
 
@@ -239,6 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folders", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

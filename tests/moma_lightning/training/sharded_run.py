@@ -46,7 +46,8 @@ class SameNoise(Stage2):
         size, start, whole = len(latents), self.global_rank * len(latents), len(latents) * self.trainer.world_size
         noise = torch.randn(whole, *latents.shape[1:], generator=rng)[start : start + size]
         timesteps = torch.randint(0, 1000, (whole,), generator=rng)[start : start + size]
-        return noise, timesteps, torch.rand(2, whole, generator=rng)[:, start : start + size]
+        chance = torch.rand(2, whole, generator=rng)[:, start : start + size]
+        return noise.to(self.device), timesteps.to(self.device), chance.to(self.device)
 
 
 @dataclass
@@ -138,9 +139,10 @@ def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | No
     """20 steps, or the few after a checkpoint's; clipped so that the norm matters."""
     recorder = Losses(*save)
     done = STEPS // 2 if resume else 0
-    trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, accelerator="cpu", devices=ranks,
+    trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, devices=ranks,
                       strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                      gradient_clip_val=0.05, callbacks=[*callbacks, recorder], num_sanity_val_steps=0, **{"limit_val_batches": 0} | options)
+                      gradient_clip_val=0.05, callbacks=[*callbacks, recorder], num_sanity_val_steps=0,
+                      **{"limit_val_batches": 0, "accelerator": "cpu"} | options)
     trainer.fit(module, Rest(done, size), ckpt_path=resume)
     return recorder.losses
 

@@ -1,0 +1,72 @@
+"""Both stages on one GPU: the CPU's losses, FSDP2 over NCCL, bfloat16, a compiled UNet, and a run that goes on where it stopped."""
+
+import functools
+
+import pytest
+import torch
+
+from moma_lightning.training.ema import EMA
+from moma_lightning.training.random_states import RandomStates
+from moma_lightning.training.strategy import ShardedStrategy
+from tests.moma_lightning.training.kill_drill import drill
+from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
+
+HALF = STEPS // 2
+STAGES = ("stage1", "stage2")
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def of_cpu(foundation, decoder_folder, tmp_path_factory):
+    """Losses of 20 steps, by stage."""
+    @functools.cache
+    def losses(stage: str) -> list[float]:
+        return train(build(stage, foundation, decoder_folder), tmp_path_factory.mktemp("cpu"), 1, "auto")
+
+    return losses
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_a_gpu_loses_what_the_cpu_does(foundation, decoder_folder, of_cpu, tmp_path, stage, strategy):
+    losses = train(build(stage, foundation, decoder_folder), tmp_path, 1, strategy, accelerator="gpu")
+    assert losses == pytest.approx(of_cpu(stage), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_bfloat16_loses_nearly_the_same(foundation, decoder_folder, of_cpu, tmp_path, stage, strategy):
+    losses = train(build(stage, foundation, decoder_folder), tmp_path, 1, strategy, steps=3, accelerator="gpu", precision="bf16-mixed")
+    assert losses == pytest.approx(of_cpu(stage)[:3], rel=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_a_compiled_unet_loses_the_same(foundation, decoder_folder, of_cpu, tmp_path, strategy):
+    losses = train(build("stage2", foundation, decoder_folder, compile=True), tmp_path, 1, strategy, steps=3, accelerator="gpu")
+    assert losses == pytest.approx(of_cpu("stage2")[:3], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_checkpoint_goes_on_with_the_same_losses(foundation, decoder_folder, tmp_path, stage, folder):
+    """One file and a folder of shards, with the average of the weights and the GPU's random numbers."""
+    path = tmp_path / ("sharded.ckpt" if folder else "full.ckpt")
+
+    def run(**options) -> list[float]:
+        module, strategy = build(stage, foundation, decoder_folder), ShardedStrategy(save_distributed_checkpoint=folder)
+        return train(module, tmp_path, 1, strategy, callbacks=[EMA(0.9), RandomStates()], accelerator="gpu", **options)
+
+    whole = run(save=[path])
+    assert path.is_dir() == folder
+    assert run(resume=path) == pytest.approx(whole[HALF : HALF + AFTER], rel=1e-4)
+
+
+def test_random_numbers_of_the_gpu_are_kept(foundation, decoder_folder, tmp_path):
+    train(build("stage2", foundation, decoder_folder), tmp_path, 1, "auto", [tmp_path / "full.ckpt"], callbacks=[RandomStates()], accelerator="gpu")
+    (state,) = torch.load(tmp_path / "full.ckpt", weights_only=True)["callbacks"]["RandomStates"]["ranks"]
+    assert state["cuda"].dtype == torch.uint8
+
+
+def test_a_killed_run_ends_with_the_undisturbed_ones_weights(tmp_path):
+    """Bit for bit, with deterministic algorithms: SIGKILLs at random moments and one within a checkpoint."""
+    assert drill(tmp_path / "drill", kills=3, steps=45, gpu=True) == []
