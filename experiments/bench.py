@@ -17,7 +17,7 @@ from moma_lightning.files import write_beside
 
 def all_cases(full: bool) -> list[Case]:
     """full: the paper's models at their own size too, with random weights."""
-    sizes = [*guided_step.SIZES, *([guided_step.FULL] if full else [])]
+    sizes = [*guided_step.SIZES, *(guided_step.FULL if full else [])]
     others = (loading, scoring, growth)
     return [*guided_step.cases(sizes), *whole_subject.cases(full), *training_step.cases(full), *(case for part in others for case in part.cases())]
 

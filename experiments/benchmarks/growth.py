@@ -13,7 +13,7 @@ QUARTER = 0.25
 def larger_against_smaller(larger: tuple[int, float], smaller: tuple[int, float]):
     """Side of the latents and share of the mask, of each."""
     def prepare(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-        unet = Size("", 0, QUARTER if device.type == "cpu" else 1.0).build()
+        unet = Size("", 0, QUARTER if device.type == "cpu" else 1.0).build(device)
         return tuple(Setting(unet, *setting, device).moma for setting in (larger, smaller))  # type: ignore[return-value]
 
     return prepare

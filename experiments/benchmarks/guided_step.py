@@ -24,55 +24,60 @@ LABEL, PROMPT, T = "cat", "a cat on the beach", 500
 
 @dataclass
 class Size:
-    """A UNet with random weights: Stable Diffusion 1.5's layout with its channels times `width`, or the mini one, on square latents."""
+    """A UNet with random weights: Stable Diffusion 1.5's layout with its channels times `width`, or the mini one, on square latents.
+
+    pictures: drawn at once, each a guided and an unguided row of the batch.
+    """
 
     name: str
     latents: int
     width: float | None = None
     pairs: int | None = None
+    pictures: int = 1
 
     @property
     def shape(self) -> str:
         unet = f"SD 1.5's UNet x{self.width:g}" if self.width else "mini UNet"
-        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of 2, {PRECISION}"
+        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of {2 * self.pictures}, {PRECISION}"
 
-    def build(self) -> UNet2DConditionModel:
-        if self.width is None:
-            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(f"{MINI}/base", subfolder="unet")).eval()
-        channels = tuple(int(c * self.width) for c in (320, 640, 1280, 1280))
-        return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=16).eval()
+    def build(self, device: torch.device) -> UNet2DConditionModel:
+        with device:
+            if self.width is None:
+                return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(f"{MINI}/base", subfolder="unet")).eval()
+            channels = tuple(int(c * self.width) for c in (320, 640, 1280, 1280))
+            return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=16).eval()
 
 
-#: Full size takes minutes a pair on a CPU core, so it is asked for (`--full`).
 SIZES = [Size("mini", 8), Size("sd15 quarter width", 64, 0.25)]
-FULL = Size("sd15", 64, 1.0)
+#: Full size takes minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
+FULL = [Size("sd15", 64, 1.0), Size("sd15 16 pictures", 64, 1.0, pictures=16)]
 
 
 class Setting:
     """Everything a step needs; the masks are discs over `share` of the picture, in the reference and in the new picture."""
 
     @torch.no_grad()
-    def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device):
-        there = {"device": device, "dtype": dtype_of(device)}
-        self.unet, self.device, self.latents = unet.to(**there), device, torch.randn(2, unet.config.in_channels, latents, latents, **there)
-        self.text = torch.randn(2, 77, unet.config.cross_attention_dim, **there)
+    def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device, pictures: int = 1):
+        there, rows = {"device": device, "dtype": dtype_of(device)}, 2 * pictures
+        self.unet, self.device, self.latents = unet.to(**there), device, torch.randn(rows, unet.config.in_channels, latents, latents, **there)
+        self.text = torch.randn(rows, 77, unet.config.cross_attention_dim, **there)
         self.mask = disc(share, latents).to(device)
         self.adapter = random_adapter(unet).to(**there)
         install_processors(unet)
         self.reference = self.adapter.reference_features(unet, self.latents[:1], self.text[:1])
-        self.context = self.adapter.context_conditioning(torch.randn(2, self.adapter.image_proj.proj.in_features, **there))
+        self.context = self.adapter.context_conditioning(torch.randn(rows, self.adapter.image_proj.proj.in_features, **there))
         pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet))
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
         subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL)
-        tokens = label_tokens(pipe.tokenizers, [PROMPT], LABEL).to(device)
+        tokens = label_tokens(pipe.tokenizers, [PROMPT] * pictures, LABEL).to(device)
         self.guide = SubjectGuide(self.adapter, subject, tokens, 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
 
     @torch.no_grad()
     def moma(self) -> Tensor:
         """A step as `MoMAPipeline.__call__` makes it, with the mask's size held: random weights estimate one of any size."""
         recorder = Recorder(label_tokens=self.guide.label_tokens)
-        self.guide.generated_mask = self.mask
+        self.guide.generated_mask = self.mask.expand(len(self.latents) // 2, -1, -1, -1)
         conditioning = self.guide.conditioning(torch.tensor(T), self.context, True, recorder)
         noise = self.unet(self.latents, T, self.text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
         self.guide.update(recorder)
@@ -89,7 +94,7 @@ class Setting:
         """The same step with explicit matrices, from the same parts; `self.given.maps` then holds the label's maps."""
         unet, size = sharing(self.unet), (self.latents.shape[-1],) * 2
         explicit.install(unet)
-        m_ref, m_gen = MaskPyramid(self.mask, size), MaskPyramid(torch.cat([self.mask] * 2), size)
+        m_ref, m_gen = MaskPyramid(self.mask, size), MaskPyramid(self.mask.expand(len(self.latents), -1, -1, -1), size)
         self.given = given = explicit.conditioning(self.adapter, self.reference, self.context, m_ref, m_gen, self.guide.label_tokens)
         return torch.no_grad()(lambda: unet(self.latents, T, self.text, cross_attention_kwargs={"explicit": given}, return_dict=False)[0])
 
@@ -111,7 +116,7 @@ def cases(sizes: list[Size]) -> list[Case]:
     """Against plain attention at three mask sizes, and explicit matrices against plain attention."""
     def against_plain(size: Size, share: float, which: str):
         def prepare(device: torch.device):
-            setting = Setting(size.build(), size.latents, share, device)
+            setting = Setting(size.build(device), size.latents, share, device, size.pictures)
             return getattr(setting, which)() if which == "explicit" else setting.moma, setting.plain()
 
         return prepare
@@ -122,6 +127,7 @@ def cases(sizes: list[Size]) -> list[Case]:
         for share, goal in goals.items():
             name = f"guided step / plain, {size.name}, mask {share:.0%}"
             listed.append(Case(name, goal, size.shape, against_plain(size, share, "moma"), size.pairs))
-        name = f"explicit matrices / plain, {size.name}, mask 25%"
-        listed.append(Case(name, "", size.shape, against_plain(size, 0.25, "explicit"), size.pairs))
+        if size.pictures == 1:
+            name = f"explicit matrices / plain, {size.name}, mask 25%"
+            listed.append(Case(name, "", size.shape, against_plain(size, 0.25, "explicit"), size.pairs))
     return listed

@@ -43,7 +43,8 @@ def subject_keys(
     index, weight = mask.kept(key.shape[1])
     bias, alive = log_bias(weight)
     key, value = (x.take_along_dim(index[..., None], 1) for x in (key, value))
-    return SubjectKeys(layer.to_k(key), layer.to_v(value), bias, layer.lambda_ * alive)
+    key, value = layer.to_k(key), layer.to_v(value)
+    return SubjectKeys(key, value, bias.to(key.dtype), layer.lambda_ * alive)
 
 
 class ContextAttention(nn.Module):

@@ -156,14 +156,18 @@ def add_subject_attention(
     index, weight = subject.queries(query, len(key))
     asked = query.transpose(1, 2).reshape(-1, output.shape[-1]).index_select(0, index).view(len(key), -1, output.shape[-1])
     added = attend(split_heads(asked, heads), key.to(query.dtype), value.to(query.dtype), heads, bias.to(query.dtype)) * (lambda_ * weight)
-    return output.flatten(0, 1).index_add(0, index, added.flatten(0, 1).to(output.dtype)).view_as(output)
+    rows, added = output.flatten(0, 1), added.flatten(0, 1).to(output.dtype)
+    # A backward pass needs the output as it was.
+    return (rows.index_add(0, index, added) if torch.is_grad_enabled() else rows.index_add_(0, index, added)).view_as(output)
 
 
 def context_attention(context: ContextConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:
     key, value = (x.to(query.dtype) for x in context.key_values[layer])
-    output = context.scale * attend(query, key, value, heads)
+    output = attend(query, key, value, heads)
+    if context.scale != 1:
+        output = context.scale * output
     if context.generated_mask is not None:
-        output = output * context.generated_mask.weight(query.shape[2])[..., None].to(output.dtype)
+        output = output * context.generated_mask.weight(query.shape[2], output.dtype)[..., None]
     return output
 
 

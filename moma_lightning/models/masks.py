@@ -63,15 +63,16 @@ class MaskPyramid:
 
     def __init__(self, mask: Float[Tensor, "batch 1 height width"], latent_size: tuple[int, int], strength: float = 1.0):
         self.mask, self.latent_size, self.strength = mask, latent_size, strength
-        self._levels: dict[int, Tensor] = {}
+        self._levels: dict[tuple[int, torch.dtype], Tensor] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def weight(self, sequence_length: int) -> Float[Tensor, "batch positions"]:
+    def weight(self, sequence_length: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "batch positions"]:
         """Weights in [0, 1] for the layer with `sequence_length` positions."""
-        if sequence_length not in self._levels:
+        level = sequence_length, dtype
+        if level not in self._levels:
             size = layer_size(sequence_length, *self.latent_size)
-            self._levels[sequence_length] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength)
-        return self._levels[sequence_length]
+            self._levels[level] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength).to(dtype)
+        return self._levels[level]
 
     def kept(self, sequence_length: int) -> tuple[Int[Tensor, "batch kept"], Float[Tensor, "batch kept"]]:
         """`kept_positions` of the layer with `sequence_length` positions, and their weights."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
 from moma_lightning.models.trained_weights import check_fit
-from moma_lightning.training.options import TrainingOptions, checkpoint_activations
+from moma_lightning.training.options import TrainingOptions, checkpoint_activations, hold_in_bfloat16
 from moma_lightning.training.sharding import shard
 from moma_lightning.training.strategy import shard_mesh
 
@@ -37,15 +37,19 @@ class TrainedPartModule(LightningModule):
         raise NotImplementedError
 
     def configure_model(self) -> None:
-        """Activation checkpointing and compilation; sharding where the strategy brings a mesh. Called by the Trainer, often."""
+        """Activation checkpointing, compilation, sharding where the strategy brings a mesh, types of what is frozen. Called by the Trainer, often."""
         if self._is_configured:
             return
         self._is_configured = True
         checkpoint_activations(self, self.training_options.activation_checkpointing)
         if self.training_options.compile:
             self.compile_parts()
+        bf16 = self.trainer.precision == "bf16-mixed"
         if self.device_mesh is not None:
-            shard(self, self.units(), shard_mesh(self.device_mesh), bf16=self.trainer.precision == "bf16-mixed")
+            shard(self, self.units(), shard_mesh(self.device_mesh), bf16=bf16)
+        elif bf16:
+            kept = {id(tensor) for tensor in self.kept().values()}
+            hold_in_bfloat16(p for unit in self.units() for p in unit.parameters() if id(p) not in kept)
 
     def features(self, batch: TripletBatch) -> dict[str, Tensor]:
         """What the frozen models make of a batch, [batch, ...] each, for a cache (`datamodules/caches`)."""

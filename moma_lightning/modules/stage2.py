@@ -203,11 +203,11 @@ class Stage2(TrainedPartModule):
     def on_validation_epoch_end(self) -> None:
         if not self.grid.pictures or self.grid_samples is None or self.trainer.sanity_checking:
             return
-        if self.device_mesh is not None:  # every rank holds a part of the models, so all draw, and the same pictures
-            with self.trainer.precision_plugin.forward_context():  # the parts come together in the training's type
+        with self.trainer.precision_plugin.forward_context():  # what is frozen may be of fewer bits than what is trained
+            if self.device_mesh is not None:  # every rank holds a part of the models, so all draw, and the same pictures
                 self._log_grid(self.trainer.strategy.broadcast(self.grid_samples))
-        elif self.trainer.is_global_zero:
-            self._log_grid(self.grid_samples)
+            elif self.trainer.is_global_zero:
+                self._log_grid(self.grid_samples)
 
     @torch.no_grad()
     def _log_grid(self, batch: TripletBatch | CachedBatch) -> None:

@@ -1,5 +1,6 @@
 """How a stage is trained, apart from what is trained: memory against time. Nothing here changes the result."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,16 @@ def checkpoint_activations(module: nn.Module, policy: Checkpointing) -> None:
 
 def _recompute(function, *args, **kwargs):
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def hold_in_bfloat16(parameters: Iterable[nn.Parameter]) -> None:
+    """Convert frozen parameters once: autocast would convert those of every product anew in each step.
+
+    As diffusers' training scripts do, and as sharding's units are gathered (`sharding.shard`).
+    """
+    for parameter in parameters:
+        if parameter.dtype == torch.float32 and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
