@@ -73,6 +73,6 @@ def conditioning(adapter, reference: dict, context, m_ref, m_gen, label_tokens: 
     """All of it from the same parts as `SubjectGuide` has, for a guided batch of two; beta is 1. m_ref, m_gen: MaskPyramids."""
     keys = {int(i): tuple(torch.cat([x] * 2) for x in (layer.to_k(reference[int(i)][0]), layer.to_v(reference[int(i)][1])))
             for i, layer in adapter.subject.items()}  # fmt: skip
-    lengths = {k.shape[1] for k, _ in keys.values()}
+    lengths, dtype = {k.shape[1] for k, _ in keys.values()}, next(adapter.parameters()).dtype
     factors = {int(i): layer.lambda_ for i, layer in adapter.subject.items()}
-    return Explicit(keys, factors, context.key_values, {n: m_ref.weight(n) for n in lengths}, {n: m_gen.weight(n) for n in lengths}, label_tokens)
+    return Explicit(keys, factors, context.key_values, {n: m_ref.weight(n, dtype) for n in lengths}, {n: m_gen.weight(n, dtype) for n in lengths}, label_tokens)

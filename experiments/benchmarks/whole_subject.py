@@ -38,7 +38,7 @@ class Setting:
 
 
 MINI_SETTING = Setting(12, 4, 16, 3.0)
-TRUE_SETTING = Setting(25, 4, 16, 7.5)
+TRUE_SETTING = Setting(25, 2, 8, 7.5)
 
 
 class Evaluation:

@@ -42,10 +42,10 @@ def test_stage_1_trains_adapters_on_it(kind, tmp_path):
         cosine = torch.cosine_similarity(plain(batch), module(batch)).min()
     assert 0.95 < cosine < 1
     weight = next(p for name, p in module.named_parameters() if name.endswith("q_proj.base_layer.weight"))
-    before = weight.detach().clone()
+    before = weight.detach().cpu().clone()
     losses = train(module, tmp_path, 1, "auto", accelerator="gpu")
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert torch.equal(weight, before) and not weight.is_floating_point()
+    assert torch.equal(weight.cpu(), before) and not weight.is_floating_point()  # after training Lightning has it on the CPU
 
 
 def test_adamw_of_8_bits_goes_where_adamw_goes():

@@ -22,24 +22,24 @@ def plain(query, key, value, bias):
     return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kept", [0.0, 0.013, 0.25, 1.0])
 def test_subject_attention_at_stable_diffusions_size(dtype, tolerance, kept):
-    """Any number of kept keys and queries, multiples of 8 or not, of two subjects; soft masks."""
+    """Any number of kept keys and queries, multiples of 8 or not, of two subjects; soft masks. In the relative norm of the difference."""
     torch.manual_seed(0)
-    query, key, value, output = (torch.randn(2, POSITIONS, CHANNELS, device="cuda", dtype=dtype) for _ in range(4))
-    weight = (torch.rand(2, POSITIONS, device="cuda") * (torch.rand(2, POSITIONS, device="cuda") < kept)).float()
-    m_gen = (torch.rand(2, 1, SIDE, SIDE, device="cuda") * (torch.rand(2, 1, SIDE, SIDE, device="cuda") < kept)).float()
+    query, key, value = (torch.randn(2, POSITIONS, CHANNELS, device="cuda", dtype=dtype) for _ in range(3))
+    weight = torch.rand(2, POSITIONS, device="cuda") * (torch.rand(2, POSITIONS, device="cuda") < kept)
+    m_gen = torch.rand(2, 1, SIDE, SIDE, device="cuda") * (torch.rand(2, 1, SIDE, SIDE, device="cuda") < kept)
     index = (weight > 0).byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, int((weight > 0).sum(1).max()))]
     bias, alive = log_bias(weight.gather(1, index))
     gathered = (x.gather(1, index[..., None].expand(-1, -1, CHANNELS)) for x in (key, value))
-    keys = SubjectKeys(*gathered, bias, 0.7 * alive)
-    conditioning = SubjectConditioning({0: keys}, MaskPyramid(m_gen, (SIDE, SIDE)), 0.9)
-    result = add_subject_attention(output, conditioning, 0, split_heads(query, HEADS), HEADS)
+    conditioning = SubjectConditioning({0: SubjectKeys(*gathered, bias, 0.7 * alive)}, MaskPyramid(m_gen, (SIDE, SIDE)), 0.9)
+    with torch.no_grad():
+        result = add_subject_attention(torch.zeros_like(query), conditioning, 0, split_heads(query, HEADS), HEADS)
     whole_bias, alive = log_bias(weight)
-    expected = output.double() + 0.7 * 0.9 * alive.double() * m_gen.flatten(1)[..., None].double() * plain(query, key, value, whole_bias)
-    assert result.dtype == dtype
-    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
+    expected = 0.7 * 0.9 * alive.double() * m_gen.flatten(1)[..., None].double() * plain(query, key, value, whole_bias)
+    assert result.dtype == dtype and bool(expected.any()) == (kept > 0)
+    assert (result.double() - expected).norm() <= tolerance * expected.norm()
 
 
 def test_the_labels_map():
@@ -58,11 +58,13 @@ def drawn():
     picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, "cat"))
     image = Image.fromarray(render([picture])[0][0])
 
+    latents = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
     def draw(device: str, dtype: str = "float32"):
         pipe: MoMAPipeline = load_pipeline(FoundationConfig(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder", dtype).to(device)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(4)]
         prompts = ["a cat on the beach", "a cat in the snow", "a cat in the jungle", "a cat in the city at night"]
-        output = pipe(prompts, image, None, "cat", guidance_scale=3.0, num_inference_steps=12, generator=generators, output_type="np", return_masks=True)
+        begun = latents.to(device, getattr(torch, dtype))  # seeds do not draw the same noise in every type with every version of PyTorch
+        output = pipe(prompts, image, None, "cat", guidance_scale=3.0, num_inference_steps=12, latents=begun, output_type="np", return_masks=True)
         return torch.from_numpy(output.images), output.masks.float().cpu()
 
     return draw
@@ -70,10 +72,10 @@ def drawn():
 
 def test_a_gpu_draws_the_cpus_pictures(drawn):
     (here, masks), (there, its) = drawn("cpu"), drawn("cuda")
-    assert (here - there).abs().mean() < 2e-3 and (masks - its).abs().mean() < 2e-3
+    assert (here - there).abs().mean() < 1e-3 and (masks - its).abs().mean() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bits_draw_nearly_the_same(drawn, dtype):
-    (here, _), (there, _) = drawn("cuda"), drawn("cuda", dtype)
-    assert torch.isfinite(there).all() and (here - there).abs().mean() < 0.03
+    (here, masks), (there, its) = drawn("cuda"), drawn("cuda", dtype)
+    assert torch.isfinite(there).all() and (here - there).abs().mean() < 0.01 and (masks - its).abs().mean() < 0.01

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,12 +95,16 @@ def config(folder: Path, run: str, steps: int, processes: int, folders: bool, gp
     return path
 
 
-def start(path: Path, slow_save: bool = False) -> Forked:
+def start(path: Path, slow_save: bool = False) -> "Forked | subprocess.Popen[bytes]":
     environment = {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | ({"DRILL_SLOW_SAVE": "1"} if slow_save else {})
-    return Forked("moma_lightning", "fit", "--config", str(path), log=path.with_suffix(".log"), **environment)
+    command, log = ("moma_lightning", "fit", "--config", str(path)), path.with_suffix(".log")
+    if not torch.cuda.is_available():
+        return Forked(*command, log=log, **environment)
+    with log.open("a") as file:  # CUDA cannot be used in a process that was forked
+        return subprocess.Popen([sys.executable, "-m", *command], env=os.environ | environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def interrupt(process: Forked, run: Path, number: int, rng: random.Random) -> str:
+def interrupt(process: "Forked | subprocess.Popen[bytes]", run: Path, number: int, rng: random.Random) -> str:
     """Wait for the moment, then end the process and all its children; returns what was done. Every seventh is asked to end, not killed."""
     before, kind = progress(run), signal.SIGTERM if is_asked(number) else signal.SIGKILL
     # A request to end is made in the first step: a short training would soon be over, and its handlers gone.
@@ -138,7 +143,7 @@ def is_saving(checkpoints: Path) -> bool:
     return any(path.name != placed for path in checkpoints.glob(".last.*"))
 
 
-def wait(process: Forked, ready, every: float = 0.05, seconds: float = 900) -> None:
+def wait(process: "Forked | subprocess.Popen[bytes]", ready, every: float = 0.05, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while process.poll() is None and not ready():
         if time.monotonic() > end:
