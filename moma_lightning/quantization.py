@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits by bitsandbytes, which needs a CUDA GPU. None was at hand: written from its documentation, never run on one."""
+"""Weights of 8 and 4 bits by bitsandbytes, on a CUDA GPU."""
 
 import importlib.util
 import os

@@ -31,14 +31,15 @@ class Gpu:
 
 
 def plan(
-    stage: Path, gpus: int | list[int] = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.35, samples: int = 282_000,
+    stage: Path, gpus: int | list[int] = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.25, samples: int = 282_000,
     shard_size: int | None = None,
 ) -> None:  # fmt: skip
     """Print what a training YAML needs on `gpus` GPUs, sharded over all of them: no GPU and no weights are used.
 
     gpus: one number, or several ('[8,64,512]') for a table with a line each.
     gpu_mem: GB of one GPU. tflops, mfu: its peak in bf16 and the part of it that is reached; times follow from these two and are
-    estimates. samples: of one pass over the data. shard_size: as `ShardedStrategy`'s.
+    estimates (.26 was measured for stage 2 of the paper's models on one H200, docs/performance.md). samples: of one pass over the data.
+    shard_size: as `ShardedStrategy`'s.
     """
     for count in gpus if isinstance(gpus, list) else [gpus]:
         if count < 1 or (shard_size is not None and (shard_size < 1 or count % shard_size)):

@@ -1,4 +1,4 @@
-"""8 and 4 bits: what is asked of transformers and bitsandbytes, and the errors where they cannot be had. There is no GPU here."""
+"""8 and 4 bits: what is asked of transformers and bitsandbytes, and the errors where they cannot be had. gpu/test_quantization.py runs them."""
 
 import importlib.util
 import sys
