@@ -44,7 +44,7 @@ class TrainedPartModule(LightningModule):
         checkpoint_activations(self, self.training_options.activation_checkpointing)
         if self.training_options.compile:
             self.compile_parts()
-        bf16 = self.trainer.precision == "bf16-mixed"
+        bf16 = self._trainer is not None and self._trainer.precision == "bf16-mixed"  # the planner has no Trainer
         if self.device_mesh is not None:
             shard(self, self.units(), shard_mesh(self.device_mesh), bf16=bf16)
         elif bf16:
