@@ -1,6 +1,7 @@
 """The bench compares like with like, and writes what it says. Nothing here is timed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from experiments.benchmarks import loading, timing, training_step, whole_subject
 from experiments.benchmarks.discs import disc
 from experiments.benchmarks.guided_step import Setting
 from moma_lightning.models.mask_estimation import estimate_mask
+from moma_lightning.plan.stages import read_experiment
 from moma_lightning.segmentation import SamConfig, build_sam
 from tests.tiny import tiny_unet
 
@@ -103,7 +105,8 @@ def test_the_loaders_bare_side_gives_as_many_samples(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The mini world's shapes where the bench has the paper's, on the CPU."""
+    """The mini world's shapes where the bench has the paper's, two pictures at once, on the CPU."""
+    monkeypatch.setattr(training_step, "read_experiment", lambda path: replace(read_experiment(path), batch_size=2))
     for part in (training_step, whole_subject):
         monkeypatch.setattr(part, "SD15", Path("experiments/mini"))
     monkeypatch.setattr(whole_subject, "sam_model_registry", {"vit_h": lambda: build_sam(SamConfig())})
