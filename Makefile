@@ -16,6 +16,8 @@ MAKEFLAGS += --no-print-directory
 
 INSTALLED := .venv/.installed
 RUN := .venv/bin/python -m
+# The sweeps' own YAMLs name mini's.
+SWEPT = $(if $(filter-out mini,$(EXP)),--config=experiments/$(EXP)/eval.yaml)
 STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter style views
@@ -81,10 +83,10 @@ ablate: $(INSTALLED) ## one further axis: AXIS=experiments/ablations/steps.yaml,
 	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config $(AXIS) $(ARGS)
 
 sweep-beta: $(INSTALLED) ## a wandb sweep over beta; without a key its grid runs here, offline
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/beta.yaml $(ARGS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/beta.yaml $(SWEPT) $(ARGS)
 
 sweep-masking: $(INSTALLED) ## the same over the strength of the masks
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/masking.yaml $(ARGS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/masking.yaml $(SWEPT) $(ARGS)
 
 seeds: $(INSTALLED) ## the recipe under three training seeds, every prompt, pooled: runs/EXP/seeds/table.md
 	$(RUN) experiments.seeds --exp $(EXP) $(ARGS)
@@ -100,7 +102,7 @@ lint: $(INSTALLED) ## ruff, mypy and the rules of what may import what
 bench: $(INSTALLED) ## how long the parts take, as ratios to known things (docs/performance.md), into runs/bench.json
 	$(RUN) experiments.bench $(ARGS)
 
-mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about 3 hours on 2 cores; goes on where it stopped)
+mini-foundation: $(INSTALLED) ## train the shipped mini base models again (about 4 hours on 2 cores; goes on where it stopped)
 	@for part in $(FOUNDATION); do echo "== $$part"; case $$part in \
 		unet) for round in "" "--second-round --steps 9000 --lr 1e-3"; do \
 			OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node $(JOBS) -m experiments.mini.recipe.unet $$round $(ARGS); done ;; \

@@ -81,7 +81,7 @@ class Protocol:
     dinov3: DinoConfig = DINOV3
     siglip2: SiglipConfig = field(default_factory=SiglipConfig)
     dreamsim: DreamsimConfig = field(default_factory=DreamsimConfig)
-    segmenter: str = "sam_vit_h_4b8939.pth"
+    segmenter: str = "ybelkada/segment-anything@7790786db131bcdc639f24a915d9f2c331d843ee/checkpoints/sam_vit_h_4b8939.pth"
     mask_background: Literal["white", "grey"] = "white"
     sampler: Sampler = field(default_factory=Sampler)
 

@@ -38,10 +38,10 @@ def save(path: Path, entries: dict[str, dict]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="with the paper's models at their own size on a CPU too: minutes a pair, 30 GB")
+    parser.add_argument("--full", action="store_true", help="the paper's models at their own size on a CPU too: minutes a pair, up to 35 GB, stage 1 60")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)

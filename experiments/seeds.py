@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, each on its share of the cores")
     parser.add_argument("--only-train", action="store_true")
     args, fit = parser.parse_known_args(arguments)
+    if not args.only_train and not Path(f"experiments/{args.exp}/seeds.yaml").is_file():
+        parser.error(f"experiments/{args.exp}/seeds.yaml, by which the seeds are evaluated, is missing: write one as mini's, or give --only-train")
     threads = max(1, (os.cpu_count() or 1) // args.at_once) if args.at_once > 1 else None
     with ThreadPoolExecutor(args.at_once) as workers:
         list(workers.map(lambda seed: train(args.exp, seed, threads, fit), args.seeds))

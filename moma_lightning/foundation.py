@@ -42,7 +42,8 @@ class FoundationConfig:
     image_encoder: CLIP vision tower of the image embeddings. mllm: multimodal LLM of a family in docs/mllms.md. ip_adapter: start of the
     context attention.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
-    trains it in float32. mllm_quantization: language model in 8 or 4 bits, frozen (stage 1 then trains LoRA alone); needs a CUDA GPU.
+    trains it in float32. (With `precision: bf16-mixed` whatever is frozen is in bfloat16.) mllm_quantization: language model in 8 or 4
+    bits, frozen (stage 1 then trains LoRA alone); needs a CUDA GPU.
     """
 
     base: str = f"{MINI}/base"

@@ -47,6 +47,8 @@ class CacheMaker(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.made_by = self.stage.cache_identity()
+        if self.trainer.precision == "bf16-mixed":
+            self.stage.hold_frozen()  # as training does
 
     def predict_dataloader(self) -> DataLoader:
         """Numbers of the shards; every `world_size`-th is this process's."""

@@ -31,7 +31,8 @@ source experiments/cluster/nccl.sh
 
 experiment=$1 stage=$2
 shift 2
-command=(srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m moma_lightning fit
+# srun takes a task's processors from sbatch no longer (SLURM 22.05 and later): without them the loading workers would share one.
+command=(srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-8}" "${PYTHON:-.venv/bin/python}" -m moma_lightning fit
     --config "experiments/$experiment/$stage.yaml"
     --trainer.devices "${SLURM_NTASKS_PER_NODE:-8}" --trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}"
     --trainer.enable_progress_bar false "$@")

@@ -70,8 +70,10 @@ class MaskPyramid:
         """Weights in [0, 1] for the layer with `sequence_length` positions."""
         level = sequence_length, dtype
         if level not in self._levels:
+            if dtype != torch.float32:
+                return self._levels.setdefault(level, self.weight(sequence_length).to(dtype))
             size = layer_size(sequence_length, *self.latent_size)
-            self._levels[level] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength).to(dtype)
+            self._levels[level] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength)
         return self._levels[level]
 
     def kept(self, sequence_length: int) -> tuple[Int[Tensor, "batch kept"], Float[Tensor, "batch kept"]]:

@@ -48,8 +48,12 @@ class TrainedPartModule(LightningModule):
         if self.device_mesh is not None:
             shard(self, self.units(), shard_mesh(self.device_mesh), bf16=bf16)
         elif bf16:
-            kept = {id(tensor) for tensor in self.kept().values()}
-            hold_in_bfloat16(p for unit in self.units() for p in unit.parameters() if id(p) not in kept)
+            self.hold_frozen()
+
+    def hold_frozen(self) -> None:
+        """Convert the units' frozen parameters to bfloat16, but for those that a checkpoint keeps. They stay so: build the stage anew for float32."""
+        kept = {id(tensor) for tensor in self.kept().values()}
+        hold_in_bfloat16(p for unit in self.units() for p in unit.parameters() if id(p) not in kept)
 
     def features(self, batch: TripletBatch) -> dict[str, Tensor]:
         """What the frozen models make of a batch, [batch, ...] each, for a cache (`datamodules/caches`)."""

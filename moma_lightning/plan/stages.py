@@ -89,7 +89,7 @@ def _build(experiment: Experiment) -> TrainedPartModule:
         module = unloaded(Stage1, optimizer, experiment.training)
         module.edits = EditConfig(**options["edits"])
         trained = architectures.build_decoder(foundation, DecoderConfig.from_dict(options["decoder"]), encoder.embed_dim)
-        module.assemble(encoder, trained, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None)
+        module.assemble(encoder, trained, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None, options["loss"])
         return module
     config, base, decoder = Stage2Config(**options["stage2"]), architectures.build_base(foundation), None
     if config.context == "decoder":

@@ -1,4 +1,4 @@
-"""How a stage is trained, apart from what is trained: memory against time. Nothing here changes the result."""
+"""How a stage is trained, apart from what is trained: memory against time, and the types of what is frozen."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -132,4 +132,4 @@ def test_a_subject_at_once_draws_the_pictures_of_one_by_one(small):
     torch.manual_seed(0)
     one, both = (run() for run in whole_subject.true_size(small))
     assert one.shape == both.shape == (4, 64, 64, 3)
-    assert abs(one - both).max() < 2e-2
+    assert abs(one - both).max() < 1e-4  # other prompts differ by .005

@@ -48,8 +48,9 @@ def test_torchrun_starts_as_many_processes_as_lightning_is_told(nodes, gpus):
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8)])
 def test_slurm_starts_a_task_for_each_gpu(nodes, gpus):
-    command = command_of("slurm.sh", "mini", "stage1", SLURM_NTASKS_PER_NODE=str(gpus), SLURM_JOB_NUM_NODES=str(nodes))
+    command = command_of("slurm.sh", "mini", "stage1", SLURM_NTASKS_PER_NODE=str(gpus), SLURM_JOB_NUM_NODES=str(nodes), SLURM_CPUS_PER_TASK="12")
     options = dict(itertools.pairwise(command))
+    assert options["--cpus-per-task"] == "12"
     assert command[0] == "srun" and (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
 
 

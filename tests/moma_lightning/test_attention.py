@@ -117,6 +117,17 @@ def test_a_subject_a_row_under_differing_masks():
     torch.testing.assert_close(run(attn, x, subject(key_value, mask, mask)), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_the_sum_is_in_place_only_without_gradients():
+    attn, x, mask = self_attention(), torch.randn(2, 24, CHANNELS), named_masks(["some", "one"])
+    query = attention.split_heads(attn.to_q(x), HEADS)
+    with torch.no_grad():
+        output = torch.randn(2, 24, CHANNELS)
+        before, given = output.clone(), subject(reference(), mask, mask)
+        kept = attention.add_subject_attention(before, given, 4, query, HEADS)
+    added = attention.add_subject_attention(output, given, 4, query, HEADS)
+    assert torch.equal(added, kept) and torch.equal(before, kept) and not torch.equal(output, kept)
+
+
 def test_gradients_are_those_of_the_plain_formula():
     attn, x, mask = self_attention(), torch.randn(4, 24, CHANNELS), named_masks(["some", "empty", "full", "one"])
     grads, direction = [], torch.randn(4, 24, CHANNELS)

@@ -209,13 +209,15 @@ def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):
     for precision in ("32-true", "bf16-mixed"):
         module = build()
         module.grid = GridConfig(pictures=1, num_inference_steps=2)
+        for layer in module.adapter.subject.values():
+            torch.nn.init.constant_(layer.lambda_, 0.5)
         module.on_train_batch_end = lambda outputs, *_: losses.append(outputs["loss"].item())
         torch.manual_seed(0)
         trainer(tmp_path / precision, 1, precision=precision, limit_val_batches=1).fit(module, loader(0), loader(1))
         assert (tmp_path / precision / "pictures/step-000001.png").exists()
     frozen, trained = {p.dtype for p in module.unet.parameters()}, {p.dtype for p in module.adapter.parameters()}
     assert frozen == {torch.bfloat16} and trained == {torch.float32}
-    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[0] != losses[1]
 
 
 def test_the_older_sharding_is_refused(build):

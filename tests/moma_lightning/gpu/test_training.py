@@ -48,7 +48,13 @@ def test_a_compiled_unet_loses_the_same():
     command = [sys.executable, "-m", "experiments.gpu_step", "--stage", "experiments/mini/stage2.yaml", "--steps", "5"]
     options = [["auto"], ["auto", "--compile", "true"], ["sharded", "--compile", "true"]]
     started = [subprocess.Popen([*command, "--strategy", *given], stdout=subprocess.PIPE, text=True) for given in options]
-    told = [re.search(r"loss ([0-9.]+) to ([0-9.]+)", process.communicate(timeout=500)[0]).groups() for process in started]
+    try:
+        told = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()  # one that is compiling does not end on SIGTERM
+    assert [process.returncode for process in started] == [0, 0, 0]
+    told = [re.search(r"loss ([0-9.]+) to ([0-9.]+)", text).groups() for text in told]
     plain, *compiled = [[float(loss) for loss in losses] for losses in told]
     assert compiled == [pytest.approx(plain, rel=5e-3)] * 2
 

@@ -12,7 +12,7 @@ from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.lora import LoraOptions
-from moma_lightning.modules.stage1 import Stage1
+from moma_lightning.modules.stage1 import EditConfig, Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.plan import architectures
@@ -31,7 +31,7 @@ def experiment(
     stage: type, foundation: FoundationConfig, batch_size: int = 2, image_size: int = 32, decoder: DecoderConfig = DecoderConfig(), **training  # noqa: B008
 ) -> Experiment:  # fmt: skip
     options = {"foundation": asdict(foundation), "optimizer": asdict(OptimizerConfig()), "training": asdict(TrainingOptions(**training)),
-               "decoder": asdict(decoder), "clip": None, "stage2": asdict(Stage2Config())}  # fmt: skip
+               "decoder": asdict(decoder), "clip": None, "loss": "mse", "edits": asdict(EditConfig()), "stage2": asdict(Stage2Config())}  # fmt: skip
     return Experiment(stage, options, batch_size, image_size, 100, 1, False)
 
 

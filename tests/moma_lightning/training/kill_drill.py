@@ -120,7 +120,11 @@ def interrupt(process: "Forked | subprocess.Popen[bytes]", run: Path, number: in
     begun = time.monotonic()
     if kind == signal.SIGTERM:
         os.kill(process.pid, kind)
-        assert process.wait(IN_TIME) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
+        try:
+            assert process.wait(IN_TIME) in (143, 0), f"exit code {process.returncode} after SIGTERM: see {run.with_suffix('.log')}"
+        except (TimeoutError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     else:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
