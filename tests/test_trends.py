@@ -82,7 +82,7 @@ def broken(monkeypatch):
         "subject": subject,
         "baseline": subject,
         "context": (attention, "context_attention", lambda context, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
-        "masking": (MaskPyramid, "weight", lambda self, sequence_length: torch.ones(len(self.mask), sequence_length)),
+        "masking": (MaskPyramid, "weight", lambda self, sequence_length, dtype=torch.float32: torch.ones(len(self.mask), sequence_length, dtype=dtype)),
         "mllm": (MoMAPipeline, "_embed", lambda self, subject, prompts: self.clip(subject.pixels)),
     }
     return lambda name: monkeypatch.setattr(*parts[name])
