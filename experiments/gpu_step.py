@@ -47,7 +47,7 @@ class Clock(Callback):
 
 def main(
     stage: Path, steps: int = 13, strategy: Literal["auto", "sharded"] = "sharded", batch_size: int | None = None,
-    activation_checkpointing: Checkpointing | None = None, compile: bool = False,
+    activation_checkpointing: Checkpointing | None = None, compile: bool | None = None,
 ) -> None:  # fmt: skip
     """Train some steps; print seconds a step, samples a second, peak memory and losses.
 
@@ -57,14 +57,14 @@ def main(
         strategy: FSDP2 on the one GPU, as the YAMLs ask for, or no strategy.
         batch_size: In place of the YAML's.
         activation_checkpointing: In place of the YAML's.
-        compile: Compile stage 2's UNet.
+        compile: Compile stage 2's UNet, in place of the YAML's.
     """
     if steps <= WARM_UP:
         raise ValueError(f"steps {steps}: the first {WARM_UP} do not count, take more")
     experiment = read_experiment(stage)
-    experiment = replace(experiment, batch_size=batch_size or experiment.batch_size).with_checkpointing(
-        activation_checkpointing or experiment.training.activation_checkpointing)  # fmt: skip
-    experiment.model["training"]["compile"] = compile
+    asked = {"activation_checkpointing": activation_checkpointing, "compile": compile}
+    training = experiment.model["training"] | {name: value for name, value in asked.items() if value is not None}
+    experiment = replace(experiment, batch_size=batch_size or experiment.batch_size, model=experiment.model | {"training": training})
     torch.manual_seed(0)
     device, clock = torch.device("cuda"), Clock()
     module = random_stage(experiment, device)
@@ -76,7 +76,7 @@ def main(
         trainer.fit(module, loader)
     middle = statistics.median(clock.seconds)
     print(f"{stage}: {experiment.batch_size} x {experiment.image_size} px, {strategy}, {experiment.training.activation_checkpointing}, "
-          f"{'compiled, ' if compile else ''}{torch.cuda.get_device_name()}, torch {torch.__version__}: "
+          f"{'compiled, ' if experiment.training.compile else ''}{torch.cuda.get_device_name()}, torch {torch.__version__}: "
           f"{middle:.3f} s a step [{min(clock.seconds):.3f}, {max(clock.seconds):.3f}] of {len(clock.seconds)}, "
           f"{experiment.batch_size / middle:.1f} samples/s; peak {clock.peak / 1e9:.2f} GB; loss {clock.losses[0]:.4f} to {clock.losses[-1]:.4f}", flush=True)
 

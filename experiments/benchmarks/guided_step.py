@@ -59,7 +59,7 @@ class Setting:
     @torch.no_grad()
     def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device, pictures: int = 1):
         there, rows = {"device": device, "dtype": dtype_of(device)}, 2 * pictures
-        self.unet, self.device, self.latents = unet.to(**there), device, torch.randn(rows, unet.config.in_channels, latents, latents, **there)
+        self.unet, self.latents = unet.to(**there), torch.randn(rows, unet.config.in_channels, latents, latents, **there)
         self.text = torch.randn(rows, 77, unet.config.cross_attention_dim, **there)
         self.mask = disc(share, latents).to(device)
         self.adapter = random_adapter(unet).to(**there)

@@ -70,11 +70,12 @@ class MaskPyramid:
         """Weights in [0, 1] for the layer with `sequence_length` positions."""
         level = sequence_length, dtype
         if level not in self._levels:
-            if dtype != torch.float32:
-                return self._levels.setdefault(level, self.weight(sequence_length).to(dtype))
-            size = layer_size(sequence_length, *self.latent_size)
-            self._levels[level] = mask_weight(resize_mask(self.mask, size).flatten(1), self.strength)
+            self._levels[level] = self._resized(sequence_length) if dtype == torch.float32 else self.weight(sequence_length).to(dtype)
         return self._levels[level]
+
+    def _resized(self, sequence_length: int) -> Float[Tensor, "batch positions"]:
+        size = layer_size(sequence_length, *self.latent_size)
+        return mask_weight(resize_mask(self.mask, size).flatten(1), self.strength)
 
     def kept(self, sequence_length: int) -> tuple[Int[Tensor, "batch kept"], Float[Tensor, "batch kept"]]:
         """`kept_positions` of the layer with `sequence_length` positions, and their weights."""

@@ -57,7 +57,6 @@ def drawn():
     """The shipped mini MoMA's pictures and masks of one held-out subject, by device and type."""
     picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, "cat"))
     image = Image.fromarray(render([picture])[0][0])
-
     latents = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def draw(device: str, dtype: str = "float32"):
