@@ -17,8 +17,13 @@ TEXT_DIM_2, POOLED_DIM = 24, 20
 
 
 @lru_cache
+def _tokenizer() -> CLIPTokenizer:
+    return build_tokenizer()  # its merges of equal count come in another order each time
+
+
 def tiny_tokenizer() -> CLIPTokenizer:
-    return build_tokenizer()
+    """A copy for each model: textual inversion adds words to its model's tokenizer."""
+    return copy.deepcopy(_tokenizer())
 
 
 def tiny_unet(channels: tuple[int, ...] = (16, 32), heads: int = 4) -> UNet2DConditionModel:
@@ -76,7 +81,7 @@ def tiny_text_encoder_2(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection
 
 def tiny_sdxl_base(seed: int = 0, force_zeros_for_empty_prompt: bool = True) -> Base:
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = tiny_tokenizer(), copy.deepcopy(tiny_tokenizer())
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
     tokenizer_2.pad_token = "!"  # as SDXL's own
     unet = tiny_sdxl_unet()
     install_processors(unet)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from datamodules.mini import world
 from datamodules.mini.render import render
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
+from moma_lightning.pipeline import MoMAPipeline
 
 
 @pytest.fixture
@@ -44,6 +46,16 @@ def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):
     alone, first = (json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab")
     assert [alone["adapter"], alone["decoder"]] == [None, None] and first["adapter"] == str(FoundationConfig().ip_adapter)
     assert alone["foundation"] == first["foundation"] == asdict(FoundationConfig())
+
+
+def test_each_sampler_option_reaches_the_sampler_and_the_record(cat, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(MoMAPipeline, "__call__", lambda pipe, *_, **options: given.update(options) or SimpleNamespace(images=[Image.new("RGB", (64, 64))]))
+    options = {"beta": 0.5, "mask_strength": 0.25, "guide_subject": True, "guidance_scale": 2.5}
+    texts = [text for name, value in options.items() for text in (f"--{name}", json.dumps(value))]
+    generate(tmp_path / "out", ["a cat on the beach"], "--image", cat, "--label", "cat", *texts)
+    written = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert {name: given[name] for name in options} == {name: written[name] for name in options} == options
 
 
 @pytest.mark.parametrize("options, message", [
