@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moma_lightning.quantization import require_bitsandbytes
+from moma_lightning.training.sharding import Piece, piece, whole_shape
 
 
 @dataclass
@@ -57,7 +58,7 @@ def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfi
 
 def adamw8bit(trained: list[tuple[str, nn.Parameter]]) -> type[torch.optim.Optimizer]:
     require_bitsandbytes("optimizer.kind adamw8bit")
-    if any(isinstance(parameter, DTensor) for _, parameter in trained):
+    if any(isinstance(piece(parameter, parameter), DTensor | Piece) for _, parameter in trained):
         raise ValueError("optimizer.kind adamw8bit does not know sharded parameters: train with --trainer.strategy ddp, or with kind adamw")
     from bitsandbytes.optim import AdamW8bit
 
@@ -72,7 +73,7 @@ def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerC
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained:
         factor = next((f for pattern, f in config.lr_multipliers.items() if re.search(pattern, name)), 1.0)
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        decay = config.weight_decay if len(whole_shape(parameter)) > 1 else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     return [{"params": p, "lr": config.lr * factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
 

@@ -1,7 +1,7 @@
 """What both stages share: checkpoints that hold trained parameters only, and the optimizer."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -12,8 +12,8 @@ from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations, hold_in_bfloat16
-from moma_lightning.training.sharding import shard
-from moma_lightning.training.strategy import shard_mesh
+from moma_lightning.training.sharding import plain_name, shard, whole_like
+from moma_lightning.training.strategy import FlatShardedStrategy, shard_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,9 @@ class TrainedPartModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses a strategy that was never seen to save what is trained, and, by name, cached shards that other models or options have made."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError("trainer.strategy: Lightning's FSDPStrategy (FSDP1) is not supported; `sharded` is FSDP2, `ddp` holds the models whole")
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FlatShardedStrategy):
+            raise ValueError("trainer.strategy: Lightning's own FSDPStrategy would gather the frozen models to save; `fsdp` is it with what these stages need")
         made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
         own = self.cache_identity() if made_by else {}
         for path, other in made_by.items():
@@ -81,6 +82,19 @@ class TrainedPartModule(LightningModule):
     def compile_parts(self) -> None:
         raise ValueError(f"training.compile: {type(self).__name__} has no part that was seen to compile; set it to false")
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """By the names that they have without a strategy's wrappers."""
+        return ((plain_name(name), parameter) for name, parameter in super().named_parameters(*args, **kwargs))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning refuses the norm under FSDP1, whose own method is what knows it."""
+        if isinstance(self.trainer.strategy, FlatShardedStrategy) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self.trainer.model.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -90,7 +104,7 @@ class TrainedPartModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         source = self._trainer.ckpt_path if self._trainer is not None and self._trainer.ckpt_path else "the checkpoint"
-        logger.info("%s", check_fit(str(source), checkpoint["state_dict"], self.kept()))
+        logger.info("%s", check_fit(str(source), checkpoint["state_dict"], whole_like(self.kept())))
 
     def configure_optimizers(self) -> Any:
         return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)

@@ -18,7 +18,7 @@ from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule, stated
 from moma_lightning.training.options import TrainingOptions, blocks_of
-from moma_lightning.training.sharding import whole_parameters
+from moma_lightning.training.sharding import plain_name, whole_parameters
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.
 BASELINES = {
@@ -168,7 +168,7 @@ class Stage1(TrainedPartModule):
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module: the decoder's own parameters and the running mean of the targets."""
-        own: dict[str, Tensor] = {f"decoder.{name}": p for name, p in self.decoder.own_parameters().items()}
+        own: dict[str, Tensor] = {f"decoder.{plain_name(name)}": p for name, p in self.decoder.own_parameters().items()}
         return own | {"target_sum": self.target_sum, "target_count": self.target_count}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ class StopOnNonFinite(Callback):
         self._look_now(trainer)
         kept = getattr(pl_module, "kept", pl_module.state_dict)()  # frozen weights are left out of the checkpoint after this
         for name, tensor in checkpoint["state_dict"].items():
-            if name in kept and tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
+            if name in kept and local(tensor).is_floating_point() and not torch.isfinite(local(tensor)).all():
                 self._stop(trainer, f"{name} is not finite", self.samples, trainer.global_step)
 
     def _look_now(self, trainer: Trainer) -> None:

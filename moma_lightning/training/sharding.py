@@ -1,15 +1,18 @@
-"""Fully sharded training (FSDP2): which modules are gathered together, and whole tensors out of shards and back."""
+"""Fully sharded training: which modules FSDP2 gathers together, and whole tensors out of FSDP2's and FSDP1's shards and back."""
 
 import io
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -40,38 +43,104 @@ def shard(stage: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, *, bf1
         register_fsdp_forward_method(stage, name)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which part of a parameter each rank holds between passes under FSDP1: rank r the flattened one's [bounds[r], bounds[r + 1])."""
+
+    shape: torch.Size
+    bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of what is laid out as a parameter: FSDP1's are plain tensors, which tell nothing of the whole."""
+
+    tensor: Tensor
+    layout: Layout
+
+    def full_tensor(self) -> Tensor:
+        """[*layout.shape]. Every rank must call it."""
+        counts = [end - start for start, end in itertools.pairwise(self.layout.bounds)]
+        mine = self.tensor.new_zeros(max(counts))
+        mine[: self.tensor.numel()] = self.tensor.flatten()
+        parts = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(parts, mine)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).view(self.layout.shape)
+
+
+def note_layouts(parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:
+    """Let each parameter that FSDP1 has just flattened tell its `Layout`; `shapes` are those of before. Every rank must call it."""
+    held = [p.numel() for p in parameters.values()]
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, held)
+    for (name, parameter), of_ranks in zip(parameters.items(), zip(*counts, strict=True), strict=True):
+        parameter.flattened = Layout(shapes[name], (0, *itertools.accumulate(of_ranks)))  # type: ignore[attr-defined]
+
+
+def piece(tensor: Tensor, parameter: Tensor) -> Tensor | Piece:
+    """What is laid out as `parameter` is, as a `Piece` where FSDP1 has flattened that."""
+    layout = getattr(parameter, "flattened", None)
+    return tensor if layout is None else Piece(tensor, layout)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    return getattr(parameter, "flattened", parameter).shape
+
+
+def whole_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same names with tensors of whole parameters' shapes and types; of those that FSDP1 has flattened, without content."""
+    return {name: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") if hasattr(t, "flattened") else t for name, t in tensors.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the modules that FSDP1 puts around others."""
+    return name.replace(f"{FSDP_WRAPPED_MODULE}.", "")
+
+
 def whole(tree: Any) -> Any:
     """The same nested dicts and lists with every sharded tensor gathered on rank 0's CPU, and empty elsewhere. Every rank must call it."""
-    return pytree.tree_map_only(DTensor, _gather, tree)
+    return pytree.tree_map_only((DTensor, Piece), _gather, tree)
 
 
-def _gather(tensor: DTensor) -> Tensor:
+def _gather(tensor: DTensor | Piece) -> Tensor:
     gathered = tensor.full_tensor()
     return gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
 
 
 @contextmanager
 def whole_parameters(module: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Inside, rank 0's module holds those parameters whole, on the CPU, to be written. Every rank must enter it."""
+    """Inside, rank 0's module holds those parameters whole, on the CPU, and by their plain names, to be written. Every rank must enter it."""
+    wrapped = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children() if isinstance(child, FullyShardedDataParallel)]
     owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     before = [owner._parameters[name] for owner, name in owners]
     try:
         for (owner, name), parameter in zip(owners, before, strict=True):
-            if isinstance(parameter, DTensor):
-                owner._parameters[name] = nn.Parameter(_gather(parameter.detach()), parameter.requires_grad)
+            part = piece(parameter.detach(), parameter)
+            if isinstance(part, DTensor | Piece):
+                owner._parameters[name] = nn.Parameter(_gather(part), parameter.requires_grad)
+        for parent, name, child in wrapped:
+            parent._modules[name] = child.module
         yield
     finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
         for (owner, name), parameter in zip(owners, before, strict=True):
             owner._parameters[name] = parameter
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor | Piece) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
+    if isinstance(tensor, Piece):
+        return tensor.tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor that every rank has, laid out as `like`; what is sharded already, or no parameter's size, stays."""
+    layout = getattr(like, "flattened", None)
+    if layout is not None and tensor.shape == layout.shape:
+        start, end = layout.bounds[dist.get_rank() :][:2]
+        return tensor.flatten()[start:end].view(like.shape).to(like.device)
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

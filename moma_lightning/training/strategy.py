@@ -1,18 +1,24 @@
-"""The strategy of sharded training, on GPUs (NCCL) and, for tests, on CPUs (gloo)."""
+"""The strategies of sharded training, on GPUs (NCCL) and, for tests, on CPUs (gloo)."""
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.wrap import CustomPolicy
 
 from moma_lightning.models.trained_weights import check_fit
+from moma_lightning.quantization import refuse_quantized
 from moma_lightning.training import checkpoint_folder
 from moma_lightning.training.checkpoint_io import naming
-from moma_lightning.training.sharding import shard_optimizer_state, shard_state, whole
+from moma_lightning.training.options import blocks_of
+from moma_lightning.training.sharding import note_layouts, piece, shard_optimizer_state, shard_state, whole
 
 #: The parts of a checkpoint that hold tensors; everything else is small and the same on every rank.
 TENSORS = ("state_dict", "optimizer_states", "ema")
@@ -100,6 +106,95 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
 
 
+class FlatShardedStrategy(FSDPStrategy):
+    """Lightning's FSDPStrategy (FSDP1) for these stages; `--trainer.strategy fsdp`. `sharded` (FSDP2) holds less and saves faster.
+
+    Only what is trained is sharded, in one flat tensor for each trained block and one for the rest; each rank holds the frozen
+    models whole, since FSDP1 would gather them to save what is trained. All is gathered in float32, and checkpoints are one
+    file, the same that every other strategy writes and reads.
+
+    sharding_strategy: "FULL_SHARD" alone; ValueError for others.
+    """
+
+    def __init__(self, sharding_strategy: str = "FULL_SHARD", **kwargs: Any):
+        if sharding_strategy != "FULL_SHARD":
+            raise ValueError(f"sharding_strategy {sharding_strategy!r}: the strategy fsdp knows FULL_SHARD alone; `sharded` has copies of a node (shard_size)")
+        mixed_precision = MixedPrecision(reduce_dtype=torch.float32)  # Lightning's own would reduce gradients in bfloat16
+        super().__init__(sharding_strategy=sharding_strategy, mixed_precision=mixed_precision, **kwargs)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        module = self.lightning_module
+        refuse_quantized(module.named_parameters(), "it cannot be sharded; use --trainer.strategy ddp")
+        shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        for tensor in (*frozen, *module.buffers()):  # what FSDP1 leaves alone
+            tensor.data = tensor.data.to(self.root_device)
+        blocks = {block for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())}
+        wrapped = FullyShardedDataParallel(model, device_id=self.root_device, auto_wrap_policy=CustomPolicy(lambda part: part in blocks), ignored_states=frozen,
+                                           sharding_strategy=self.sharding_strategy, mixed_precision=self.mixed_precision_config, **self.kwargs)
+        note_layouts({name: p for name, p in module.named_parameters() if p.requires_grad}, shapes)
+        self._gather_in(wrapped, "on_validation_epoch_end")
+        return wrapped
+
+    def _gather_in(self, wrapped: nn.Module, name: str) -> None:
+        """Let a hook of the module, which Lightning does not call through FSDP1, see whole what no block holds."""
+        hook = getattr(self.lightning_module, name)
+
+        @wraps(hook)
+        def gathered() -> None:
+            with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
+                hook()
+
+        setattr(self.lightning_module, name, gathered)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """FSDP1 keeps what no block holds whole until the next backward pass: without one it would miss the average's leaving."""
+        output = super().validation_step(*args, **kwargs)
+        if (handle := self.model._handle).uses_sharded_strategy:  # one process holds everything anyway
+            handle.reshard(free_unsharded_flat_param=True)
+        return output
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {name: piece(tensor.detach(), tensor) for name, tensor in self.lightning_module.kept().items()}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Moments as pieces. A rank may hold nothing of a parameter, and has no state for it then: rank 0, which writes, holds some of each flat tensor."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        held = optimizer.state_dict()
+        like: dict[str, Any] = next(iter(held["state"].values()), {})
+        state = {}
+        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            entry = held["state"].get(i) or {key: parameter.detach() if value.ndim else value.clone() for key, value in like.items()}
+            state[i] = {key: piece(value, parameter) if value.ndim else value for key, value in entry.items()}
+        return held | {"state": state}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(filepath))
+        if "ema" in checkpoint:
+            parameters = dict(self.lightning_module.named_parameters())
+            checkpoint["ema"] = {name: piece(average, parameters[name]) for name, average in checkpoint["ema"].items()}
+        checkpoint |= {name: whole(checkpoint[name]) for name in TENSORS if name in checkpoint}
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(Path(self.broadcast(checkpoint_path)), weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        kept = self.lightning_module.kept()
+        for name, part in shard_state(checkpoint["state_dict"], kept).items():
+            kept[name].data.copy_(part)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+
+
 def _like(entry: Any) -> torch.Tensor:
     """A tensor without content, of the shape and dtype that a folder's metadata tells."""
     return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -110,4 +205,5 @@ def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["tensor_parallel"] if mesh["data_parallel"].size() == 1 else mesh
 
 
+StrategyRegistry.register("fsdp", FlatShardedStrategy, "Lightning's FSDPStrategy: what is trained sharded by FSDP1", override=True)
 StrategyRegistry.register("sharded", ShardedStrategy, "FSDP2: parameters, gradients and optimizer state sharded over all ranks")

@@ -220,10 +220,10 @@ def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[0] != losses[1]
 
 
-def test_the_older_sharding_is_refused(build):
+def test_lightnings_own_fsdp_strategy_is_refused(build):
     module = build(context="image_encoder")
     module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
-    with pytest.raises(ValueError, match="`sharded` is FSDP2"):
+    with pytest.raises(ValueError, match="`fsdp` is it with what"):
         module.setup("fit")
 
 

@@ -1,4 +1,4 @@
-"""Both stages on one GPU: the CPU's losses, FSDP2 over NCCL, bfloat16, a compiled UNet, and a run that goes on where it stopped."""
+"""Both stages on one GPU: the CPU's losses, FSDP2 and FSDP1 over NCCL, bfloat16, a compiled UNet, and a run that goes on where it stopped."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ import torch
 
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.random_states import RandomStates
-from moma_lightning.training.strategy import ShardedStrategy
+from moma_lightning.training.strategy import FlatShardedStrategy, ShardedStrategy
 from tests.moma_lightning.training.kill_drill import drill
 from tests.moma_lightning.training.sharded_run import AFTER, STEPS, build, train
 
@@ -30,14 +30,14 @@ def of_cpu(foundation, decoder_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+@pytest.mark.parametrize("strategy", ["auto", "sharded", "fsdp"])
 def test_a_gpu_loses_what_the_cpu_does(foundation, decoder_folder, of_cpu, tmp_path, stage, strategy):
     losses = train(build(stage, foundation, decoder_folder), tmp_path, 1, strategy, accelerator="gpu")
     assert losses == pytest.approx(of_cpu(stage), rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+@pytest.mark.parametrize("strategy", ["auto", "sharded", "fsdp"])
 def test_bfloat16_loses_nearly_the_same(foundation, decoder_folder, of_cpu, tmp_path, stage, strategy):
     losses = train(build(stage, foundation, decoder_folder), tmp_path, 1, strategy, steps=3, accelerator="gpu", precision="bf16-mixed")
     assert losses == pytest.approx(of_cpu(stage)[:3], rel=0.05)
@@ -60,13 +60,14 @@ def test_a_compiled_unet_loses_the_same():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("folder", [False, True])
-def test_a_checkpoint_goes_on_with_the_same_losses(foundation, decoder_folder, tmp_path, stage, folder):
-    """One file and a folder of shards, with the average of the weights and the GPU's random numbers."""
-    path = tmp_path / ("sharded.ckpt" if folder else "full.ckpt")
+@pytest.mark.parametrize("kind", ["full", "sharded", "flat"])
+def test_a_checkpoint_goes_on_with_the_same_losses(foundation, decoder_folder, tmp_path, stage, kind):
+    """One file, a folder of shards and FSDP1's file, with the average of the weights and the GPU's random numbers."""
+    path, folder = tmp_path / f"{kind}.ckpt", kind == "sharded"
 
     def run(**options) -> list[float]:
-        module, strategy = build(stage, foundation, decoder_folder), ShardedStrategy(save_distributed_checkpoint=folder)
+        module = build(stage, foundation, decoder_folder)
+        strategy = FlatShardedStrategy() if kind == "flat" else ShardedStrategy(save_distributed_checkpoint=folder)
         return train(module, tmp_path, 1, strategy, callbacks=[EMA(0.9), RandomStates()], accelerator="gpu", **options)
 
     whole = run(save=[path])

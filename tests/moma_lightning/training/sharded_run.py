@@ -28,7 +28,7 @@ from moma_lightning.training.guards import StopOnNonFinite
 from moma_lightning.training.options import TrainingOptions
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.sharding import local, over_ranks
-from moma_lightning.training.strategy import ShardedStrategy
+from moma_lightning.training.strategy import FlatShardedStrategy, ShardedStrategy
 
 STEPS, AFTER = 20, 3
 
@@ -184,6 +184,21 @@ def in_bf16(module, folder: Path) -> tuple[list[float], dict[str, str]]:
     return losses, dtypes
 
 
+def flat(stage: str, folder: Path, places: dict) -> dict[str, list[float]]:
+    """FSDP1: the same 20 steps, validation and its pictures among them, and the steps after checkpoints of one process and of two."""
+    foundation, decoder, home = FoundationConfig(**places["foundation"]), places["decoder"], folder / stage
+    module = build(stage, foundation, decoder)
+    if stage == "stage2":
+        module.grid = GridConfig(pictures=1, num_inference_steps=2)
+    callbacks = [EMA(0.9), RandomStates(), StopOnNonFinite()]
+    losses = {f"flat-{stage}": train(module, home / "flat", 2, FlatShardedStrategy(), [home / "flat-2.ckpt"], callbacks=callbacks,
+                                     limit_val_batches=1, val_check_interval=5)}  # fmt: skip
+    for name in ("full-1.ckpt", "flat-2.ckpt"):
+        resumed = train(build(stage, foundation, decoder), home / "again", 2, FlatShardedStrategy(), resume=home / name, callbacks=[EMA(0.9)])
+        losses[f"flat-{stage}/{name}"] = resumed
+    return losses
+
+
 def compiled(module, folder: Path) -> list[float]:
     """Three steps of a compiled UNet; backend "eager" leaves the kernels as they are."""
     compile_module = torch.nn.Module.compile
@@ -227,9 +242,14 @@ def main(folder: Path) -> None:
         held = Held()
         results[name] = train(build_variant(name, places), folder / name / "two", 2, ShardedStrategy(), steps=VARIANT_STEPS, callbacks=[held])
         results[f"{name}/held"] = held.bytes
+    for stage in ("stage1", "stage2"):
+        results |= flat(stage, folder, places)
+    results["flat-lora"] = train(build_variant("lora", places), folder / "flat-lora", 2, FlatShardedStrategy(), steps=VARIANT_STEPS)
     results["compiled"] = compiled(build("stage2", foundation, decoder, compile=True), folder / "compiled")
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
     results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
+    module = build("stage2", foundation, decoder)
+    results["flat-accumulated"] = train(module, folder / "flat-accumulated", 2, FlatShardedStrategy(), steps=3, accumulate_grad_batches=2)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         (folder / "results.json").write_text(json.dumps(results))
 

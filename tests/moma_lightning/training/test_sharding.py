@@ -4,17 +4,20 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from moma_lightning.checkpoints import load_adapter
 from moma_lightning.foundation import FoundationConfig
+from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.modules.stage1 import Stage1
-from moma_lightning.modules.stage2 import Stage2
+from moma_lightning.modules.stage2 import GridConfig, Stage2
 from moma_lightning.plan.measure import measure
 from moma_lightning.training.ema import EMA
-from moma_lightning.training.strategy import ShardedStrategy
+from moma_lightning.training.strategy import FlatShardedStrategy, ShardedStrategy
 from tests.forked import codes_of_two, on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
 from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, build, build_variant, train
@@ -42,6 +45,9 @@ def runs(foundation, decoder_folder, places, tmp_path_factory):
     for stage in ("stage1", "stage2"):
         module, save = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"]
         losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9)])
+    module = build("stage2", foundation, decoder_folder)
+    module.grid = GridConfig(pictures=1, num_inference_steps=2)
+    train(module, folder / "stage2/drawn", 1, "auto", callbacks=[EMA(0.9)], limit_val_batches=1, val_check_interval=5)
     for name in VARIANTS:
         losses[f"{name}-alone"] = train(build_variant(name, places), folder / name, 1, "auto", steps=VARIANT_STEPS)
     module = build("stage2", foundation, decoder_folder)
@@ -71,14 +77,55 @@ def test_copies_of_a_node_lose_the_same(runs):
     assert runs[1]["copies"] == pytest.approx(runs[1]["stage2-alone"][:5], abs=1e-5)
 
 
-def test_accumulated_gradients_are_the_same(runs):
-    assert len(runs[1]["accumulated"]) == 6 and runs[1]["accumulated"] == pytest.approx(runs[1]["accumulated-alone"], abs=1e-5)
+@pytest.mark.parametrize("name", ["accumulated", "flat-accumulated"])
+def test_accumulated_gradients_are_the_same(runs, name):
+    assert len(runs[1][name]) == 6 and runs[1][name] == pytest.approx(runs[1]["accumulated-alone"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "lora"])
+def test_fsdp1_loses_what_one_process_does(runs, name):
+    losses, alone = runs[1][f"flat-{name}"], runs[1][f"{name}-alone"]
+    assert len(losses) == len(alone) and losses == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_one_file_holds_the_same_whichever_wrote_it(runs, stage):
+@pytest.mark.parametrize("name", ["full-1.ckpt", "flat-2.ckpt"])
+def test_fsdp1_goes_on_from_one_process_and_from_two(runs, stage, name):
+    assert runs[1][f"flat-{stage}/{name}"] == pytest.approx(runs[1][f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
+
+
+def test_fsdp1_draws_pictures_with_the_whole_adapter(runs):
+    drawn = [sorted((runs[0] / "stage2" / name / "pictures").iterdir()) for name in ("flat", "drawn")]
+    assert [path.name for path in drawn[0]] == [path.name for path in drawn[1]] == [f"step-{step:06d}.png" for step in (5, 10, 15, 20)]
+    for two, one in zip(*drawn, strict=True):
+        apart = np.abs(np.asarray(Image.open(two)).astype(int) - np.asarray(Image.open(one)))
+        assert apart.max() <= 2, two.name
+
+
+def test_fsdp1_goes_on_in_one_process(runs, foundation, decoder_folder, tmp_path, process_group):
+    module, path = build("stage2", foundation, decoder_folder), runs[0] / "stage2/flat-2.ckpt"
+    again = train(module, tmp_path, 1, FlatShardedStrategy(), resume=path, callbacks=[EMA(0.9)], limit_val_batches=1, val_check_interval=1)
+    assert again == pytest.approx(runs[1]["stage2-alone"][HALF : HALF + AFTER], abs=1e-5)
+
+
+def test_fsdp1_reads_as_strictly_as_one_process(runs, foundation, decoder_folder, tmp_path, process_group):
+    checkpoint, name = torch.load(runs[0] / "stage2/flat-2.ckpt", weights_only=True), "adapter.image_proj.norm.weight"
+    checkpoint["state_dict"][name] = checkpoint["state_dict"][name][:-1]
+    torch.save(checkpoint, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=rf"cut\.ckpt does not fit the model:\n  {name}: shape"):
+        train(build("stage2", foundation, decoder_folder), tmp_path, 1, FlatShardedStrategy(), resume=tmp_path / "cut.ckpt")
+
+
+def test_fsdp1_shards_fully_or_not_at_all():
+    with pytest.raises(ValueError, match="knows FULL_SHARD alone"):
+        FlatShardedStrategy("HYBRID_SHARD")
+
+
+@pytest.mark.parametrize("name", ["full-2.ckpt", "flat-2.ckpt"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_one_file_holds_the_same_whichever_wrote_it(runs, stage, name):
     """Trained weights, their average, the sums of stage 1's targets and the optimizer's moments, by the same names and numbers."""
-    one, two = (torch.load(runs[0] / stage / f"full-{ranks}.ckpt", weights_only=True) for ranks in (1, 2))
+    one, two = (torch.load(runs[0] / stage / path, weights_only=True) for path in ("full-1.ckpt", name))
     for part in ("state_dict", "ema"):
         torch.testing.assert_close(two[part], one[part], atol=5e-5, rtol=1e-5)
     moments = [{i: entry["exp_avg"] for i, entry in c["optimizer_states"][0]["state"].items()} for c in (one, two)]
@@ -97,12 +144,20 @@ def test_each_process_draws_noise_of_its_own(runs, stage):
     assert all(a != b for a, b in zip(one, two, strict=True))
 
 
-def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder):
+@pytest.mark.parametrize("run", ["two", "flat"])
+def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder, run):
     module = build("stage2", foundation, decoder_folder)
-    loaded = load_adapter(runs[0] / "stage2/two/adapter", module.unet)
+    loaded = load_adapter(runs[0] / "stage2" / run / "adapter", module.unet)
     average = load_adapter(runs[0] / "stage2/adapter", module.unet)
     # Adam divides by the roots of gradients near zero, so a step's rounding may be a part of lr (1e-3); a shard that is away differs by more.
     torch.testing.assert_close(dict(loaded.named_parameters()), dict(average.named_parameters()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("run", ["two", "flat"])
+def test_the_exported_decoder_is_whole(runs, foundation, run):
+    one, two = (dict(ImageFeatureDecoder.from_pretrained(folder / "image_feature_decoder", foundation).own_parameters())
+                for folder in (runs[0] / "stage1", runs[0] / "stage1" / run))  # fmt: skip
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_is_for_the_frozen_units_and_lambda_stays_in_float32(runs):
@@ -118,10 +173,11 @@ def test_two_processes_go_on_from_every_kind_of_checkpoint(runs, stage, name):
     assert losses[f"{stage}/{name}"] == pytest.approx(losses[f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["full-2.ckpt", "flat-2.ckpt"])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_one_process_goes_on_from_two_processes(runs, foundation, decoder_folder, stage):
+def test_one_process_goes_on_from_two_processes(runs, foundation, decoder_folder, stage, name):
     folder, losses = runs
-    again = train(build(stage, foundation, decoder_folder), folder / "one", 1, "auto", resume=folder / stage / "full-2.ckpt")
+    again = train(build(stage, foundation, decoder_folder), folder / "one", 1, "auto", resume=folder / stage / name)
     assert again == pytest.approx(losses[f"{stage}-alone"][HALF : HALF + AFTER], abs=1e-5)
 
 
