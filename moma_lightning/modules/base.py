@@ -67,7 +67,10 @@ class TrainedPartModule(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Refuses a strategy that was never seen to save what is trained, and, by name, cached shards that other models or options have made."""
+        """Refuses a strategy that saves what is frozen, a precision that small steps vanish in, and, by name, cached shards that other models or options have made."""
+        if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(f"trainer.precision {self.trainer.precision}: the optimizer's small steps vanish in trained weights of 16 bits; "
+                             "use bf16-mixed, which holds what is frozen in bfloat16")  # fmt: skip
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FlatShardedStrategy):
             raise ValueError("trainer.strategy: Lightning's own FSDPStrategy would gather the frozen models to save; `fsdp` is it with what these stages need")

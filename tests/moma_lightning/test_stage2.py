@@ -220,6 +220,12 @@ def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_trained_weights_of_16_bits_are_refused(build, tmp_path, precision):
+    with pytest.raises(ValueError, match=f"trainer.precision {precision}: .* use bf16-mixed"):
+        trainer(tmp_path, 1, precision=precision).fit(build(context="image_encoder"), loader(0))
+
+
 def test_lightnings_own_fsdp_strategy_is_refused(build):
     module = build(context="image_encoder")
     module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
