@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import pandas as pd
+import torch
 
 from datamodules.dreambooth import Subject
 from evaluation.extra_scores import NEEDS_MASKS, Group, Judges, scores_of
@@ -13,7 +14,7 @@ from evaluation.metrics import CachedEncoder, Masker, build_encoders
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress
-from evaluation.stamps import load_picture
+from evaluation.stamps import load_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def scored_rows(plans: list[Planned], real: list[Reference], judges: Judges) -> 
     tasks, protocol = [plan.task for plan in plans], judges.protocol
     group = Group(
         tasks[0].kind,
-        [load_picture(plan.path) for plan in plans],
+        load_pictures([plan.path for plan in plans], torch.get_num_threads()),
         [task.prompt for task in tasks],
         comparison(protocol.comparison, real, tasks[0].reference),
         real[tasks[0].reference],

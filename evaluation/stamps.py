@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,12 @@ def load_picture(path: Path) -> Image.Image:
             return image.copy() if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise OSError(f"{path} is not a whole picture ({error}): restore it, or delete it and generate again") from error
+
+
+def load_pictures(paths: Sequence[Path], threads: int) -> list[Image.Image]:
+    """`load_picture` of each, in order: on a GPU an encoder is done with a picture before one core has decoded it."""
+    with ThreadPoolExecutor(threads, "picture-reader") as pool:
+        return list(pool.map(load_picture, paths))
 
 
 @cache

@@ -11,7 +11,7 @@ from PIL import Image
 
 from evaluation.metrics.cache import CachedEncoder
 from evaluation.metrics.encoders import DinoConfig, DinoEncoder
-from evaluation.stamps import load_picture
+from evaluation.stamps import load_pictures
 from experiments.benchmarks.loading import photograph
 from experiments.benchmarks.timing import Case
 from moma_lightning.foundation import MINI
@@ -26,11 +26,11 @@ def forward_against_scoring(config: DinoConfig, model: torch.nn.Module | None, s
     paths = [Path(folder.name) / f"{i}.png" for i in range(BATCH)]
     for i, path in enumerate(paths):
         photograph(i).crop((0, 0, 768, 768)).resize((size, size), Image.Resampling.BICUBIC).save(path)
-    ready = encoder.preprocess([load_picture(path) for path in paths]).to(device)
+    ready = encoder.preprocess(load_pictures(paths, 1)).to(device)
 
     def scoring(paths: Sequence[Path]) -> None:
         assert folder.name
-        CachedEncoder(encoder).encode_images([load_picture(path) for path in paths])
+        CachedEncoder(encoder).encode_images(load_pictures(paths, torch.get_num_threads()))
 
     return torch.no_grad()(lambda: encoder.model(ready)), lambda: scoring(paths)
 

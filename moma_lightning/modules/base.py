@@ -67,7 +67,7 @@ class TrainedPartModule(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Refuses a strategy that saves what is frozen, a precision that small steps vanish in, and, by name, cached shards that other models or options have made."""
+        """Refuses a precision that small steps vanish in, a strategy that saves what is frozen, and, by name, cached shards made by other models or options."""
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(f"trainer.precision {self.trainer.precision}: the optimizer's small steps vanish in trained weights of 16 bits; "
                              "use bf16-mixed, which holds what is frozen in bfloat16")  # fmt: skip

@@ -3,7 +3,7 @@ import os
 import pytest
 from PIL import Image
 
-from evaluation.stamps import is_current, write_picture
+from evaluation.stamps import is_current, load_pictures, write_picture
 
 
 def test_an_option_that_was_not_there_yet_is_as_one_at_none(tmp_path):
@@ -22,3 +22,14 @@ def test_a_picture_does_not_wait_for_the_disk_and_an_empty_one_does_not_count(tm
     write_picture(tmp_path / "a.png", Image.new("RGB", (4, 4)), {"seed": 3}, {})
     (tmp_path / "a.png").write_bytes(b"")
     assert not is_current(tmp_path / "a.png", {"seed": 3})
+
+
+def test_pictures_are_read_in_order_by_several_threads_and_a_cut_one_is_named(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
+    assert [picture.getpixel((0, 0))[0] for picture in load_pictures(paths, threads=4)] == list(range(20))
+    assert load_pictures([], threads=4) == []
+    paths[7].write_bytes(paths[7].read_bytes()[:40])
+    with pytest.raises(OSError, match="7.png is not a whole picture"):
+        load_pictures(paths, threads=4)
