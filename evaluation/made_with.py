@@ -8,9 +8,10 @@ from typing import Any
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.methods import Method
+from evaluation.metrics.configs import DreamsimConfig, hub_name_of
 from evaluation.protocols import Protocol
 from moma_lightning.digests import content_digest, identity
-from moma_lightning.hub import local_path
+from moma_lightning.hub import cached_commit, local_path
 
 
 def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, Any]:
@@ -48,9 +49,14 @@ def known_identity(path: str | None) -> str | None:
 
 
 def weights_of(protocol: Protocol) -> dict[str, str]:
-    """The judges: the digest of a local folder's files, or the model's name and revision."""
-    models: dict[str, tuple[str, str | None]] = {name: (config.model, config.revision) for name, config in protocol.encoders.items()}
+    """The judges: the digest of a local folder's files, or the hub's name and commit; of a branch, the one that is in the cache."""
+    models = {name: config.model if isinstance(config, DreamsimConfig) or local_path(config.model) else hub_name_of(config)
+              for name, config in protocol.encoders.items()}  # fmt: skip
     if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
-        models["segmenter"] = (protocol.segmenter, None)
-    hub = {name: f"{model}@{revision}" if revision else model for name, (model, revision) in models.items()}
-    return {name: content_digest(found) if (found := local_path(model)) else hub[name] for name, (model, _) in models.items()}
+        models["segmenter"] = protocol.segmenter
+    return {name: content_digest(found) if (found := local_path(model)) else at_commit(model) for name, model in models.items()}
+
+
+def at_commit(model: str) -> str:
+    commit = cached_commit(model) if "/" in model else None  # DreamSim's are names of its package's own
+    return model if commit is None else f"{model} ({commit})"

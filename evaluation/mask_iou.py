@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datamodules.dreambooth import Subject
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_json
 from evaluation.extra_scores import Judges
 from evaluation.figures.sampled import STRENGTHS, Studio, mask_path
 from evaluation.methods import Moma
 from evaluation.metrics import Masker
-from evaluation.plan import Evaluation, Planned
+from evaluation.plan import Evaluation
 from evaluation.stamps import load_picture
 from evaluation.statistics import draws, interval
 from evaluation.tables import markdown, signed_interval, with_interval
@@ -26,12 +25,12 @@ from moma_lightning.models.masks import resize_mask
 
 logger = logging.getLogger(__name__)
 
-#: Pictures a subject: one of each of its first context prompts.
-PROMPTS = 4
-
 
 def run_mask_iou(config: EvalConfig) -> dict[str, Any]:
-    """Write `<run>/ablations/mask_iou.{json,md}`: mean IoU over subjects at each mask strength, paired differences, and how often SAM finds nothing."""
+    """One picture of each of the protocol's context prompts at each mask strength; returns what it writes to `<run>/ablations/mask_iou.{json,md}`.
+
+    That is the mean IoU over subjects, paired differences, and how often SAM finds nothing.
+    """
     evaluation = Evaluation.open(config, config.resolved_device())
     protocol = evaluation.protocol
     judges = Judges(protocol, {}, Masker.from_pretrained(protocol.segmenter, config.eval_folder / "cache", config.resolved_device()))
@@ -51,15 +50,10 @@ def subject_ious(studio: Studio, judges: Judges, strength: float) -> list[list[f
     """IoUs of each subject's pictures."""
     method, found = Moma(mask_strength=strength), []
     for subject in studio.evaluation.subjects:
-        plans = first_plans(studio, f"strength{strength:g}", method, subject)
+        plans = [plan for plan in studio.plans(f"strength{strength:g}", method, subject) if plan.task.kind == "context"]
         studio.make(method, subject, plans, with_masks=True)
         found.append([mask_iou(Image.open(mask_path(plan.path)), judges.mask(load_picture(plan.path))) for plan in plans])
     return found
-
-
-def first_plans(studio: Studio, name: str, method: Moma, subject: Subject) -> list[Planned]:
-    """The subject's first context prompts."""
-    return [plan for plan in studio.plans(name, method, subject) if plan.task.kind == "context"][:PROMPTS]
 
 
 def mask_iou(generated: Image.Image, subject: np.ndarray) -> float:

@@ -46,7 +46,7 @@ def generate(
         decoder: Folder of stage 1 (runs/mini/stage1/image_feature_decoder); null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
         beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 full masking, 0 none.
-        guide_subject: Let guidance amplify the subject too (not the paper's): truer colours; half the beta serves.
+        guide_subject: Let guidance amplify the subject too (not the paper's): truer colours, at a beta of about 0.5.
         prompt_template: What the base model reads; the released code's is "photo of a {label}. {prompt}".
         guidance_scale: Classifier-free guidance.
         num_inference_steps: Denoising steps.

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 REPOSITORY = Path(__file__).parents[1]
 _HUB_NAME = re.compile(r"(?P<repo_id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.-]+)(/(?P<path>.+))?)?")
@@ -88,6 +89,13 @@ def has_file(name: str, file: str) -> bool:
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return False
     return True
+
+
+def cached_commit(name: str) -> str | None:
+    """The commit that a hub name without one means in the cache here; None where it is not there."""
+    hub = hub_name(name)
+    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo_id, repo_type="model") / "refs" / (hub.revision or "main")
+    return reference.read_text().strip() if reference.is_file() else None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The paper's trends on the mini world with the shipped MoMA: a reduced evaluation that fails when one of them goes away.
 
-tests/golden/trends.json keeps what was measured; each trend must stay above half of it, and M_gen's IoU with the subject above .6. After a change
-that is meant to move them `python -m tests.test_trends` writes it anew; say why in the commit. Each is then broken at the part that makes it.
+tests/golden/trends.json keeps what was measured; each trend must stay above half of it, and M_gen's IoU with the subject above .6 and above that
+without masks. After a change that is meant to move them `python -m tests.test_trends` writes it anew; say why in the commit. Each is then broken at
+the part that makes it.
 """
 
 import json
@@ -34,15 +35,17 @@ METHODS: dict[str, Method] = {
     "beta_1": Moma(beta=1.0),
     "mask_0": Moma(beta=1.0, mask_strength=0.0),
     "clip_0": Moma(beta=0.0, context="image"),
+    "textures": Moma(beta=1.0, texture_beta=0.4),
 }
-#: Trend -> metric and the two methods whose means are subtracted (paper: Table 4, Table 1 twice, Table 3, section 5.1).
-TRENDS = {
-    "subject": ("dino", "beta_1", "beta_0"),
-    "baseline": ("dino", "beta_1", "ip_adapter"),
-    "context": ("dino", "beta_0", "text_only"),
-    "masking": ("clip_t_context", "beta_1", "mask_0"),
-    "mllm": ("clip_t_texture", "beta_0", "clip_0"),
-}
+#: Part -> the trends that it makes, by name: metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3, section 5.1).
+PARTS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "subject": {"subject": ("dino", "beta_1", "beta_0"), "subject_clip_i": ("clip_i", "beta_1", "beta_0")},
+    "baseline": {"baseline": ("dino", "beta_1", "ip_adapter")},
+    "context": {"context": ("dino", "beta_0", "text_only"), "ip_adapter": ("dino", "ip_adapter", "text_only"),
+                "ip_adapter_clip_i": ("clip_i", "ip_adapter", "text_only")},
+    "masking": {"masking": ("clip_t_context", "beta_1", "mask_0")},
+    "mllm": {"mllm": ("clip_t_texture", "beta_0", "clip_0"), "textures": ("clip_t_texture", "textures", "ip_adapter")},
+}  # fmt: skip
 
 
 def reduced(run: Path, data: Path, methods: dict[str, Method], contexts: int, textures: int) -> EvalConfig:
@@ -52,14 +55,18 @@ def reduced(run: Path, data: Path, methods: dict[str, Method], contexts: int, te
                       wandb=WandbConfig(enabled=False))  # fmt: skip
 
 
-def trend(name: str, run: Path, data: Path) -> float:
-    """How much the first method of a trend scores above the second."""
-    metric, a, b = TRENDS[name]
-    methods = {method: METHODS[method] for method in (a, b)}
-    config = reduced(run, data, methods, *((0, 3) if metric == "clip_t_texture" else (3, 0)))
+def trends(part: str, run: Path, data: Path) -> dict[str, float]:
+    """How much the first method of each of a part's trends scores above the second."""
+    methods = {method: METHODS[method] for _, *pair in PARTS[part].values() for method in pair}
+    config = reduced(run, data, methods, *((0, 3) if part == "mllm" else (3, 0)))
     generate(config)
     summary = summarise(score(Evaluation.open(config), methods))
-    return summary[a][metric]["mean"] - summary[b][metric]["mean"]
+    return {name: summary[a][metric]["mean"] - summary[b][metric]["mean"] for name, (metric, a, b) in PARTS[part].items()}
+
+
+def those_there(found: dict[str, float]) -> list[str]:
+    golden = json.loads(GOLDEN.read_text())
+    return [name for name, difference in found.items() if difference > golden[name] / 2]
 
 
 @pytest.fixture(scope="module")
@@ -88,34 +95,43 @@ def broken(monkeypatch):
     return lambda name: monkeypatch.setattr(*parts[name])
 
 
-@pytest.mark.parametrize("name", TRENDS)
-def test_the_trend_is_there(name, run, data):
-    assert trend(name, run, data) > json.loads(GOLDEN.read_text())[name] / 2
+@pytest.mark.parametrize("part", PARTS)
+def test_the_trends_are_there(part, run, data):
+    assert those_there(trends(part, run, data)) == list(PARTS[part])
 
 
-@pytest.mark.parametrize("name", TRENDS)
-def test_the_trend_falls_when_its_part_is_broken(name, broken, tmp_path, data):
-    broken(name)
-    assert trend(name, tmp_path, data) < json.loads(GOLDEN.read_text())[name] / 2
+@pytest.mark.parametrize("part", PARTS)
+def test_the_trends_fall_when_their_part_is_broken(part, broken, tmp_path, data):
+    broken(part)
+    assert those_there(trends(part, tmp_path, data)) == []
 
 
-def place(run: Path, data: Path) -> float:
-    """Mean IoU of M_gen(0) with the subject that SAM finds in the picture."""
-    return run_mask_iou(reduced(run, data, {}, 3, 0))["mask 1"]["mean"]
+def places(run: Path, data: Path) -> list[float]:
+    """Mean IoU of M_gen(0) with the subject that SAM finds in the picture, masked fully and not at all."""
+    found = run_mask_iou(reduced(run, data, {}, 3, 0))
+    return [found[strength]["mean"] for strength in ("mask 1", "mask 0")]
 
 
-def test_m_gen_lies_on_the_subject(tmp_path, data):
-    assert place(tmp_path, data) > 0.6
+def test_m_gen_lies_on_the_subject_and_less_so_without_masks(tmp_path, data):
+    masked, unmasked = places(tmp_path, data)
+    assert masked > 0.6 and masked > unmasked + 0.02
+
+
+def test_masking_is_what_keeps_it_there(tmp_path, data, broken):
+    broken("masking")
+    masked, unmasked = places(tmp_path, data)
+    assert masked < unmasked + 0.02
 
 
 def test_m_gen_does_not_lie_there_when_it_is_read_off_another_token(tmp_path, data, monkeypatch):
     monkeypatch.setattr(pipeline, "label_tokens", lambda *given: label_tokens(*given).roll(-2, dims=1))  # the start of the text; other words know of the label
-    assert place(tmp_path, data) < 0.6
+    assert places(tmp_path, data)[0] < 0.6
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         export_dreambooth(Path(folder) / "dreambooth")
-        measured = {name: round(trend(name, Path(folder) / "run", Path(folder) / "dreambooth"), 4) for name in TRENDS}
+        found = [trends(part, Path(folder) / "run", Path(folder) / "dreambooth") for part in PARTS]
+    measured = {name: round(difference, 4) for part in found for name, difference in part.items()}
     GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")
     print(measured)

@@ -22,8 +22,8 @@ class DinoConfig:
     """A timm ViT and how pictures reach it. The defaults are DreamBooth's: ViT-S/16, resize 256 bicubic, centre crop 224.
 
     model: a timm name, a local folder in timm's hub layout, or a hub id. pooling: the CLS token, or the mean of the patch tokens, after
-    the last norm. revision: commit of the hub's `timm/<model>`; None is whatever is there today. It is None because none could
-    be verified where this was written: pin it where the weights are at hand.
+    the last norm. revision: commit of the hub's `timm/<model>`; None, for want of one to cite, is what the cache's main branch is: scores
+    tell which commit that was (`protocol.json`).
     """
 
     model: str = "vit_small_patch16_224.dino"
@@ -102,10 +102,10 @@ def source_of(config: ClipConfig | SiglipConfig) -> dict[str, Any]:
 
 def hub_names(configs: Iterable[EncoderConfig]) -> list[str]:
     """`owner/name@revision` of the encoders that come from the hub; DreamSim's package fetches its own."""
-    names = []
-    for config in configs:
-        if not isinstance(config, DreamsimConfig) and local_path(config.model) is None:
-            owner = "timm/" if isinstance(config, DinoConfig) and "/" not in config.model else ""
-            hub = hub_name(owner + config.model)
-            names.append(str(replace(hub, revision=config.revision or hub.revision or "main")))
-    return names
+    return [hub_name_of(config) for config in configs if not isinstance(config, DreamsimConfig) and local_path(config.model) is None]
+
+
+def hub_name_of(config: DinoConfig | ClipConfig | SiglipConfig) -> str:
+    owner = "timm/" if isinstance(config, DinoConfig) and "/" not in config.model else ""
+    hub = hub_name(owner + config.model)
+    return str(replace(hub, revision=config.revision or hub.revision or "main"))

@@ -1,14 +1,19 @@
 """The strategies of sharded training, on GPUs (NCCL) and, for tests, on CPUs (gloo)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import CustomPolicy
@@ -18,7 +23,7 @@ from moma_lightning.quantization import refuse_quantized
 from moma_lightning.training import checkpoint_folder
 from moma_lightning.training.checkpoint_io import naming
 from moma_lightning.training.options import blocks_of
-from moma_lightning.training.sharding import note_layouts, piece, shard_optimizer_state, shard_state, whole
+from moma_lightning.training.sharding import note_layouts, over_ranks, piece, shard_optimizer_state, shard_state, whole
 
 #: The parts of a checkpoint that hold tensors; everything else is small and the same on every rank.
 TENSORS = ("state_dict", "optimizer_states", "ema")
@@ -107,31 +112,32 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 class FlatShardedStrategy(FSDPStrategy):
-    """Lightning's FSDPStrategy (FSDP1) for these stages; `--trainer.strategy fsdp`. `sharded` (FSDP2) holds less and saves faster.
+    """Lightning's FSDPStrategy (FSDP1) for these stages; `--trainer.strategy fsdp`. `sharded` (FSDP2) holds less.
 
-    Only what is trained is sharded, in one flat tensor for each trained block and one for the rest; each rank holds the frozen
-    models whole, since FSDP1 would gather them to save what is trained. All is gathered in float32, and checkpoints are one
-    file, the same that every other strategy writes and reads.
-
-    sharding_strategy: "FULL_SHARD" alone; ValueError for others.
+    Only what is trained is sharded, in one flat tensor for each block and one for the rest: with frozen parameters in the same one
+    FSDP1 would hold gradients for these too. Each rank holds the frozen models whole. Blocks are gathered in bfloat16 under
+    bf16-mixed, the rest in float32. Checkpoints are one file, the same that every other strategy writes and reads.
     """
 
-    def __init__(self, sharding_strategy: str = "FULL_SHARD", **kwargs: Any):
-        if sharding_strategy != "FULL_SHARD":
-            raise ValueError(f"sharding_strategy {sharding_strategy!r}: the strategy fsdp knows FULL_SHARD alone; `sharded` has copies of a node (shard_size)")
-        mixed_precision = MixedPrecision(reduce_dtype=torch.float32)  # Lightning's own would reduce gradients in bfloat16
-        super().__init__(sharding_strategy=sharding_strategy, mixed_precision=mixed_precision, **kwargs)
+    def __init__(self, timeout: timedelta = default_pg_timeout, process_group_backend: str | None = None):
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         module = self.lightning_module
+        if any(hasattr(p, "flattened") for p in module.parameters()):
+            raise ValueError("strategy fsdp: this stage is sharded already, by an earlier call of the Trainer; build it anew")
         refuse_quantized(module.named_parameters(), "it cannot be sharded; use --trainer.strategy ddp")
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         frozen = [p for p in module.parameters() if not p.requires_grad]
         for tensor in (*frozen, *module.buffers()):  # what FSDP1 leaves alone
             tensor.data = tensor.data.to(self.root_device)
-        blocks = {block for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())}
-        wrapped = FullyShardedDataParallel(model, device_id=self.root_device, auto_wrap_policy=CustomPolicy(lambda part: part in blocks), ignored_states=frozen,
-                                           sharding_strategy=self.sharding_strategy, mixed_precision=self.mixed_precision_config, **self.kwargs)
+        _move_torchmetrics_to_device(module, self.root_device)
+        # Inputs are left to autocast, and gradients reduced in float32, as in `sharding.shard`; Lightning's own would do neither.
+        own, blocks = (MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+                       for dtype in (None, torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None))  # fmt: skip
+        units = {block: {"mixed_precision": blocks} for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())}
+        wrapped = FullyShardedDataParallel(model, device_id=self.root_device, auto_wrap_policy=CustomPolicy(lambda part: units.get(part, False)),
+                                           ignored_states=frozen, mixed_precision=own, use_orig_params=True)  # fmt: skip
         note_layouts({name: p for name, p in module.named_parameters() if p.requires_grad}, shapes)
         self._gather_in(wrapped, "on_validation_epoch_end")
         return wrapped
@@ -147,10 +153,16 @@ class FlatShardedStrategy(FSDPStrategy):
 
         setattr(self.lightning_module, name, gathered)
 
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While gradients are accumulated they are reduced all the same: left for later each rank would hold them whole."""
+        yield
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """FSDP1 keeps what no block holds whole until the next backward pass: without one it would miss the average's leaving."""
         output = super().validation_step(*args, **kwargs)
-        if (handle := self.model._handle).uses_sharded_strategy:  # one process holds everything anyway
+        handle = self.model._handle  # None where blocks hold all that is trained
+        if handle is not None and handle.uses_sharded_strategy:  # one process holds everything anyway
             handle.reshard(free_unsharded_flat_param=True)
         return output
 
@@ -162,15 +174,19 @@ class FlatShardedStrategy(FSDPStrategy):
         return {name: piece(tensor.detach(), tensor) for name, tensor in self.lightning_module.kept().items()}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Moments as pieces. A rank may hold nothing of a parameter, and has no state for it then: rank 0, which writes, holds some of each flat tensor."""
+        """Moments as pieces. Ranks that hold nothing of a parameter never step it, so that what they know of it does not count."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        held = optimizer.state_dict()
-        like: dict[str, Any] = next(iter(held["state"].values()), {})
-        state = {}
-        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            entry = held["state"].get(i) or {key: parameter.detach() if value.ndim else value.clone() for key, value in like.items()}
-            state[i] = {key: piece(value, parameter) if value.ndim else value for key, value in entry.items()}
-        return held | {"state": state}
+        told, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+        held = {i: entry for i, entry in told["state"].items() if parameters[i].numel()}
+        entries: dict[int, dict[str, Any]] = {}
+        for of_rank in over_ranks({i: {key: None if value.ndim else value for key, value in entry.items()} for i, entry in held.items()}):
+            entries |= of_rank
+
+        def moment(i: int, key: str) -> Any:
+            return piece(held[i][key] if i in held else torch.zeros_like(parameters[i]), parameters[i])
+
+        state = {i: {key: moment(i, key) if value is None else value for key, value in entries[i].items()} for i in sorted(entries)}
+        return told | {"state": state}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         path = Path(self.broadcast(filepath))

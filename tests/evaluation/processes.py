@@ -1,4 +1,6 @@
-"""A run of `generate` for tests that start and kill it: python -m tests.evaluation.processes <folder> <seconds a batch>.
+"""A run of `generate` for tests that start and kill it: python -m tests.evaluation.processes <folder> <seconds a batch> [point].
+
+With `point` it is a sweep's point of that painter.
 
 By hand two processes are spawned. Under torchrun the config of every rank but 0 is another one, which must not count.
 """
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from evaluation.config import EvalConfig
 from evaluation.generation import generate
+from evaluation.sweeps import run_point
 from tests.evaluation.fakes import Painter, fake_config
 
 PICTURES = 3 * 6
@@ -35,4 +38,9 @@ def config(folder: Path, seconds: float = 0.0, noise: float = 0.5) -> EvalConfig
 
 if __name__ == "__main__":
     is_first = os.environ.get("RANK", "0") == "0"
-    generate(config(Path(sys.argv[1]), float(sys.argv[2]), 0.5 if is_first else 0.9))
+    told = config(Path(sys.argv[1]), float(sys.argv[2]), 0.5 if is_first else 0.9)
+    if sys.argv[3:] == ["point"]:
+        told.moma = told.methods.pop("a")
+        run_point(told)
+    else:
+        generate(told)

@@ -207,6 +207,19 @@ def test_two_processes_one_killed_then_a_launchers_two_go_on(tmp_path):
     assert "process 1 of 2, a: " in (tmp_path / "again").read_text()
 
 
+def test_a_sweeps_point_on_two_processes_is_rank_0s(tmp_path):
+    """Rank 1's own config asks for another noise: it draws and scores what rank 0 was told, and writes no second summary."""
+    on_two_processes("tests.evaluation.processes", str(tmp_path), "0", "point", log=tmp_path / "told")
+    config = processes.config(tmp_path)
+    (summary,) = config.sweeps_folder.glob("*.json")
+    name = summary.stem
+    assert "noise" not in name and name in json.loads(summary.read_text())  # rank 1's name would tell of its own
+    plans = Evaluation.open(config).planned(name, config.methods["a"])
+    assert len(plans) == processes.PICTURES and all(plan.is_done for plan in plans)  # with rank 0's settings
+    drawn = {subject for subject, *_ in made(str(tmp_path / "log"))}
+    assert len({Path(f"{tmp_path / 'log'}.{subject}").read_text() for subject in drawn}) == 2  # processes
+
+
 def test_processes_are_the_launchers(monkeypatch):
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)

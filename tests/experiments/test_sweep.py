@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from experiments import sweep as module
 from experiments.sweep import points, read
 
 COMMAND = ["${env}", "${interpreter}", "-m", "evaluation", "point", "${args}"]
@@ -31,3 +32,16 @@ def test_a_file_without_a_name_is_called_as_it_is(tmp_path):
 def test_what_does_not_run_offline_is_told(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
         read(written(tmp_path, **changes))
+
+
+def test_with_a_key_the_file_goes_to_the_server_with_the_points_arguments(tmp_path, monkeypatch):
+    """Any method of wandb's, since the server chooses the points; its agent then runs the command here."""
+    sent, ran = [], []
+    monkeypatch.setattr(module, "wandb_mode", lambda: "online")
+    monkeypatch.setattr(module.wandb, "sweep", lambda sweep, project: sent.append((sweep, project)) or "abc123")
+    monkeypatch.setattr(module.subprocess, "run", lambda command, check: ran.append((command, check)))
+    monkeypatch.setattr(module.sys, "argv", ["sweep", str(written(tmp_path, method="bayes", project="mine")), "--run=x"])
+    module.main()
+    ((sweep, project),) = sent
+    assert project == "mine" and sweep["command"] == [*COMMAND, "--run=x"] and sweep["method"] == "bayes"
+    assert ran == [(["wandb", "agent", "--project", "mine", "abc123"], True)]

@@ -11,6 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from evaluation.cli import main as evaluation
+from evaluation.made_with import weights_of
+from evaluation.metrics.configs import hub_name_of
+from evaluation.protocols import named
 from moma_lightning.__main__ import main
 from moma_lightning.checkpoints import read_adapter_file
 from moma_lightning.fetch import fetch, fetch_model, git_digest, named_models, wanted
@@ -79,6 +82,19 @@ def test_encoders_of_a_protocol_are_named_for_fetching(capsys):
     evaluation(["models", "--config", str(EXPERIMENTS / "sd15_llava7b/eval.yaml")])
     clip = "openai/clip-vit-base-patch32@3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
     assert json.loads(capsys.readouterr().out) == ["timm/vit_small_patch16_224.dino@main", clip]
+
+
+def test_scores_tell_which_commit_of_a_branch_judged(hub):
+    """DINO is not pinned: two states of its main branch must not look the same."""
+    protocol = named("dreambooth")
+    assert weights_of(protocol)["dino"] == "timm/vit_small_patch16_224.dino@main"
+    told = []
+    for weights in (b"one", b"two"):
+        hub.repositories["timm/vit_small_patch16_224.dino"] = {"config.json": b"{}", "model.safetensors": weights}
+        fetch_model("timm/vit_small_patch16_224.dino@main")
+        told.append(weights_of(protocol))
+        assert told[-1]["dino"] == f"timm/vit_small_patch16_224.dino@main ({hub.commit('timm/vit_small_patch16_224.dino')})"
+    assert told[0]["dino"] != told[1]["dino"] and told[0]["clip"] == told[1]["clip"] == hub_name_of(protocol.clip)
 
 
 def test_of_each_folders_weights_one_format_is_fetched():

@@ -1,4 +1,4 @@
-"""Both stages on one GPU: the CPU's losses, FSDP2 and FSDP1 over NCCL, bfloat16, a compiled UNet, and a run that goes on where it stopped."""
+"""Both stages on one GPU: the CPU's losses, FSDP2, FSDP1 (which shards nothing on one), bfloat16, a compiled UNet, and a run that goes on where it stopped."""
 
 import functools
 import re

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.plugins import FSDPPrecision
 from torch.utils.data import DataLoader
 
 from moma_lightning.batch import TripletBatch
@@ -99,14 +100,14 @@ class Drawn(Callback):
 
 
 class Losses(Callback):
-    """The mean loss over ranks of every step, and checkpoints at step 10: one for each path given."""
+    """The mean loss over ranks of every step, and checkpoints at step `at`: one for each path given."""
 
-    def __init__(self, *save: Path):
-        self.losses, self.save = [], save
+    def __init__(self, *save: Path, at: int = STEPS // 2):
+        self.losses, self.save, self.at = [], save, at
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
-        for path in self.save if trainer.global_step == STEPS // 2 else ():
+        for path in self.save if trainer.global_step == self.at else ():
             if hasattr(trainer.strategy, "_save_distributed_checkpoint"):
                 trainer.strategy._save_distributed_checkpoint = path.name.startswith("sharded")
             trainer.save_checkpoint(path)
@@ -137,8 +138,8 @@ def build_variant(name: str, places: dict):
 def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | None = None, steps: int = STEPS, callbacks=(),
           size: Size = Size(), **options) -> list[float]:  # fmt: skip  # noqa: B008
     """20 steps, or the few after a checkpoint's; clipped so that the norm matters."""
-    recorder = Losses(*save)
     done = STEPS // 2 if resume else 0
+    recorder = Losses(*save, at=done + AFTER if resume else STEPS // 2)
     trainer = Trainer(max_steps=done + AFTER if resume else steps, max_epochs=1, default_root_dir=folder, devices=ranks,
                       strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                       gradient_clip_val=0.05, callbacks=[*callbacks, recorder], num_sanity_val_steps=0,
@@ -194,9 +195,26 @@ def flat(stage: str, folder: Path, places: dict) -> dict[str, list[float]]:
     losses = {f"flat-{stage}": train(module, home / "flat", 2, FlatShardedStrategy(), [home / "flat-2.ckpt"], callbacks=callbacks,
                                      limit_val_batches=1, val_check_interval=5)}  # fmt: skip
     for name in ("full-1.ckpt", "flat-2.ckpt"):
-        resumed = train(build(stage, foundation, decoder), home / "again", 2, FlatShardedStrategy(), resume=home / name, callbacks=[EMA(0.9)])
-        losses[f"flat-{stage}/{name}"] = resumed
+        module, again = build(stage, foundation, decoder), home / f"flat-{name}"
+        losses[f"flat-{stage}/{name}"] = train(module, again, 2, FlatShardedStrategy(), [again / "later.ckpt"], resume=home / name, callbacks=[EMA(0.9)])
     return losses
+
+
+class FlatPrecision(FSDPPrecision):
+    """FSDP1's, with autocast where these tests run."""
+
+    def forward_context(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+def flat_in_bf16(module, folder: Path) -> tuple[list[float], list[str]]:
+    """Three steps, and the types of a block's and of the token's parameters within the forward pass, and of all after it."""
+    dtypes = []
+    block = module.decoder.mllm.get_decoder().layers[0]
+    block.register_forward_hook(lambda *_: dtypes.append(str(block.mlp.up_proj.weight.dtype)))
+    module.decoder.mapping.register_forward_hook(lambda mapping, *_: dtypes.append(str(mapping.down_proj.weight.dtype)))
+    losses = train(module, folder, 2, FlatShardedStrategy(), steps=3, plugins=[FlatPrecision("bf16-mixed")])
+    return losses, [*dtypes[:2], *sorted({str(p.dtype) for p in module.parameters() if p.requires_grad})]
 
 
 def compiled(module, folder: Path) -> list[float]:
@@ -244,6 +262,7 @@ def main(folder: Path) -> None:
         results[f"{name}/held"] = held.bytes
     for stage in ("stage1", "stage2"):
         results |= flat(stage, folder, places)
+    results["flat-bf16"], results["flat-dtypes"] = flat_in_bf16(build("stage1", foundation, decoder, activation_checkpointing="blocks"), folder / "flat-bf16")
     results["flat-lora"] = train(build_variant("lora", places), folder / "flat-lora", 2, FlatShardedStrategy(), steps=VARIANT_STEPS)
     results["compiled"] = compiled(build("stage2", foundation, decoder, compile=True), folder / "compiled")
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)

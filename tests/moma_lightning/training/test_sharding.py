@@ -45,6 +45,8 @@ def runs(foundation, decoder_folder, places, tmp_path_factory):
     for stage in ("stage1", "stage2"):
         module, save = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"]
         losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9)])
+        module, later = build(stage, foundation, decoder_folder), folder / stage / "resumed"
+        train(module, later, 1, "auto", [later / "later.ckpt"], resume=save[0], callbacks=[EMA(0.9)])
     module = build("stage2", foundation, decoder_folder)
     module.grid = GridConfig(pictures=1, num_inference_steps=2)
     train(module, folder / "stage2/drawn", 1, "auto", callbacks=[EMA(0.9)], limit_val_batches=1, val_check_interval=5)
@@ -116,21 +118,41 @@ def test_fsdp1_reads_as_strictly_as_one_process(runs, foundation, decoder_folder
         train(build("stage2", foundation, decoder_folder), tmp_path, 1, FlatShardedStrategy(), resume=tmp_path / "cut.ckpt")
 
 
-def test_fsdp1_shards_fully_or_not_at_all():
-    with pytest.raises(ValueError, match="knows FULL_SHARD alone"):
-        FlatShardedStrategy("HYBRID_SHARD")
+@pytest.mark.parametrize("name", ["full-1.ckpt", "flat-2.ckpt"])
+def test_fsdp1_exports_the_average_that_it_resumed_with(runs, foundation, decoder_folder, name):
+    module = build("stage2", foundation, decoder_folder)
+    one, two = (load_adapter(runs[0] / "stage2" / run / "adapter", module.unet) for run in ("resumed", f"flat-{name}"))
+    torch.testing.assert_close(dict(two.named_parameters()), dict(one.named_parameters()), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["full-2.ckpt", "flat-2.ckpt"])
+def test_fsdp1_gathers_blocks_in_bf16_and_the_rest_in_float32(runs):
+    assert runs[1]["flat-dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    assert runs[1]["flat-bf16"] == pytest.approx(runs[1]["stage1-alone"][:3], rel=0.05)
+
+
+def test_fsdp1_shards_a_stage_once(foundation, decoder_folder, tmp_path, process_group):
+    module = build("stage2", foundation, decoder_folder)
+    train(module, tmp_path, 1, FlatShardedStrategy(), steps=1)
+    with pytest.raises(ValueError, match="sharded already, by an earlier call of the Trainer; build it anew"):
+        train(module, tmp_path, 1, FlatShardedStrategy(), steps=1)
+
+
+@pytest.mark.parametrize(("one", "two"), [
+    ("full-1.ckpt", "full-2.ckpt"), ("full-1.ckpt", "flat-2.ckpt"), ("resumed/later.ckpt", "flat-full-1.ckpt/later.ckpt"),
+    ("resumed/later.ckpt", "flat-flat-2.ckpt/later.ckpt"),
+])  # fmt: skip
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_one_file_holds_the_same_whichever_wrote_it(runs, stage, name):
-    """Trained weights, their average, the sums of stage 1's targets and the optimizer's moments, by the same names and numbers."""
-    one, two = (torch.load(runs[0] / stage / path, weights_only=True) for path in ("full-1.ckpt", name))
+def test_one_file_holds_the_same_whichever_wrote_it(runs, stage, one, two):
+    """Trained weights, their average, the sums of stage 1's targets and the optimizer's state, by the same names and numbers, also after a resume."""
+    one, two = (torch.load(runs[0] / stage / path, weights_only=True) for path in (one, two))
     for part in ("state_dict", "ema"):
         torch.testing.assert_close(two[part], one[part], atol=5e-5, rtol=1e-5)
-    moments = [{i: entry["exp_avg"] for i, entry in c["optimizer_states"][0]["state"].items()} for c in (one, two)]
-    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 10
-    torch.testing.assert_close(moments[1], moments[0], atol=1e-5, rtol=1e-4)
+    states = [c["optimizer_states"][0]["state"] for c in (one, two)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 10
+    for key, atol in (("exp_avg", 1e-5), ("exp_avg_sq", 1e-8), ("step", 0.0)):
+        expected, found = ({i: entry[key] for i, entry in state.items()} for state in states)
+        torch.testing.assert_close(found, expected, atol=atol, rtol=1e-3)
+    assert len({entry["step"].data_ptr() for entry in states[1].values()}) == len(states[1])  # shared, all would advance with each
 
 
 def test_checkpoints_hold_the_random_states_of_both_processes(runs):
