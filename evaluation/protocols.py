@@ -56,7 +56,8 @@ class Protocol:
     <kind>_prompts: how many a subject (a fixed choice of its own, spread over the list), None for all.
     text_template, clip_t_scale: what CLIP-T reads and what it is multiplied by.
     aggregation: a method's score is the mean over its pictures, or over its subjects' means. They differ where subjects have
-    different numbers of pictures: for the real ones, and with every picture as a reference.
+    different numbers of pictures: for the real ones, and with every picture as a reference. Prompts have equally many pictures, so
+    that a mean over prompts first is the same, but where SAM finds no subject and a masked score has no value.
     extra_scores: scores made besides DINO, CLIP-I and CLIP-T, by the encoders below. segmenter: SAM folder or checkpoint that finds the
     subject for masked scores, mask_background: what the subject is then shown on.
     """

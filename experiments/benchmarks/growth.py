@@ -1,28 +1,40 @@
-"""How a guided step grows with resolution and mask: each ratio is of a larger step over a smaller one."""
+"""How a guided step grows with resolution, mask and batch, and an evaluation with its pictures: each ratio is of the larger over the smaller."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from experiments.benchmarks.guided_step import Setting, Size
 from experiments.benchmarks.timing import PRECISION, Case
+from experiments.benchmarks.whole_subject import MINI_SETTING, mini_evaluation
 
 QUARTER = 0.25
 
 
-def larger_against_smaller(larger: tuple[int, float], smaller: tuple[int, float]):
-    """Side of the latents and share of the mask, of each."""
+def larger_against_smaller(larger: tuple[int, float, int], smaller: tuple[int, float, int]):
+    """Side of the latents, share of the mask and pictures at once, of each."""
     def prepare(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
         unet = Size("", 0, QUARTER if device.type == "cpu" else 1.0).build(device)
-        return tuple(Setting(unet, *setting, device).moma for setting in (larger, smaller))  # type: ignore[return-value]
+        sizes = [(latents, share, device, pictures) for latents, share, pictures in (larger, smaller)]
+        return tuple(Setting(unet, *size).moma for size in sizes)  # type: ignore[return-value]
 
     return prepare
+
+
+def more_against_fewer_seeds(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """In batches of one size, so that memory should not grow."""
+    more, fewer = (mini_evaluation(device, replace(MINI_SETTING, seeds=seeds)) for seeds in (16, 4))
+    return more.batched, fewer.batched
 
 
 def cases() -> list[Case]:
     shape = f"guided step, SD 1.5's UNet x0.25 (on a GPU x1), {PRECISION}"
     masked = f"{shape}, mask 25%"
-    resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, larger_against_smaller((a, 0.25), (b, 0.25)), 3) for a, b in ((64, 32), (128, 64))]
-    masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", larger_against_smaller((64, a), (64, b)), pairs=3)
+    step = larger_against_smaller
+    resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, step((a, 0.25, 1), (b, 0.25, 1)), pairs=3) for a, b in ((64, 32), (128, 64))]
+    masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", step((64, a, 1), (64, b, 1)), pairs=3)
              for a, b in ((0.25, 0.05), (1.0, 0.25))]  # fmt: skip
-    return resolutions + masks
+    batch = Case("growth: 1 to 4 pictures at once", "", f"{masked}, 32x32 latents", step((32, 0.25, 4), (32, 0.25, 1)))
+    evaluation = f"mini MoMA, {MINI_SETTING.steps} steps, batches of {MINI_SETTING.batch}"
+    return [*resolutions, *masks, batch, Case("growth: 16 to 64 pictures of a subject", "", evaluation, more_against_fewer_seeds)]

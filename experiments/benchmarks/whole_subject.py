@@ -64,11 +64,15 @@ class Evaluation:
         return np.concatenate([self.draw([task], image=self.image, label=LABEL) for task in self.tasks])
 
 
-def mini(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def mini_evaluation(device: torch.device, setting: Setting = MINI_SETTING) -> Evaluation:
     """The shipped mini MoMA on a held-out subject."""
     pipe = load_pipeline(FoundationConfig(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder").to(str(device))
     picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, LABEL))
-    evaluation = Evaluation(pipe, Image.fromarray(render([picture])[0][0]), MINI_SETTING)
+    return Evaluation(pipe, Image.fromarray(render([picture])[0][0]), setting)
+
+
+def mini(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    evaluation = mini_evaluation(device)
     return evaluation.one_by_one, evaluation.batched
 
 

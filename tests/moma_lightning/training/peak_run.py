@@ -2,7 +2,8 @@
 
     python -m tests.moma_lightning.training.peak_run --folder /tmp/peaks
 
-Measured: parameters, buffers and optimizer state, and what PyTorch's profiler sees allocated on top of them during the third step.
+Measured: what a rank holds (parameters with buffers, gradients, optimizer state), and the peak: the first and the last of these, and what
+PyTorch's profiler sees allocated on top of them during the third step (activations, gathered parameters, gradients).
 """
 
 import argparse
@@ -22,9 +23,11 @@ from moma_lightning.plan.measure import Measured, measure
 from moma_lightning.training.strategy import ShardedStrategy
 from tests.forked import on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
-from tests.moma_lightning.training.sharded_run import Size, build, size_of, train
+from tests.moma_lightning.training.sharded_run import Held, Size, build, size_of, train
 
 STAGES = {"stage1": Stage1, "stage2": Stage2}
+#: What a rank holds between steps.
+KINDS = ("parameters", "gradients", "optimizer")
 SIZES = [Size(8, 64), Size(32, 64), Size(8, 128)]
 
 
@@ -34,7 +37,7 @@ class Peak(Callback):
     STEP = 2
 
     def __init__(self):
-        self.bytes = 0
+        self.bytes: dict[str, int] = {}
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == self.STEP:
@@ -49,7 +52,7 @@ class Peak(Callback):
             allocations = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
             states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
             on_top = max(itertools.accumulate(size for _, size in allocations))
-            self.bytes = on_top + size_of([*module.parameters(), *module.buffers(), *states])
+            self.bytes = {"on_top": on_top, "peak": on_top + size_of([*module.parameters(), *module.buffers(), *states])}
 
 
 def decoder_of(folder: Path) -> Path:
@@ -60,8 +63,8 @@ def decoder_of(folder: Path) -> Path:
     return folder / "decoder"
 
 
-def measured(folder: Path, stage: str, size: Size) -> int:
-    """Train three steps on two processes that this one starts; rank 0's peak in bytes."""
+def measured(folder: Path, stage: str, size: Size) -> dict[str, int]:
+    """Train three steps on two processes that this one starts; rank 0's bytes."""
     decoder_of(folder)
     on_two_processes("tests.moma_lightning.training.peak_run", "--folder", str(folder), "--only", stage, str(size.pictures), str(size.side), log=folder / "log")
     return json.loads((folder / "peak.json").read_text())
@@ -74,17 +77,19 @@ def planned(stage: str, size: Size) -> Measured:
 def main(folder: Path, only: list[str] | None) -> None:
     if only:  # each of the two processes
         stage, size = only[0], Size(int(only[1]), int(only[2]))
-        peak = Peak()
+        peak, held = Peak(), Held()
         module = build(stage, FoundationConfig(), str(decoder_of(folder)))
-        train(module, folder, 2, ShardedStrategy(), steps=Peak.STEP + 1, callbacks=[peak], size=size)
+        train(module, folder, 2, ShardedStrategy(), steps=Peak.STEP + 1, callbacks=[held, peak], size=size)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            (folder / "peak.json").write_text(json.dumps(peak.bytes))
+            (folder / "peak.json").write_text(json.dumps(held.bytes | peak.bytes))
         return
-    print("MB of a rank           measured peak   planned   of it activations, gathered, parameters, gradients, optimizer")
+    print("MB of a rank, measured / planned   " + "".join(f"{name:>19}" for name in ("peak", "on top", *KINDS)))
     for stage, size in itertools.product(STAGES, SIZES):
-        plan = planned(stage, size)
-        parts = " ".join(f"{value / 1e6:8.2f}" for value in (plan.activations, plan.gathered, plan.parameters, plan.gradients, plan.optimizer))
-        print(f"{stage}, {size.pictures // 2:2} of {size.side:3} px {measured(folder, stage, size) / 1e6:15.2f} {plan.peak / 1e6:9.2f}   {parts}", flush=True)
+        plan, found = planned(stage, size), measured(folder, stage, size)
+        pairs = [(found["peak"], plan.peak), (found["on_top"], plan.peak - plan.parameters - plan.optimizer)]
+        pairs += [(found[kind], getattr(plan, kind)) for kind in KINDS]
+        told = "".join(f"{a / 1e6:10.2f} /{b / 1e6:7.2f}" for a, b in pairs)
+        print(f"{stage}, {size.pictures // 2:2} of {size.side:3} px{'':14}{told}   of it activations planned {plan.activations / 1e6:.2f}", flush=True)
 
 
 if __name__ == "__main__":
