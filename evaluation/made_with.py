@@ -8,7 +8,7 @@ from typing import Any
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.methods import Method
-from evaluation.metrics.configs import DreamsimConfig, hub_name_of
+from evaluation.metrics.configs import DreamsimConfig, EncoderConfig, hub_name_of
 from evaluation.protocols import Protocol
 from moma_lightning.digests import content_digest, identity
 from moma_lightning.hub import cached_commit, local_path
@@ -16,6 +16,8 @@ from moma_lightning.hub import cached_commit, local_path
 
 def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, Any]:
     """Digests of the protocol, of the data, of what judges and of what draws; a model of the hub is its name and revision, one that is not there None.
+
+    Judges are told apart further (`weights_of`).
 
     methods: `others` holds what they read beside the config's own, by path.
     """
@@ -31,7 +33,12 @@ def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, A
 def changed_since(before: Mapping[str, Any], config: EvalConfig) -> list[str]:
     """Names of what is another now than `made_with` said it was."""
     now = made_with(config) | {"others": {path: known_identity(path) for path in before.get("others", {})}}
-    return [name for name in now if before.get(name) != now[name]]
+    return [name for name in now if before.get(name) != now[name] and not (name == "judges" and same_judges(before.get(name, {}), now[name]))]
+
+
+def same_judges(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """A commit counts where it is known now: scores are looked at on machines without the judges, too."""
+    return before.keys() == now.keys() and all(now[name] in (then, then.partition(" (")[0]) for name, then in before.items())
 
 
 def options_of(methods: Mapping[str, Method]) -> dict[str, Any]:
@@ -50,13 +57,23 @@ def known_identity(path: str | None) -> str | None:
 
 def weights_of(protocol: Protocol) -> dict[str, str]:
     """The judges: the digest of a local folder's files, or the hub's name and commit; of a branch, the one that is in the cache."""
-    models = {name: config.model if isinstance(config, DreamsimConfig) or local_path(config.model) else hub_name_of(config)
-              for name, config in protocol.encoders.items()}  # fmt: skip
+    models = {name: name_of(config) for name, config in protocol.encoders.items()}
     if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
         models["segmenter"] = protocol.segmenter
     return {name: content_digest(found) if (found := local_path(model)) else at_commit(model) for name, model in models.items()}
 
 
+def name_of(config: EncoderConfig) -> str:
+    """Where the encoder's weights are. DreamSim's are names of its package's own; a path that is not there is an error elsewhere."""
+    try:
+        return config.model if isinstance(config, DreamsimConfig) or local_path(config.model) else hub_name_of(config)
+    except FileNotFoundError:
+        return config.model
+
+
 def at_commit(model: str) -> str:
-    commit = cached_commit(model) if "/" in model else None  # DreamSim's are names of its package's own
+    try:
+        commit = cached_commit(model) if "/" in model else None
+    except FileNotFoundError:
+        commit = None
     return model if commit is None else f"{model} ({commit})"

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_mask_iou(config: EvalConfig) -> dict[str, Any]:
-    """One picture of each of the protocol's context prompts at each mask strength; returns what it writes to `<run>/ablations/mask_iou.{json,md}`.
+    """Write and return `<run>/ablations/mask_iou.{json,md}`: mean IoU over subjects at each mask strength, one picture of each context prompt.
 
-    That is the mean IoU over subjects, paired differences, and how often SAM finds nothing.
+    With paired differences, and how often SAM finds nothing.
     """
     evaluation = Evaluation.open(config, config.resolved_device())
     protocol = evaluation.protocol

@@ -69,8 +69,8 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def load_pictures(paths: Sequence[Path], threads: int) -> list[Image.Image]:
-    """`load_picture` of each, in order: on a GPU an encoder is done with a picture before one core has decoded it."""
-    with ThreadPoolExecutor(threads, "picture-reader") as pool:
+    """`load_picture` of each, in order, on at most `threads` threads: decoding holds no interpreter lock."""
+    with ThreadPoolExecutor(max(1, min(threads, len(paths))), "picture-reader") as pool:
         return list(pool.map(load_picture, paths))
 
 

@@ -22,8 +22,8 @@ class DinoConfig:
     """A timm ViT and how pictures reach it. The defaults are DreamBooth's: ViT-S/16, resize 256 bicubic, centre crop 224.
 
     model: a timm name, a local folder in timm's hub layout, or a hub id. pooling: the CLS token, or the mean of the patch tokens, after
-    the last norm. revision: commit of the hub's `timm/<model>`; None, for want of one to cite, is what the cache's main branch is: scores
-    tell which commit that was (`protocol.json`).
+    the last norm. revision: commit of the hub's `timm/<model>`; None, for want of one to cite: the main branch, at whatever commit the
+    cache holds; `protocol.json` records it.
     """
 
     model: str = "vit_small_patch16_224.dino"

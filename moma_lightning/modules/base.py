@@ -73,7 +73,8 @@ class TrainedPartModule(LightningModule):
                              "use bf16-mixed, which holds what is frozen in bfloat16")  # fmt: skip
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FlatShardedStrategy):
-            raise ValueError("trainer.strategy: Lightning's own FSDPStrategy would gather the frozen models to save; `fsdp` is it with what these stages need")
+            raise ValueError("trainer.strategy: Lightning's own FSDPStrategy would gather the frozen models to save; "
+                             "`--trainer.strategy fsdp` is the supported variant")  # fmt: skip
         made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
         own = self.cache_identity() if made_by else {}
         for path, other in made_by.items():

@@ -92,7 +92,7 @@ def pretended_ranks(ranks: int, shard_size: int | None) -> Iterator[DeviceMesh]:
 
 
 def first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
-    """What rank 0 holds of a parameter: torch's own makes a tensor for every rank (mini's plan for 512: 112 s, not 10)."""
+    """What rank 0 holds of a parameter: torch's own makes a tensor for every rank, and mini's plan for 512 took 112 s with it, 10 without."""
     return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // num_chunks))]
 
 

@@ -166,4 +166,4 @@ def over_ranks(value: Any) -> list[Any]:
     torch.save(value, file)  # torch's object collectives do not carry tensors such as a generator's state
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, file.getvalue())
-    return [torch.load(io.BytesIO(content), weights_only=True) for content in values]
+    return [torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) for content in values]

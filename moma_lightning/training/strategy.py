@@ -126,11 +126,11 @@ class FlatShardedStrategy(FSDPStrategy):
         module = self.lightning_module
         if any(hasattr(p, "flattened") for p in module.parameters()):
             raise ValueError("strategy fsdp: this stage is sharded already, by an earlier call of the Trainer; build it anew")
-        refuse_quantized(module.named_parameters(), "it cannot be sharded; use --trainer.strategy ddp")
+        refuse_quantized(module.named_parameters(), "it was not tried with the strategy fsdp; use --trainer.strategy ddp")
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         frozen = [p for p in module.parameters() if not p.requires_grad]
-        for tensor in (*frozen, *module.buffers()):  # what FSDP1 leaves alone
-            tensor.data = tensor.data.to(self.root_device)
+        for parameter in frozen:  # FSDP1 leaves those alone that it is told to ignore
+            parameter.data = parameter.data.to(self.root_device)
         _move_torchmetrics_to_device(module, self.root_device)
         # Inputs are left to autocast, and gradients reduced in float32, as in `sharding.shard`; Lightning's own would do neither.
         own, blocks = (MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -139,19 +139,19 @@ class FlatShardedStrategy(FSDPStrategy):
         wrapped = FullyShardedDataParallel(model, device_id=self.root_device, auto_wrap_policy=CustomPolicy(lambda part: units.get(part, False)),
                                            ignored_states=frozen, mixed_precision=own, use_orig_params=True)  # fmt: skip
         note_layouts({name: p for name, p in module.named_parameters() if p.requires_grad}, shapes)
-        self._gather_in(wrapped, "on_validation_epoch_end")
+        self._gather_in_hook(wrapped)
         return wrapped
 
-    def _gather_in(self, wrapped: nn.Module, name: str) -> None:
-        """Let a hook of the module, which Lightning does not call through FSDP1, see whole what no block holds."""
-        hook = getattr(self.lightning_module, name)
+    def _gather_in_hook(self, wrapped: nn.Module) -> None:
+        """Let `on_validation_epoch_end`, which Lightning does not call through FSDP1, see whole what no block holds."""
+        hook = self.lightning_module.on_validation_epoch_end
 
         @wraps(hook)
         def gathered() -> None:
             with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
                 hook()
 
-        setattr(self.lightning_module, name, gathered)
+        self.lightning_module.on_validation_epoch_end = gathered
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ class FlatShardedStrategy(FSDPStrategy):
         yield
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """FSDP1 keeps what no block holds whole until the next backward pass: without one it would miss the average's leaving."""
+        """FSDP1 keeps what no block holds gathered until the next backward pass: the next training step would still read the average (EMA)."""
         output = super().validation_step(*args, **kwargs)
         handle = self.model._handle  # None where blocks hold all that is trained
         if handle is not None and handle.uses_sharded_strategy:  # one process holds everything anyway

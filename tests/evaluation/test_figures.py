@@ -19,7 +19,7 @@ from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
 from evaluation.figures.write import charts, read_grid, scored_grids
 from evaluation.generation import generate
-from evaluation.made_with import changed_since, known_identity, made_with
+from evaluation.made_with import changed_since, known_identity, made_with, same_judges
 from evaluation.methods import Moma, RealImages
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
@@ -134,6 +134,20 @@ def test_whatever_draws_or_is_judged_counts(evaluated, change, tmp_path):
     value = "bfloat16" if change == "mllm_dtype" else str(tmp_path / "other")
     changed = {"data": value} if change == "data" else {"foundation": replace(evaluated.foundation, **{change: value})}
     assert changed_since(before, replace(evaluated, **changed)) == [change] and changed_since(before, evaluated) == []
+
+
+@pytest.mark.parametrize(("then", "now", "same"), [
+    ("o/m@main (abc)", "o/m@main (abc)", True), ("o/m@main (abc)", "o/m@main", True), ("o/m@main (abc)", "o/m@main (def)", False),
+    ("o/m@main", "o/m@main (def)", False), ("o/m@main (abc)", "o/n@main", False),
+])  # fmt: skip
+def test_a_judges_commit_counts_where_it_is_known(then, now, same):
+    assert same_judges({"dino": then, "clip": "c"}, {"dino": now, "clip": "c"}) is same
+    assert not same_judges({"dino": then}, {"dino": now, "clip": "c"})
+
+
+def test_a_judge_that_is_gone_makes_scores_stale_and_is_no_error(evaluated, tmp_path):
+    gone = replace(evaluated, overrides=evaluated.overrides | {"dino": {"model": str(tmp_path / "no/such/dino")}, "segmenter": str(tmp_path / "no/such/sam")})
+    assert changed_since(made_with(evaluated), gone) == ["protocol", "judges"]
 
 
 def test_options_come_from_the_stamps(evaluated):

@@ -229,7 +229,7 @@ def test_trained_weights_of_16_bits_are_refused(build, tmp_path, precision):
 def test_lightnings_own_fsdp_strategy_is_refused(build):
     module = build(context="image_encoder")
     module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
-    with pytest.raises(ValueError, match="`fsdp` is it with what"):
+    with pytest.raises(ValueError, match="fsdp` is the supported variant"):
         module.setup("fit")
 
 

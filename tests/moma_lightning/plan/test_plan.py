@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
@@ -17,7 +18,7 @@ from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.plan import architectures
 from moma_lightning.plan import measure as measuring
-from moma_lightning.plan.measure import Measured, count_flops, count_parameters, measure
+from moma_lightning.plan.measure import Measured, count_flops, count_parameters, first_chunk, measure
 from moma_lightning.plan.report import Gpu, memory, needed, plan
 from moma_lightning.plan.stages import Experiment, read_experiment
 from moma_lightning.training.options import TrainingOptions
@@ -187,3 +188,11 @@ def test_several_numbers_of_gpus_are_a_table(capsys):
     assert samples[1] == pytest.approx([2 * value for value in samples[0]], rel=0.01)
     with pytest.raises(SystemExit, match="3 GPUs in copies of 2"):
         main(["plan", "--stage", str(FULL.parent / "mini/stage1.yaml"), "--gpus", "[2,3]", "--shard_size", "2"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5), (1,)])
+def test_rank_0_holds_what_torch_cuts_first(ranks, shape):
+    tensor = torch.arange(float(torch.tensor(shape).prod())).view(shape)
+    (ours,) = first_chunk(tensor, ranks, 0)
+    assert torch.equal(ours, _fsdp_common._chunk_with_empty(tensor, ranks, 0)[0])

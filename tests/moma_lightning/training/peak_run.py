@@ -1,6 +1,6 @@
 """What the planner foretells against the peak of a real step on two gloo processes, with the shipped mini models.
 
-    python -m tests.moma_lightning.training.peak_run --folder /tmp/peaks
+    python -m tests.moma_lightning.training.peak_run --folder runs/peaks
 
 Measured: what a rank holds (parameters with buffers, gradients, optimizer state), and the peak: the first and the last of these, and what
 PyTorch's profiler sees allocated on top of them during the third step (activations, gathered parameters, gradients).

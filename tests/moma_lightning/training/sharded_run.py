@@ -99,6 +99,15 @@ class Drawn(Callback):
             self.numbers = over_ranks([random.random(), np.random.rand(), torch.rand(()).item()])  # noqa: NPY002
 
 
+class Accumulated(Callback):
+    """Numbers in FSDP1's outermost flat gradient after the first of several micro-batches, and in this rank's part of the parameter."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            flat = trainer.model._handle.flat_param
+            self.sizes = [flat.grad.numel(), flat.numel()]
+
+
 class Losses(Callback):
     """The mean loss over ranks of every step, and checkpoints at step `at`: one for each path given."""
 
@@ -268,7 +277,9 @@ def main(folder: Path) -> None:
     results["copies"] = train(build("stage2", foundation, decoder), folder / "copies", 2, ShardedStrategy(shard_size=1), steps=5)
     results["accumulated"] = train(build("stage2", foundation, decoder), folder / "accumulated", 2, ShardedStrategy(), steps=3, accumulate_grad_batches=2)
     module = build("stage2", foundation, decoder)
-    results["flat-accumulated"] = train(module, folder / "flat-accumulated", 2, FlatShardedStrategy(), steps=3, accumulate_grad_batches=2)
+    parts = Accumulated()
+    results["flat-accumulated"] = train(module, folder / "flat-accumulated", 2, FlatShardedStrategy(), steps=3, accumulate_grad_batches=2, callbacks=[parts])
+    results["flat-parts"] = parts.sizes
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         (folder / "results.json").write_text(json.dumps(results))
 

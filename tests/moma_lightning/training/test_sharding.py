@@ -84,6 +84,11 @@ def test_accumulated_gradients_are_the_same(runs, name):
     assert len(runs[1][name]) == 6 and runs[1][name] == pytest.approx(runs[1]["accumulated-alone"], abs=1e-5)
 
 
+def test_fsdp1_accumulates_each_ranks_part_alone(runs):
+    accumulated, held = runs[1]["flat-parts"]
+    assert accumulated == held > 1000
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2", "lora"])
 def test_fsdp1_loses_what_one_process_does(runs, name):
     losses, alone = runs[1][f"flat-{name}"], runs[1][f"{name}-alone"]
@@ -149,9 +154,9 @@ def test_one_file_holds_the_same_whichever_wrote_it(runs, stage, one, two):
         torch.testing.assert_close(two[part], one[part], atol=5e-5, rtol=1e-5)
     states = [c["optimizer_states"][0]["state"] for c in (one, two)]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 10
-    for key, atol in (("exp_avg", 1e-5), ("exp_avg_sq", 1e-8), ("step", 0.0)):
+    for key, atol, rtol in (("exp_avg", 1e-5, 1e-4), ("exp_avg_sq", 1e-8, 1e-3), ("step", 0.0, 0.0)):
         expected, found = ({i: entry[key] for i, entry in state.items()} for state in states)
-        torch.testing.assert_close(found, expected, atol=atol, rtol=1e-3)
+        torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
     assert len({entry["step"].data_ptr() for entry in states[1].values()}) == len(states[1])  # shared, all would advance with each
 
 
