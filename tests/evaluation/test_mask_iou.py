@@ -39,13 +39,13 @@ def test_means_are_over_subjects_and_differences_are_paired():
 
 def test_the_command_measures_the_shipped_model_and_makes_no_picture_twice(tmp_path):
     export_dreambooth(tmp_path / "dreambooth")
-    small = {"subjects": ["mug", "cat"], "sampler": {"num_inference_steps": 4}}
+    small = {"subjects": ["mug", "cat"], "context_prompts": 3, "sampler": {"num_inference_steps": 4}}
     arguments = ["masks", "--run", str(tmp_path / "run"), "--data", str(tmp_path / "dreambooth"), "--adapter", f"{TRAINED}/adapter",
                  "--decoder", f"{TRAINED}/image_feature_decoder", "--overrides", json.dumps(small)]  # fmt: skip
     main(arguments)
     summary = json.loads((tmp_path / "run/ablations/mask_iou.json").read_text())
     assert 0.3 < summary["mask 1"]["mean"] <= 1
     pictures = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/ablations/mask_iou").rglob("*.png")}
-    assert len(pictures) == 3 * 2 * 4 * 2  # strengths, subjects, prompts, picture and mask
+    assert len(pictures) == 3 * 2 * 3 * 2  # strengths, subjects, prompts, picture and mask
     main(arguments)
     assert pictures == {path: path.stat().st_mtime_ns for path in pictures}
