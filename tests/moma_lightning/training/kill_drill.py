@@ -1,6 +1,6 @@
 """Kill a training at random moments and restart it with the same command: it must end where an undisturbed one does.
 
-    python -m tests.moma_lightning.training.kill_drill --folder /tmp/drill --kills 20 --processes 1
+    python -m tests.moma_lightning.training.kill_drill --folder runs/drill --kills 20 --processes 1
 
 A tiny stage 2 with its real datamodule (shards, two workers), validation, EMA and random noise. Every third kill waits for a
 checkpoint being written, the others for a random moment; requests to end (SIGTERM) come on top of them. With --folders each rank writes its part of a
