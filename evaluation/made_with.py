@@ -72,8 +72,5 @@ def name_of(config: EncoderConfig) -> str:
 
 
 def at_commit(model: str) -> str:
-    try:
-        commit = cached_commit(model) if "/" in model else None
-    except FileNotFoundError:
-        commit = None
+    commit = cached_commit(model)
     return model if commit is None else f"{model} ({commit})"

@@ -92,8 +92,11 @@ def has_file(name: str, file: str) -> bool:
 
 
 def cached_commit(name: str) -> str | None:
-    """The commit that the name's branch (without one, the main branch) or tag points to in the local cache; None where there is none. Raises as `hub_name`."""
-    hub = hub_name(name)
+    """The commit that the name's branch (without one, the main branch) or tag points to in the local cache; None where there is none, or no hub name."""
+    try:
+        hub = hub_name(name)
+    except FileNotFoundError:
+        return None
     reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo_id, repo_type="model") / "refs" / (hub.revision or "main")
     return reference.read_text().strip() if reference.is_file() else None
 

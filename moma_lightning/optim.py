@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from moma_lightning.quantization import require_bitsandbytes
-from moma_lightning.training.sharding import Piece, piece, whole_shape
+from moma_lightning.training.sharding import is_sharded, whole_shape
 
 
 @dataclass
@@ -58,7 +57,7 @@ def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfi
 
 def adamw8bit(trained: list[tuple[str, nn.Parameter]]) -> type[torch.optim.Optimizer]:
     require_bitsandbytes("optimizer.kind adamw8bit")
-    if any(isinstance(piece(parameter, parameter), DTensor | Piece) for _, parameter in trained):
+    if any(is_sharded(parameter) for _, parameter in trained):
         raise ValueError("optimizer.kind adamw8bit does not know sharded parameters: train with --trainer.strategy ddp, or with kind adamw")
     from bitsandbytes.optim import AdamW8bit
 

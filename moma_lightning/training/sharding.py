@@ -70,10 +70,8 @@ class Piece:
 
 def note_layouts(parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:
     """Let each parameter that FSDP1 has just flattened tell its `Layout`; `shapes` are those of before. Every rank must call it."""
-    held = [p.numel() for p in parameters.values()]
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, held)
-    for (name, parameter), of_ranks in zip(parameters.items(), zip(*counts, strict=True), strict=True):
+    counts = zip(*over_ranks([p.numel() for p in parameters.values()]), strict=True)
+    for (name, parameter), of_ranks in zip(parameters.items(), counts, strict=True):
         parameter.flattened = Layout(shapes[name], (0, *itertools.accumulate(of_ranks)))  # type: ignore[attr-defined]
 
 
@@ -81,6 +79,10 @@ def piece(tensor: Tensor, parameter: Tensor) -> Tensor | Piece:
     """What is laid out as `parameter` is, as a `Piece` where FSDP1 has flattened that."""
     layout = getattr(parameter, "flattened", None)
     return tensor if layout is None else Piece(tensor, layout)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "flattened")
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -115,9 +117,8 @@ def whole_parameters(module: nn.Module, names: Collection[str]) -> Iterator[None
     before = [owner._parameters[name] for owner, name in owners]
     try:
         for (owner, name), parameter in zip(owners, before, strict=True):
-            part = piece(parameter.detach(), parameter)
-            if isinstance(part, DTensor | Piece):
-                owner._parameters[name] = nn.Parameter(_gather(part), parameter.requires_grad)
+            if is_sharded(parameter):
+                owner._parameters[name] = nn.Parameter(_gather(piece(parameter.detach(), parameter)), parameter.requires_grad)
         for parent, name, child in wrapped:
             parent._modules[name] = child.module
         yield

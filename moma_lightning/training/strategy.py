@@ -29,7 +29,21 @@ from moma_lightning.training.sharding import note_layouts, over_ranks, piece, sh
 TENSORS = ("state_dict", "optimizer_states", "ema")
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class WholeOptimizerState:
+    """Optimizer state that is read whole and cut to each rank's part."""
+
+    optimizers: list[torch.optim.Optimizer]
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+
+
+class ShardedStrategy(WholeOptimizerState, ModelParallelStrategy):
     """Parameters, gradients and optimizer state sharded over all ranks by FSDP2; `--trainer.strategy sharded`.
 
     shard_size: ranks that hold one whole copy, usually those of a node; the copies are then reduced like DDP's (HSDP). None: one
@@ -54,10 +68,6 @@ class ShardedStrategy(ModelParallelStrategy):
         # place is taken by the ranks of a copy.
         self._data_parallel_size, self._tensor_parallel_size = ranks // copy, copy
         super().setup_environment()
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self.lightning_module.state_dict()  # still sharded: the module leaves out what is frozen before anything is gathered
@@ -106,12 +116,8 @@ class ShardedStrategy(ModelParallelStrategy):
         like = self.lightning_module.state_dict()
         self.lightning_module.load_state_dict(shard_state(checkpoint["state_dict"], like), strict=strict)
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
 
-
-class FlatShardedStrategy(FSDPStrategy):
+class FlatShardedStrategy(WholeOptimizerState, FSDPStrategy):
     """Lightning's FSDPStrategy (FSDP1) for these stages; `--trainer.strategy fsdp`. `sharded` (FSDP2) holds less.
 
     Only what is trained is sharded, in one flat tensor for each block and one for the rest: with frozen parameters in the same one
@@ -166,10 +172,6 @@ class FlatShardedStrategy(FSDPStrategy):
             handle.reshard(free_unsharded_flat_param=True)
         return output
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {name: piece(tensor.detach(), tensor) for name, tensor in self.lightning_module.kept().items()}
 
@@ -205,10 +207,6 @@ class FlatShardedStrategy(FSDPStrategy):
         kept = self.lightning_module.kept()
         for name, part in shard_state(checkpoint["state_dict"], kept).items():
             kept[name].data.copy_(part)
-
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
 
 
 def _like(entry: Any) -> torch.Tensor:
