@@ -16,13 +16,14 @@ MAKEFLAGS += --no-print-directory
 
 INSTALLED := .venv/.installed
 RUN := .venv/bin/python -m
+EVAL := --config experiments/$(EXP)/eval.yaml
 # The sweeps' own YAMLs name mini's.
 SWEPT = $(if $(filter-out mini,$(EXP)),--config=experiments/$(EXP)/eval.yaml)
-STEPS := data stage1 stage2 eval-dreambooth ablate-masking ablate-beta report
+STEPS := data stage1 stage2 tables
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter style views
 
-.PHONY: $(STEPS) cache-stage1 cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation clean
+.PHONY: $(STEPS) eval-dreambooth ablate-masking ablate-beta report cache-stage1 cache-stage2 fetch plan help reproduce validate-data inspect ablate sweep-beta sweep-masking seeds test lint bench mini-foundation clean
 
 help: ## this list
 	@echo "make <target> [EXP=mini] [ARGS='...']   EXP: a folder under experiments/; ARGS: extra arguments of the target's command"
@@ -36,7 +37,7 @@ reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each 
 
 fetch: $(INSTALLED) ## download the models that an experiment names, with digests in runs/EXP/fetched.json (mini needs none)
 	$(RUN) moma_lightning fetch --experiment experiments/$(EXP) --out runs/$(EXP)/fetched.json \
-		--models "$$($(RUN) evaluation models --config experiments/$(EXP)/eval.yaml)" $(ARGS)
+		--models "$$($(RUN) evaluation models $(EVAL))" $(ARGS)
 
 data: $(INSTALLED) ## triplet shards (mini: rendered, with the DreamBooth folder; openimages: SPLIT=train LIMIT=1000)
 	@if [ "$(EXP)" != mini ] && [ ! -e experiments/$(EXP)/data.yaml ]; then \
@@ -63,24 +64,28 @@ cache-stage2: $(INSTALLED) ## run stage 2's frozen models over its shards once (
 	$(RUN) datamodules.caches --config experiments/$(EXP)/stage2.yaml $(ARGS)
 
 eval-dreambooth: $(INSTALLED) ## make the pictures that are missing, and score them
-	$(RUN) evaluation dreambooth --config experiments/$(EXP)/eval.yaml $(ARGS)
+	$(RUN) evaluation dreambooth $(EVAL) $(ARGS)
 
 plan: $(INSTALLED) ## memory and time of EXP's stages on GPUS=8 GPUs of GPU_MEM=80 GB, without one; GPUS='[8,64,512]' for a table
 	@for stage in $(or $(wildcard experiments/$(EXP)/stage1.yaml experiments/$(EXP)/stage2.yaml),experiments/$(EXP)/stage2.yaml); do \
 		$(RUN) moma_lightning plan --stage $$stage --gpus '$(GPUS)' --gpu_mem $(GPU_MEM) $(ARGS); echo; \
 	done
 
+tables: $(INSTALLED) ## eval-dreambooth, ablate-masking, ablate-beta and report in one process, which imports once
+	$(RUN) evaluation dreambooth $(EVAL) then ablate $(EVAL) --config experiments/ablations/masking.yaml \
+		then ablate $(EVAL) --config experiments/ablations/beta.yaml then report $(EVAL) $(ARGS)
+
 report: $(INSTALLED) ## the paper's figures, and one HTML page of them and all tables
-	$(RUN) evaluation report --config experiments/$(EXP)/eval.yaml $(ARGS)
+	$(RUN) evaluation report $(EVAL) $(ARGS)
 
 ablate-beta: $(INSTALLED) ## the paper's Table 4: strength of the subject attention
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config experiments/ablations/beta.yaml $(ARGS)
+	$(RUN) evaluation ablate $(EVAL) --config experiments/ablations/beta.yaml $(ARGS)
 
 ablate-masking: $(INSTALLED) ## the paper's Table 3: strength of the masks
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config experiments/ablations/masking.yaml $(ARGS)
+	$(RUN) evaluation ablate $(EVAL) --config experiments/ablations/masking.yaml $(ARGS)
 
 ablate: $(INSTALLED) ## one further axis: AXIS=experiments/ablations/steps.yaml, ...
-	$(RUN) evaluation ablate --config experiments/$(EXP)/eval.yaml --config $(AXIS) $(ARGS)
+	$(RUN) evaluation ablate $(EVAL) --config $(AXIS) $(ARGS)
 
 sweep-beta: $(INSTALLED) ## a wandb sweep over beta; without a key its grid runs here, offline
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) experiments.sweep experiments/sweeps/beta.yaml $(SWEPT) $(ARGS)

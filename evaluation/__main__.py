@@ -14,6 +14,7 @@ USAGE = """usage: python -m evaluation <command> --config experiments/<experimen
   models       names of the protocol's encoders, for `python -m moma_lightning fetch --models`
   report       figures, report/index.html and report/grid.png; log to wandb
 
+Several run in one process, which imports once: python -m evaluation dreambooth --config X then report --config X
 python -m evaluation <command> --help lists a command's options."""
 
 

@@ -1,9 +1,10 @@
-"""`python -m evaluation {generate,score,dreambooth,ablate,point,masks,figures,models,report} --config experiments/<family>/eval.yaml`."""
+"""`python -m evaluation {generate,score,dreambooth,ablate,point,masks,figures,models,report} --config experiments/<family>/eval.yaml`, several of them with `then` between them."""
 
 import builtins
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
@@ -73,9 +74,31 @@ def parse(args: Sequence[str] | None = None) -> tuple[str, EvalConfig]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Errors that a person can mend are one line; everything else keeps its traceback."""
+    """One command, or several with `then` between them: all are parsed before the first runs, and one process imports for all.
+
+    Errors that a person can mend are one line; everything else keeps its traceback.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command, config = parse(args)
+    several = split_at(list(sys.argv[1:] if args is None else args), "then")
+    for command, config in [parse(one) for one in several]:
+        started = time.monotonic()
+        run(command, config)
+        if len(several) > 1:
+            logging.getLogger(__name__).info("== %s: %.0f s", config.ablation.name if command == "ablate" else command, time.monotonic() - started)
+
+
+def split_at(words: Sequence[str], word: str) -> list[list[str]]:
+    """The words between every `word`."""
+    parts: list[list[str]] = [[]]
+    for each in words:
+        if each == word:
+            parts.append([])
+        else:
+            parts[-1].append(each)
+    return parts
+
+
+def run(command: str, config: EvalConfig) -> None:
     try:
         COMMANDS[command][0](config)
     except MENDED_BY_HAND as error:

@@ -151,11 +151,12 @@ class MoMAPipeline(DiffusionPipeline):
             guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
-        masks = []
+        masks, made = [], {}
         for t in self.progress_bar(self.scheduler.timesteps):
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
             conditioning = guide.conditioning(t, context, guided, recorder) if guide else Conditioning(context=context)
+            conditioning.made = made
             noise_pred = self.unet(doubled, t, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
             if guided:
                 unconditional, conditional = noise_pred.chunk(2)

@@ -70,11 +70,12 @@ class SubjectGuide:
         self.subject = adapter.subject_conditioning(subject.features, reference_mask)
         self.label_tokens = label_tokens.repeat_interleave(repeats, 0)
         self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
+        self.is_silent = not self.beta.any()
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
 
     def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
         waiting = self.variant.wait_for_mask and self.generated_mask is None
-        acts = bool(self.beta.any()) and t < self.variant.subject_below and not waiting
+        acts = not self.is_silent and t < self.variant.subject_below and not waiting
         pyramid = None
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask

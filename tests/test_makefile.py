@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["fetch", "plan", "data", "validate-data", "inspect", "stage1", "stage2", "cache-stage1", "cache-stage2", "eval-dreambooth", "report",
+TARGETS = ["fetch", "plan", "data", "validate-data", "inspect", "stage1", "stage2", "cache-stage1", "cache-stage2", "eval-dreambooth", "tables", "report",
            "reproduce", "ablate", "ablate-beta", "ablate-masking", "sweep-beta", "sweep-masking", "seeds", "test", "lint", "bench",
            "mini-foundation", "clean", "help"]
 
@@ -42,9 +42,17 @@ def test_every_rule_in_the_file_is_in_help():
     ("stage2", "moma_lightning fit --config experiments/other/stage2.yaml --trainer.max_steps 3"),
     ("eval-dreambooth", "evaluation dreambooth --config experiments/other/eval.yaml --trainer.max_steps 3"),
     ("report", "evaluation report --config experiments/other/eval.yaml --trainer.max_steps 3"),
+    ("tables", "then report --config experiments/other/eval.yaml --trainer.max_steps 3"),
 ])
 def test_targets_pass_the_experiment_and_extra_arguments(target, command):
     assert command in commands_of(target, "EXP=other", "ARGS=--trainer.max_steps 3")
+
+
+def test_tables_are_four_commands_in_one_process():
+    command = " ".join(commands_of("tables").replace("\\\n", " ").split())
+    four = [f"--config experiments/mini/eval.yaml{more}" for more in
+            ("", " --config experiments/ablations/masking.yaml", " --config experiments/ablations/beta.yaml", "")]
+    assert command.endswith(" then ".join(f"{name} {config}" for name, config in zip(("dreambooth", "ablate", "ablate", "report"), four, strict=True)))
 
 
 def test_clean_removes_one_experiment_only():

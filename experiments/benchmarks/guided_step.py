@@ -70,15 +70,16 @@ class Setting:
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
         subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL)
-        tokens = label_tokens(pipe.tokenizers, [PROMPT] * pictures, LABEL).to(device)
+        tokens, self.made = label_tokens(pipe.tokenizers, [PROMPT] * pictures, LABEL).to(device), {}
         self.guide = SubjectGuide(self.adapter, subject, tokens, 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
 
     @torch.no_grad()
     def moma(self) -> Tensor:
-        """A step as `MoMAPipeline.__call__` makes it, with the mask's size held: random weights estimate one of any size."""
+        """A later step as `MoMAPipeline.__call__` makes it, with the mask's size held: random weights estimate one of any size."""
         recorder = Recorder(label_tokens=self.guide.label_tokens)
         self.guide.generated_mask = self.mask.expand(len(self.latents) // 2, -1, -1, -1)
         conditioning = self.guide.conditioning(torch.tensor(T), self.context, True, recorder)
+        conditioning.made = self.made
         noise = self.unet(self.latents, T, self.text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
         self.guide.update(recorder)
         return noise

@@ -39,12 +39,12 @@ class SubjectAttention(nn.Module):
 def subject_keys(
     layer: SubjectAttention, key: Float[Tensor, "batch positions channels"], value: Float[Tensor, "batch positions channels"], mask: MaskPyramid
 ) -> SubjectKeys:
-    """K' and V' of one layer, made at the kept positions only: W'_k and W'_v act on each position by itself."""
+    """K' and lambda V' of one layer, made at the kept positions only: W'_k and W'_v act on each position by itself."""
     index, weight = mask.kept(key.shape[1])
     bias, alive = log_bias(weight)
     key, value = (x.take_along_dim(index[..., None], 1) for x in (key, value))
     key, value = layer.to_k(key), layer.to_v(value)
-    return SubjectKeys(key, value, bias.to(key.dtype), layer.lambda_ * alive)
+    return SubjectKeys(key, layer.lambda_ * alive * value, bias.to(key.dtype))
 
 
 class ContextAttention(nn.Module):

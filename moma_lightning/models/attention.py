@@ -4,8 +4,9 @@ Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...
 `MoMAAdapter`, masks, and beta. Without conditioning it computes what diffusers' AttnProcessor2_0 computes, bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -19,15 +20,18 @@ KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch
 
 
 class SubjectKeys(NamedTuple):
-    """What the queries of one layer are attended to: K' and V' at the positions that M_ref keeps, the bias log(M_ref) there, and lambda.
+    """What the queries of one layer are attended to: K' and lambda V' at the positions that M_ref keeps, and the bias log(M_ref) there.
 
-    The other positions have no weight in Eq. 3's softmax, so leaving them out is exact. lambda is 0 where M_ref keeps nothing.
+    The other positions have no weight in Eq. 3's softmax, so leaving them out is exact; lambda V' is 0 where M_ref keeps nothing.
     """
 
     key: Float[Tensor, "subjects kept channels"]
     value: Float[Tensor, "subjects kept channels"]
     bias: Float[Tensor, "subjects 1 1 kept"]
-    lambda_: Float[Tensor, "subjects 1 1"]
+
+    def split(self, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Key, value and bias as `attend` takes them."""
+        return split_heads(self.key.to(dtype), heads), split_heads(self.value.to(dtype), heads), self.bias.to(dtype)
 
 
 @dataclass
@@ -45,13 +49,13 @@ class SubjectConditioning:
     _queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def queries(
-        self, query: Float[Tensor, "batch heads positions dim"], subjects: int
+        self, query: Float[Tensor, "batch positions channels"], subjects: int
     ) -> tuple[Int[Tensor, " all_kept"], Float[Tensor, "subjects kept 1"]]:
         """Where the term is not zero, counted through all rows, and beta * M_gen there; rows that share a subject are one long row.
 
         Found once for all layers of a resolution: on a GPU the count is waited for.
         """
-        batch, _, positions, _ = query.shape
+        batch, positions, _ = query.shape
         if positions not in self._queries:
             mask = torch.ones((), device=query.device) if self.generated_mask is None else self.generated_mask.weight(positions)
             weight = (mask * self.beta).expand(batch, positions).reshape(subjects, -1)
@@ -87,11 +91,23 @@ class Recorder:
 
 @dataclass
 class Conditioning:
-    """The one entry MoMA adds to `cross_attention_kwargs`."""
+    """The one entry MoMA adds to `cross_attention_kwargs`.
+
+    made: what the steps of one sampling share (the text's, the subject's and the image tokens' keys and values, split into heads): the
+    first forward pass writes it down, the others read it. None: made in each pass, as in training, where all of it changes.
+    """
 
     subject: SubjectConditioning | None = None
     context: ContextConditioning | None = None
     recorder: Recorder | None = None
+    made: dict[tuple[int, str], Any] | None = None
+
+    def once(self, layer: int, name: str, make: Callable[[], Any]) -> Any:
+        if self.made is None:
+            return make()
+        if (layer, name) not in self.made:
+            self.made[layer, name] = make()
+        return self.made[layer, name]
 
 
 class MoMAAttnProcessor:
@@ -109,74 +125,95 @@ class MoMAAttnProcessor:
         temb: Tensor | None = None,
         conditioning: Conditioning | None = None,
     ) -> Float[Tensor, "batch positions channels"]:
-        is_self = encoder_hidden_states is None
-        source = hidden_states if is_self else encoder_hidden_states
-        key, value = attn.to_k(source), attn.to_v(source)
-        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        given = conditioning or Conditioning()
+        asked = attn.to_q(hidden_states)
+        query = split_heads(asked, attn.heads)
+        if encoder_hidden_states is None:
+            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+            if given.recorder is not None and given.recorder.keep_reference:
+                given.recorder.reference[self.layer] = (hidden_states, key, value)
+            key, value = split_heads(key, attn.heads), split_heads(value, attn.heads)
+        else:
+            key, value = given.once(self.layer, "text", lambda: tuple(split_heads(x(encoder_hidden_states), attn.heads) for x in (attn.to_k, attn.to_v)))
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], len(key)).unflatten(0, (len(key), attn.heads))
-        output = attend(query, key, value, attn.heads, attention_mask)
-        if conditioning is not None:
-            if conditioning.recorder is not None:
-                self._record(conditioning.recorder, attn, query, hidden_states, key, value, is_self)
-            if is_self and conditioning.subject is not None:
-                output = add_subject_attention(output, conditioning.subject, self.layer, query, attn.heads)
-            if not is_self and conditioning.context is not None:
-                output = output + context_attention(conditioning.context, self.layer, query, attn.heads)
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key)).unflatten(0, (len(key), attn.heads))
+        output = attend(query, key, value, attention_mask)
+        if encoder_hidden_states is None:
+            if given.subject is not None:
+                keys = given.subject.keys[self.layer]
+                output = add_subject_attention(output, given.subject, asked, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
+        else:
+            if given.recorder is not None and given.recorder.label_tokens is not None:
+                labels = given.recorder.label_tokens
+                label_key = given.once(self.layer, "label", lambda: scaled_label_key(key, attn.scale, len(labels)))
+                given.recorder.label_maps[self.layer] = label_map(query, label_key, labels)
+            if given.context is not None:
+                image = given.context.key_values[self.layer]
+                image = given.once(self.layer, "context", lambda: tuple(split_heads(x.to(query.dtype), attn.heads) for x in image))
+                output = add_context_attention(output, given.context, query, *image)
         output = attn.to_out[1](attn.to_out[0](output.to(query.dtype)))
         return output / attn.rescale_output_factor
-
-    def _record(self, recorder, attn, query, hidden_states, key, value, is_self):
-        if is_self and recorder.keep_reference:
-            recorder.reference[self.layer] = (hidden_states, key, value)
-        if not is_self and recorder.label_tokens is not None:
-            recorder.label_maps[self.layer] = label_map(query, key, attn.heads, attn.scale, recorder.label_tokens)
 
 
 def split_heads(x: Float[Tensor, "batch positions channels"], heads: int) -> Float[Tensor, "batch heads positions dim"]:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Float[Tensor, "batch positions channels"]:
-    """softmax(Q K^T / sqrt(d) + bias) V with heads split from the keys and values and merged in the output."""
-    output = F.scaled_dot_product_attention(query, split_heads(key, heads), split_heads(value, heads), attn_mask=bias)
-    return output.transpose(1, 2).flatten(2)
+def attend(
+    query: Float[Tensor, "batch heads positions dim"],
+    key: Float[Tensor, "batch heads keys dim"],
+    value: Float[Tensor, "batch heads keys dim"],
+    bias: Tensor | None = None,
+) -> Float[Tensor, "batch positions channels"]:
+    """softmax(Q K^T / sqrt(d) + bias) V, the heads side by side in the output."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 def add_subject_attention(
-    output: Float[Tensor, "batch positions channels"], subject: SubjectConditioning, layer: int, query: Float[Tensor, "batch heads positions dim"], heads: int
+    output: Float[Tensor, "batch positions channels"],
+    subject: SubjectConditioning,
+    query: Float[Tensor, "batch positions channels"],
+    key: Float[Tensor, "subjects heads kept dim"],
+    value: Float[Tensor, "subjects heads kept dim"],
+    bias: Float[Tensor, "subjects 1 1 kept"],
 ) -> Float[Tensor, "batch positions channels"]:
     """`output` plus the second term of Eq. 3 for one layer, computed from kept queries to kept keys only: all else is zero.
 
     Raises ValueError where the subjects are neither one nor one a row.
     """
-    key, value, bias, lambda_ = subject.keys[layer]
     if len(key) not in (1, len(query)):
         raise ValueError(f"{len(key)} subjects for a batch of {len(query)}: give one, or one a row")
     index, weight = subject.queries(query, len(key))
-    asked = query.transpose(1, 2).reshape(-1, output.shape[-1]).index_select(0, index).view(len(key), -1, output.shape[-1])
-    added = attend(split_heads(asked, heads), key.to(query.dtype), value.to(query.dtype), heads, bias.to(query.dtype)) * (lambda_ * weight)
-    rows, added = output.flatten(0, 1), added.flatten(0, 1).to(output.dtype)
+    asked = query.flatten(0, 1).index_select(0, index).view(len(key), -1, query.shape[2])
+    added = (attend(split_heads(asked, key.shape[1]), key, value, bias) * weight).flatten(0, 1).to(output.dtype)
+    rows = output.flatten(0, 1)
     # A backward pass needs the output as it was.
     return (rows.index_add(0, index, added) if torch.is_grad_enabled() else rows.index_add_(0, index, added)).view_as(output)
 
 
-def context_attention(context: ContextConditioning, layer: int, query: Tensor, heads: int) -> Float[Tensor, "batch positions channels"]:
-    key, value = (x.to(query.dtype) for x in context.key_values[layer])
-    output = attend(query, key, value, heads)
-    if context.scale != 1:
-        output = context.scale * output
-    if context.generated_mask is not None:
-        output = output * context.generated_mask.weight(query.shape[2], output.dtype)[..., None]
-    return output
+def add_context_attention(
+    output: Float[Tensor, "batch positions channels"],
+    context: ContextConditioning,
+    query: Float[Tensor, "batch heads positions dim"],
+    key: Float[Tensor, "batch heads tokens dim"],
+    value: Float[Tensor, "batch heads tokens dim"],
+) -> Float[Tensor, "batch positions channels"]:
+    added = attend(query, key, value)
+    if context.generated_mask is None:
+        return output.add(added, alpha=context.scale)
+    return output.addcmul(added, context.generated_mask.weight(query.shape[2], output.dtype)[..., None], value=context.scale)
 
 
-def label_map(query: Tensor, key: Tensor, heads: int, scale: float, label_tokens: Float[Tensor, "rows text"]) -> Float[Tensor, "rows positions"]:
-    """Attention probability of the label's tokens, summed over them, averaged over heads; for the last `rows` of the batch.
+def scaled_label_key(key: Float[Tensor, "batch heads text dim"], scale: float, rows: int) -> Float[Tensor, "rows_heads dim text"]:
+    """What `label_map` reads: under classifier-free guidance the conditional half comes last; its `rows` are the ones with a label."""
+    return (key[-rows:] * scale).transpose(-1, -2).flatten(0, 1)
 
-    Under classifier-free guidance the conditional half comes last; its rows are the ones with a label.
-    """
+
+def label_map(
+    query: Float[Tensor, "batch heads positions dim"], label_key: Float[Tensor, "rows_heads dim text"], label_tokens: Float[Tensor, "rows text"]
+) -> Float[Tensor, "rows positions"]:
+    """Attention probability of the label's tokens, summed over them, averaged over heads; for the last `rows` of the batch."""
     rows = len(label_tokens)
-    scores = (query[-rows:] * scale) @ split_heads(key[-rows:], heads).transpose(-1, -2)
-    probability = scores.softmax(-1, dtype=torch.float32).mean(1)
-    return (probability @ label_tokens[..., None]).squeeze(-1)
+    scores = torch.bmm(query[-rows:].flatten(0, 1), label_key)
+    probability = scores.softmax(-1, dtype=torch.float32).unflatten(0, (rows, -1)).mean(1)
+    return torch.bmm(probability, label_tokens[..., None]).squeeze(-1)

@@ -33,7 +33,7 @@ def resize_mask(mask: Float[Tensor, "batch 1 height width"], size: tuple[int, in
 
 def mask_weight(mask: Float[Tensor, "..."], strength: float) -> Float[Tensor, "..."]:
     """Weight 1 on the foreground and 1 - strength on the background: 1 is full masking, 0 none (Tab. 3)."""
-    return 1 - strength * (1 - mask)
+    return mask if strength == 1 else 1 - strength * (1 - mask)
 
 
 def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "batch kept"]:

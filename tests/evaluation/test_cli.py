@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing import ProcessRaisedException
 
+from evaluation import cli
 from evaluation.cli import COMMANDS, main, parse
 from evaluation.config import EvalConfig
 from evaluation.methods import IpAdapter, Moma, RealImages, TextOnly
@@ -55,6 +56,19 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
     assert "stepz" in capsys.readouterr().err
+
+
+def test_several_commands_run_in_order_and_are_parsed_before_the_first(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    ran = []
+    monkeypatch.setattr(cli, "COMMANDS", {name: (lambda config, name=name: ran.append((name, str(config.run))), "") for name in ("generate", "score")})
+    main(["generate", "--config", str(MINI), "then", "score", "--config", str(MINI), "--run=elsewhere"])
+    assert ran == [("generate", "runs/mini"), ("score", "elsewhere")]
+    assert [record.getMessage() for record in caplog.records] == ["== generate: 0 s", "== score: 0 s"]
+    for wrong in (["score", "--stepz=3"], []):
+        with pytest.raises(SystemExit):
+            main(["generate", "--config", str(MINI), "then", *wrong])
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with"])

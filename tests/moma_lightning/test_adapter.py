@@ -32,7 +32,7 @@ def test_image_projection_against_a_plain_formula(base):
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_keys_and_values_of_both_variants(base, variant):
-    """paper: K' = W'_k h. released: K' = W'_k (W_k h). h: the self-attention layer's input at t = 0, caught by a hook."""
+    """paper: K' = W'_k h. released: K' = W'_k (W_k h). V' likewise, and kept as lambda V'. h: the self-attention layer's input at t = 0, caught by a hook."""
     adapter = tiny_adapter(base, variant)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 24, TEXT_DIM)
     inputs, hooks = {}, []
@@ -48,7 +48,7 @@ def test_keys_and_values_of_both_variants(base, variant):
         key = layer.to_k.weight @ (attn.to_k.weight if variant == "released" else torch.eye(h.shape[-1]))
         value = layer.to_v.weight @ (attn.to_v.weight if variant == "released" else torch.eye(h.shape[-1]))
         torch.testing.assert_close(conditioning.keys[int(i)][0], h @ key.T, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(conditioning.keys[int(i)][1], h @ value.T, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(conditioning.keys[int(i)][1], layer.lambda_ * (h @ value.T), atol=1e-5, rtol=1e-4)
 
 
 def test_both_variants_start_as_the_frozen_layer(base):
@@ -58,7 +58,9 @@ def test_both_variants_start_as_the_frozen_layer(base):
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 24, TEXT_DIM)
     made = []
     for variant in ("paper", "released"):
-        adapter = MoMAAdapter.for_unet(base.unet, EMBED_DIM, variant=variant)
+        adapter = MoMAAdapter.for_unet(base.unet, EMBED_DIM, variant=variant).requires_grad_(False)
+        for layer in adapter.subject.values():
+            layer.lambda_.fill_(1)  # at its first value, 0, nothing of V' is left
         reference = adapter.reference_features(base.unet, latents, text)
         made.append(adapter.subject_conditioning(reference, MaskPyramid(torch.ones(1, 1, 8, 8), (8, 8))).keys)
     for layer in made[0]:

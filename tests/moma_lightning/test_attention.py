@@ -119,12 +119,13 @@ def test_a_subject_a_row_under_differing_masks():
 
 def test_the_sum_is_in_place_only_without_gradients():
     attn, x, mask = self_attention(), torch.randn(2, 24, CHANNELS), named_masks(["some", "one"])
-    query = attention.split_heads(attn.to_q(x), HEADS)
+    query, given = attn.to_q(x), subject(reference(), mask, mask)
+    keys = given.keys[4].split(HEADS, torch.float32)
     with torch.no_grad():
         output = torch.randn(2, 24, CHANNELS)
-        before, given = output.clone(), subject(reference(), mask, mask)
-        kept = attention.add_subject_attention(before, given, 4, query, HEADS)
-    added = attention.add_subject_attention(output, given, 4, query, HEADS)
+        before = output.clone()
+        kept = attention.add_subject_attention(before, given, query, *keys)
+    added = attention.add_subject_attention(output, given, query, *keys)
     assert torch.equal(added, kept) and torch.equal(before, kept) and not torch.equal(output, kept)
 
 
@@ -143,9 +144,29 @@ def test_gradients_are_those_of_the_plain_formula():
 def test_only_kept_queries_and_keys_are_computed(monkeypatch):
     attn, key_value = self_attention(), reference(batch=1)
     shapes, plain = [], attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: shapes.append((q.shape[0], q.shape[2], k.shape[1])) or plain(q, k, *rest))
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: shapes.append((q.shape[0], q.shape[2], k.shape[2])) or plain(q, k, *rest))
     run(attn, torch.randn(2, 24, CHANNELS), subject(key_value, named_masks(["some"]), named_masks(["one", "some"])))
     assert shapes == [(2, 24, 24), (1, 1 + 6, 6)]
+
+
+def test_what_steps_share_is_made_once(monkeypatch):
+    """Text's, subject's and image tokens' keys: the second pass makes none, and gives what a pass without them gives."""
+    self_attn, cross_attn, mask = self_attention(), cross_attention(), named_masks(["some"])
+    x, text, tokens = torch.randn(2, 24, CHANNELS), torch.randn(2, 7, TEXT), tuple(torch.randn(2, 4, CHANNELS) for _ in range(2))
+    label, made = torch.tensor([[0.0, 1, 1, 0, 0, 0, 0]]), {}
+    context, keys = ContextConditioning({5: tokens}), subject(reference(batch=1), mask)
+
+    def passed(made):
+        recorder = Recorder(label_tokens=label)
+        given = Conditioning(keys, context, recorder, made)
+        return self_attn(x, conditioning=given), cross_attn(x, text, conditioning=given), recorder.label_maps[5]
+
+    alone, first = passed(None), passed(made)
+    assert set(made) == {(4, "subject"), (5, "text"), (5, "label"), (5, "context")}
+    for layer in (cross_attn.to_k, cross_attn.to_v):
+        monkeypatch.setattr(layer, "forward", lambda *_: pytest.fail("made a second time"))
+    for a, b, c in zip(alone, first, passed(made), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_no_generated_mask_means_no_masking():

@@ -8,7 +8,7 @@ from PIL import Image
 from datamodules.mini import world
 from datamodules.mini.render import render
 from moma_lightning.foundation import MINI, FoundationConfig
-from moma_lightning.models.attention import SubjectConditioning, SubjectKeys, add_subject_attention, label_map, split_heads
+from moma_lightning.models.attention import SubjectConditioning, SubjectKeys, add_subject_attention, label_map, scaled_label_key, split_heads
 from moma_lightning.models.masks import MaskPyramid, log_bias
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 
@@ -32,10 +32,11 @@ def test_subject_attention_at_stable_diffusions_size(dtype, tolerance, kept):
     m_gen = torch.rand(2, 1, SIDE, SIDE, device="cuda") * (torch.rand(2, 1, SIDE, SIDE, device="cuda") < kept)
     index = (weight > 0).byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, int((weight > 0).sum(1).max()))]
     bias, alive = log_bias(weight.gather(1, index))
-    gathered = (x.gather(1, index[..., None].expand(-1, -1, CHANNELS)) for x in (key, value))
-    conditioning = SubjectConditioning({0: SubjectKeys(*gathered, bias, 0.7 * alive)}, MaskPyramid(m_gen, (SIDE, SIDE)), 0.9)
+    kept_key, kept_value = (x.gather(1, index[..., None].expand(-1, -1, CHANNELS)) for x in (key, value))
+    keys = SubjectKeys(kept_key, 0.7 * alive * kept_value, bias)
+    conditioning = SubjectConditioning({0: keys}, MaskPyramid(m_gen, (SIDE, SIDE)), 0.9)
     with torch.no_grad():
-        result = add_subject_attention(torch.zeros_like(query), conditioning, 0, split_heads(query, HEADS), HEADS)
+        result = add_subject_attention(torch.zeros_like(query), conditioning, query, *keys.split(HEADS, dtype))
     whole_bias, alive = log_bias(weight)
     expected = 0.7 * 0.9 * alive.double() * m_gen.flatten(1)[..., None].double() * plain(query, key, value, whole_bias)
     assert result.dtype == dtype and bool(expected.any()) == (kept > 0)
@@ -47,7 +48,7 @@ def test_the_labels_map():
     query, key = torch.randn(2, POSITIONS, CHANNELS, device="cuda"), torch.randn(2, 77, CHANNELS, device="cuda")
     tokens = torch.zeros(1, 77, device="cuda")
     tokens[:, 3:5] = 1
-    found = label_map(split_heads(query, HEADS), key, HEADS, (CHANNELS // HEADS) ** -0.5, tokens)
+    found = label_map(split_heads(query, HEADS), scaled_label_key(split_heads(key, HEADS), (CHANNELS // HEADS) ** -0.5, 1), tokens)
     scores = split_heads(query[1:].double(), HEADS) @ split_heads(key[1:].double(), HEADS).transpose(-1, -2) / (CHANNELS // HEADS) ** 0.5
     torch.testing.assert_close(found.double(), scores.softmax(-1)[..., 3:5].sum(-1).mean(1), atol=1e-6, rtol=1e-4)
 
