@@ -32,7 +32,8 @@ help: ## this list
 reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each step took
 	@if [ -n "$(ARGS)" ]; then echo "make reproduce takes no ARGS: give them to one of $(STEPS)" >&2; exit 2; fi
 	@begun=$$SECONDS; for step in $(STEPS); do \
-		from=$$SECONDS; $(MAKE) $$step EXP=$(EXP); echo "== $$step: $$((SECONDS - from)) s"; \
+		from=$$SECONDS; two=experiments/$(EXP)/two_processes/$$step.yaml; \
+		$(MAKE) $$step EXP=$(EXP) ARGS="$$([ ! -e $$two ] || echo --config $$two)"; echo "== $$step: $$((SECONDS - from)) s"; \
 	done; echo "== reproduce: $$((SECONDS - begun)) s in all, see runs/$(EXP)/report/index.html"
 
 fetch: $(INSTALLED) ## download the models that an experiment names, with digests in runs/EXP/fetched.json (mini needs none)

@@ -1,6 +1,8 @@
 """Every experiment YAML runs: each training one a step on tiny shards, and the mini ones as the whole line from shards to report."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -100,6 +102,21 @@ def test_training_takes_a_step(path, fit, decoder, tmp_path):
     if path.name == "stage1.yaml":
         options += ["--model.init_args.clip", str(MINI / "foundation/clip")]
     fit(path, tmp_path, *options)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_share_the_batch_and_take_a_step(stage, data, decoder, tmp_path):
+    """As `make reproduce` trains; Lightning starts the second process by the command line, so the first is one of its own as well."""
+    whole, half = MINI / f"{stage}.yaml", MINI / f"two_processes/{stage}.yaml"
+    one, two = (yaml.safe_load(path.read_text())["data"]["init_args"]["config"]["batch_size"] for path in (whole, half))
+    assert one == 2 * two
+    shards, given = "--data.init_args.config", "--model.init_args"
+    command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(whole), "--config", str(half), "--trainer.fast_dev_run", "1",
+               "--trainer.default_root_dir", str(tmp_path), f"{shards}.train", f"{data}/shards/train-*.tar", f"{shards}.val", f"{data}/shards/val-*.tar",
+               *([f"{given}.decoder", str(decoder)] if stage == "stage2" else [])]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"WANDB_MODE": "disabled"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MEMBER: 2/2" in done.stderr
 
 
 def test_the_line_from_shards_to_report(trained, options):
