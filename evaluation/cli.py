@@ -1,4 +1,5 @@
-"""`python -m evaluation {generate,score,dreambooth,ablate,point,masks,figures,models,report} --config experiments/<family>/eval.yaml`, several of them with `then` between them."""
+"""`python -m evaluation {generate,score,dreambooth,ablate,point,masks,figures,models,report} --config experiments/<family>/eval.yaml`, or several,
+with `then` between them."""
 
 import builtins
 import json

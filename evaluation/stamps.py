@@ -70,6 +70,8 @@ def load_picture(path: Path) -> Image.Image:
 
 def load_pictures(paths: Sequence[Path], threads: int) -> list[Image.Image]:
     """`load_picture` of each, in order, on at most `threads` threads: decoding holds no interpreter lock."""
+    if threads == 1:
+        return [load_picture(path) for path in paths]
     with ThreadPoolExecutor(max(1, min(threads, len(paths))), "picture-reader") as pool:
         return list(pool.map(load_picture, paths))
 

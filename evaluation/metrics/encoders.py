@@ -8,11 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transform
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
 from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, source_of
@@ -45,13 +46,15 @@ class DinoEncoder(ImageTextEncoder):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.model = at_size(model or load_timm(config.model, config.revision), config.crop).to(self.dtype).eval().requires_grad_(False)
-        self.cut = v2.Compose(
-            [v2.Resize(config.resize, interpolation=v2.InterpolationMode(config.interpolation)), v2.CenterCrop(config.crop), v2.PILToTensor()]
-        )
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
-        return self.normalize(torch.stack([self.cut(to_rgb(image)) for image in images]))
+        return self.normalize(torch.stack([self._cut(to_rgb(image)) for image in images]))
+
+    def _cut(self, image: Image.Image) -> UInt8[Tensor, "3 crop crop"]:
+        """By functions: transforms as modules take longer to call than a small picture does to cut."""
+        resized = transform.resize(image, [self.config.resize], v2.InterpolationMode(self.config.interpolation))
+        return transform.pil_to_tensor(transform.center_crop(resized, [self.config.crop, self.config.crop]))
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:

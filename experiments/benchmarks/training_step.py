@@ -72,9 +72,10 @@ def cached(module: Stage1 | Stage2, batch: TripletBatch) -> CachedBatch:
     return CachedBatch(module.features(batch), batch.subject_mask, batch.caption, batch.label, batch.key, batch.full_caption)
 
 
-def against_ip_adapter(from_cache: bool) -> Callable[[torch.device], tuple[Run, Run]]:
+def against_ip_adapter(from_cache: bool = False, **options) -> Callable[[torch.device], tuple[Run, Run]]:
+    """options: of MoMA's side."""
     def prepare(device: torch.device) -> tuple[Run, Run]:
-        batch, moma, ip_adapter = batch_of(BATCH, device), stage2(device), stage2(device, context="image_encoder", subject=False)
+        batch, moma, ip_adapter = batch_of(BATCH, device), stage2(device, **options), stage2(device, context="image_encoder", subject=False)
         return tuple(stage2_step(module, cached(module, batch) if from_cache else batch) for module in (moma, ip_adapter))  # type: ignore[return-value]
 
     return prepare
@@ -113,9 +114,10 @@ def bare_mllm(module: Stage1, batch: TripletBatch) -> Callable[[], Tensor]:
     return torch.enable_grad()(lambda: decoder.mllm(**read, use_cache=False).last_hidden_state.mean())
 
 
-def true_stage2(device: torch.device, **options) -> tuple[Stage2, TripletBatch]:
-    """The paper's stage 2 with random weights, and a batch of its size; options: of `Stage2Config`."""
+def true_stage2(device: torch.device, batch_size: int | None = None, **options) -> tuple[Stage2, TripletBatch]:
+    """The paper's stage 2 with random weights, and a batch, of its size where nothing else is said; options: of `Stage2Config`."""
     experiment = read_experiment(SD15 / "stage2.yaml")
+    experiment = replace(experiment, batch_size=batch_size or experiment.batch_size)
     experiment = replace(experiment, model=experiment.model | {"stage2": experiment.model["stage2"] | options})
     module = random_stage(experiment, device)
     assert isinstance(module, Stage2)
@@ -132,6 +134,24 @@ def true_against_ip_adapter(device: torch.device, from_cache: bool = False) -> t
         if from_cache:
             module.decoder = module.image_encoder = None  # as `stage2.cached` has it
     return runs[0], runs[1]
+
+
+def true_subject_side(device: torch.device) -> tuple[Run, Run]:
+    """The same models with and without the subject: what the reference pass and the subject attention add to an IP-Adapter's step.
+
+    Both take CLIP's embedding; a batch of one on a CPU, where the MLLM would not fit beside the rest.
+    """
+    module, batch = true_stage2(device, 1 if device.type == "cpu" else None, context="image_encoder")
+
+    def run(config: Stage2Config) -> Run:
+        def loss() -> Tensor:
+            module.config = config
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+                return module.sample_losses(batch, drop=True)[0].mean()
+
+        return step([p for name, p in module.adapter.named_parameters() if config.subject or not name.startswith("subject.")], loss)
+
+    return run(module.config), run(replace(module.config, subject=False))
 
 
 def true_online_against_cached(device: torch.device) -> tuple[Run, Run]:
@@ -160,8 +180,9 @@ def true_stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
 def cases(full: bool) -> list[Case]:
     shape = f"mini, batch of {BATCH}, fp32, AdamW"
     listed = [
-        Case("stage 2 step / IP-Adapter step, mini", "<= 1.35", shape, against_ip_adapter(False)),
-        Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(True)),
+        Case("stage 2 step / IP-Adapter step, mini", "<= 1.35", shape, against_ip_adapter()),
+        Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(from_cache=True)),
+        Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, mini", "", shape, against_ip_adapter(context="image_encoder")),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
         Case("stage 1 step / bare MLLM, mini", "<= 1.02", shape, stage1_against_bare_mllm),
         Case("stage 1 step from a cache / bare MLLM, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, from_cache=True)),
@@ -171,6 +192,8 @@ def cases(full: bool) -> list[Case]:
         shape = f"SD 1.5 and LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, AdamW"
         listed += [
             Case("stage 2 step / IP-Adapter step, sd15", "<= 1.35", shape, true_against_ip_adapter),
+            Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, sd15", "<= 1.35",
+                 f"SD 1.5 and CLIP ViT-H/14, random weights, batch of 8, on a CPU 1, at 512 px, {PRECISION}, AdamW", true_subject_side),
             Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", shape, functools.partial(true_against_ip_adapter, from_cache=True)),
             Case("stage 2 step online / from a cache, sd15", ">= 2.0", shape, true_online_against_cached),
             Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, no optimizer",

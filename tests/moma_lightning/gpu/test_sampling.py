@@ -8,7 +8,14 @@ from PIL import Image
 from datamodules.mini import world
 from datamodules.mini.render import render
 from moma_lightning.foundation import MINI, FoundationConfig
-from moma_lightning.models.attention import SubjectConditioning, SubjectKeys, add_subject_attention, label_map, scaled_label_key, split_heads
+from moma_lightning.models.attention import (
+    SubjectConditioning,
+    SubjectKeys,
+    add_subject_attention,
+    label_map,
+    scaled_label_key,
+    split_heads,
+)
 from moma_lightning.models.masks import MaskPyramid, log_bias
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 
