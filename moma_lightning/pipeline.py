@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ class MoMAPipeline(DiffusionPipeline):
             guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
-        masks, made = [], {}
+        masks: list[Tensor] = []
+        made: dict[tuple[int, str], Any] = {}
         for t in self.progress_bar(self.scheduler.timesteps):
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)

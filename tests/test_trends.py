@@ -89,7 +89,7 @@ def broken(monkeypatch):
     parts = {
         "subject": subject,
         "baseline": subject,
-        "context": (attention, "context_attention", lambda context, layer, query, heads: torch.zeros_like(query.transpose(1, 2).flatten(2))),
+        "context": (attention, "add_context_attention", lambda output, *given: output),
         "masking": (MaskPyramid, "weight", lambda self, sequence_length, dtype=torch.float32: torch.ones(len(self.mask), sequence_length, dtype=dtype)),
         "mllm": (MoMAPipeline, "_embed", lambda self, subject, prompts: self.clip(subject.pixels)),
     }

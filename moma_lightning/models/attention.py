@@ -138,21 +138,25 @@ class MoMAAttnProcessor:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key)).unflatten(0, (len(key), attn.heads))
         output = attend(query, key, value, attention_mask)
-        if encoder_hidden_states is None:
-            if given.subject is not None:
-                keys = given.subject.keys[self.layer]
-                output = add_subject_attention(output, given.subject, asked, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
-        else:
-            if given.recorder is not None and given.recorder.label_tokens is not None:
-                labels = given.recorder.label_tokens
-                label_key = given.once(self.layer, "label", lambda: scaled_label_key(key, attn.scale, len(labels)))
-                given.recorder.label_maps[self.layer] = label_map(query, label_key, labels)
-            if given.context is not None:
-                image = given.context.key_values[self.layer]
-                image = given.once(self.layer, "context", lambda: tuple(split_heads(x.to(query.dtype), attn.heads) for x in image))
-                output = add_context_attention(output, given.context, query, *image)
+        if encoder_hidden_states is not None:
+            output = self._with_image_tokens(output, given, query, key, attn.scale)
+        elif given.subject is not None:
+            keys = given.subject.keys[self.layer]
+            output = add_subject_attention(output, given.subject, asked, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
         output = attn.to_out[1](attn.to_out[0](output.to(query.dtype)))
         return output / attn.rescale_output_factor
+
+    def _with_image_tokens(self, output: Tensor, given: Conditioning, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """A cross-attention layer's output with the context attention added; the label's map is written down."""
+        recorder, context = given.recorder, given.context
+        if recorder is not None and recorder.label_tokens is not None:
+            labels = recorder.label_tokens
+            label_key = given.once(self.layer, "label", lambda: scaled_label_key(key, scale, len(labels)))
+            recorder.label_maps[self.layer] = label_map(query, label_key, labels)
+        if context is None:
+            return output
+        image = given.once(self.layer, "context", lambda: tuple(split_heads(x.to(query.dtype), query.shape[1]) for x in context.key_values[self.layer]))
+        return add_context_attention(output, context, query, *image)
 
 
 def split_heads(x: Float[Tensor, "batch positions channels"], heads: int) -> Float[Tensor, "batch heads positions dim"]:
