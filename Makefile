@@ -19,6 +19,8 @@ RUN := .venv/bin/python -m
 EVAL := --config experiments/$(EXP)/eval.yaml
 # The sweeps' own YAMLs name mini's.
 SWEPT = $(if $(filter-out mini,$(EXP)),--config=experiments/$(EXP)/eval.yaml)
+# A batch shared by two processes, where the experiment has a YAML for it.
+TWO = $(addprefix --config ,$(wildcard experiments/$(EXP)/two_processes/$@.yaml))
 STEPS := data stage1 stage2 tables
 # In this order: each part builds on those before it.
 FOUNDATION := autoencoder clip dino sam unet llava ip_adapter style views
@@ -32,8 +34,7 @@ help: ## this list
 reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each step took
 	@if [ -n "$(ARGS)" ]; then echo "make reproduce takes no ARGS: give them to one of $(STEPS)" >&2; exit 2; fi
 	@begun=$$SECONDS; for step in $(STEPS); do \
-		from=$$SECONDS; two=experiments/$(EXP)/two_processes/$$step.yaml; \
-		$(MAKE) $$step EXP=$(EXP) ARGS="$$([ ! -e $$two ] || echo --config $$two)"; echo "== $$step: $$((SECONDS - from)) s"; \
+		from=$$SECONDS; $(MAKE) $$step EXP=$(EXP); echo "== $$step: $$((SECONDS - from)) s"; \
 	done; echo "== reproduce: $$((SECONDS - begun)) s in all, see runs/$(EXP)/report/index.html"
 
 fetch: $(INSTALLED) ## download the models that an experiment names, with digests in runs/EXP/fetched.json (mini needs none)
@@ -53,10 +54,10 @@ inspect: $(INSTALLED) ## one HTML page of EXP's shards: filter funnel, histogram
 	$(RUN) datamodules.openimages inspect --shards runs/$(EXP)/data/shards $(ARGS)
 
 stage1: $(INSTALLED) ## train the image-feature decoder; goes on from its last checkpoint
-	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage1.yaml $(ARGS)
+	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage1.yaml $(TWO) $(ARGS)
 
 stage2: $(INSTALLED) ## train the subject and context attention; goes on from its last checkpoint
-	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage2.yaml $(ARGS)
+	$(RUN) moma_lightning fit --config experiments/$(EXP)/stage2.yaml $(TWO) $(ARGS)
 
 cache-stage1: $(INSTALLED) ## run stage 1's frozen models over its shards once (mini: ARGS='--model.init_args.edits.rate 0')
 	$(RUN) datamodules.caches --config experiments/$(EXP)/stage1.yaml $(ARGS)
@@ -73,8 +74,8 @@ plan: $(INSTALLED) ## memory and time of EXP's stages on GPUS=8 GPUs of GPU_MEM=
 	done
 
 tables: $(INSTALLED) ## eval-dreambooth, ablate-masking, ablate-beta and report in one process, which imports once
-	$(RUN) evaluation dreambooth $(EVAL) then ablate $(EVAL) --config experiments/ablations/masking.yaml \
-		then ablate $(EVAL) --config experiments/ablations/beta.yaml then report $(EVAL) $(ARGS)
+	$(RUN) evaluation dreambooth $(EVAL) $(ARGS) then ablate $(EVAL) --config experiments/ablations/masking.yaml $(ARGS) \
+		then ablate $(EVAL) --config experiments/ablations/beta.yaml $(ARGS) then report $(EVAL) $(ARGS)
 
 report: $(INSTALLED) ## the paper's figures, and one HTML page of them and all tables
 	$(RUN) evaluation report $(EVAL) $(ARGS)

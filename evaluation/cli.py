@@ -2,13 +2,16 @@
 with `then` between them."""
 
 import builtins
+import gc
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.multiprocessing import ProcessRaisedException
 
 from evaluation.ablations import run_ablation
@@ -51,6 +54,10 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
 }
 
 
+#: Commands that no second process shares in: of those that torchrun or srun started, the first runs them.
+ALONE = ("masks", "figures", "models", "report")
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m evaluation", parser_mode="omegaconf", description="DreamBooth-style evaluation.")
     commands = parser.add_subcommands(required=True)
@@ -84,6 +91,8 @@ def main(args: Sequence[str] | None = None) -> None:
     for command, config in [parse(one) for one in several]:
         started = time.monotonic()
         run(command, config)
+        gc.collect()
+        torch.cuda.empty_cache()  # the next one's processes want what this one's judges have held
         if len(several) > 1:
             logging.getLogger(__name__).info("== %s: %.0f s", config.ablation.name if command == "ablate" else command, time.monotonic() - started)
 
@@ -100,6 +109,8 @@ def split_at(words: Sequence[str], word: str) -> list[list[str]]:
 
 
 def run(command: str, config: EvalConfig) -> None:
+    if command in ALONE and rank_zero_only.rank != 0:
+        return
     try:
         COMMANDS[command][0](config)
     except MENDED_BY_HAND as error:

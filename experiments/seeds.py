@@ -1,6 +1,6 @@
 """One recipe under several training seeds: what of a result is the recipe's, and what is luck.
 
-`python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages and evaluates once a seed in runs/<exp>-seed<k>, two trainings at a time,
+`python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages and evaluates once a seed in runs/<exp>-seed<k>,
 then pools the scores: every method's mean is over all seeds' pictures, intervals are over subjects. Each step goes on where it
 stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}. Options that are not its own go to both stages' `fit`.
 """
@@ -33,9 +33,14 @@ def run(module: str, *arguments: str, threads: int | None = None) -> None:
 def train(exp: str, seed: int, threads: int | None, extra: list[str]) -> None:
     folder = f"runs/{exp}-seed{seed}"
     shared = ["--seed_everything", str(seed), "--data.init_args.config.seed", str(seed), *extra]
-    run("moma_lightning", "fit", "--config", f"experiments/{exp}/stage1.yaml", "--trainer.default_root_dir", f"{folder}/stage1", *shared, threads=threads)
-    run("moma_lightning", "fit", "--config", f"experiments/{exp}/stage2.yaml", "--trainer.default_root_dir", f"{folder}/stage2",
-        "--model.init_args.decoder", f"{folder}/stage1/image_feature_decoder", *shared, threads=threads)  # fmt: skip
+    for stage, given in (("stage1", []), ("stage2", ["--model.init_args.decoder", f"{folder}/stage1/image_feature_decoder"])):
+        run("moma_lightning", "fit", *configs(exp, stage), "--trainer.default_root_dir", f"{folder}/{stage}", *given, *shared, threads=threads)
+
+
+def configs(exp: str, stage: str) -> list[str]:
+    """The stage's YAML and, where there is one, that of two processes: what `make` gives to `fit`."""
+    paths = [f"experiments/{exp}/{stage}.yaml", f"experiments/{exp}/two_processes/{stage}.yaml"]
+    return [part for path in paths if path == paths[0] or Path(path).is_file() for part in ("--config", path)]
 
 
 def evaluate(exp: str, seed: int, first: int) -> None:
@@ -70,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--exp", default="mini")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, each on its share of the cores")
+    parser.add_argument("--at-once", type=int, default=1, help="trainings side by side, each on its share of the cores")
     parser.add_argument("--only-train", action="store_true")
     args, fit = parser.parse_known_args(arguments)
     if not args.only_train and not Path(f"experiments/{args.exp}/seeds.yaml").is_file():

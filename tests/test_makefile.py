@@ -22,7 +22,7 @@ def commands_of(*arguments: str) -> str:
     """What make would run, with the virtual environment taken as set up."""
     done = make("--dry-run", "--assume-old=.venv/.installed", *arguments)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return re.sub("  +", " ", done.stdout)
 
 
 @pytest.mark.parametrize("arguments", [(), ("help",)])
@@ -42,17 +42,24 @@ def test_every_rule_in_the_file_is_in_help():
     ("stage2", "moma_lightning fit --config experiments/other/stage2.yaml --trainer.max_steps 3"),
     ("eval-dreambooth", "evaluation dreambooth --config experiments/other/eval.yaml --trainer.max_steps 3"),
     ("report", "evaluation report --config experiments/other/eval.yaml --trainer.max_steps 3"),
-    ("tables", "then report --config experiments/other/eval.yaml --trainer.max_steps 3"),
 ])
 def test_targets_pass_the_experiment_and_extra_arguments(target, command):
     assert command in commands_of(target, "EXP=other", "ARGS=--trainer.max_steps 3")
 
 
 def test_tables_are_four_commands_in_one_process():
-    command = " ".join(commands_of("tables").replace("\\\n", " ").split())
-    four = [f"--config experiments/mini/eval.yaml{more}" for more in
-            ("", " --config experiments/ablations/masking.yaml", " --config experiments/ablations/beta.yaml", "")]
-    assert command.endswith(" then ".join(f"{name} {config}" for name, config in zip(("dreambooth", "ablate", "ablate", "report"), four, strict=True)))
+    command = " ".join(commands_of("tables", "ARGS=--num_processes 3").replace("\\\n", " ").split())
+    axes = [f"--config experiments/mini/eval.yaml {axis}--num_processes 3" for axis in
+            ("", "--config experiments/ablations/masking.yaml ", "--config experiments/ablations/beta.yaml ", "")]
+    assert command.endswith(" then ".join(f"{name} {axis}" for name, axis in zip(("dreambooth", "ablate", "ablate", "report"), axes, strict=True)))
+
+
+def test_stages_share_a_batch_between_two_processes_where_the_experiment_has_a_yaml_for_it():
+    """`reproduce`, the ablations that train and `make seeds` all train so, and differ in nothing but what they say."""
+    for stage in ("stage1", "stage2"):
+        both = f"--config experiments/mini/{stage}.yaml --config experiments/mini/two_processes/{stage}.yaml"
+        assert both in commands_of(stage, "EXP=mini") and both in commands_of("reproduce")
+        assert "two_processes" not in commands_of(stage, "EXP=sd15_llava7b")
 
 
 def test_clean_removes_one_experiment_only():

@@ -44,13 +44,13 @@ class Size:
         with device:
             if self.width is None:
                 return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(f"{MINI}/base", subfolder="unet")).eval()
-            channels = tuple(int(c * self.width) for c in (320, 640, 1280, 1280))
-            return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=16).eval()
+            channels, groups = tuple(int(c * self.width) for c in (320, 640, 1280, 1280)), 32 if self.width == 1 else 16
+            return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=groups).eval()
 
 
-SIZES = [Size("mini", 8), Size("sd15 quarter width", 64, 0.25)]
-#: Full size takes minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
-FULL = [Size("sd15", 64, 1.0), Size("sd15 16 pictures", 64, 1.0, pictures=16)]
+SIZES = [Size("mini", 8), Size("sd15", 64, 1.0, pairs=3)]
+#: Many minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
+FULL = [Size("sd15 16 pictures", 64, 1.0, pictures=16)]
 
 
 class Setting:

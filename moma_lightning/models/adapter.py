@@ -44,7 +44,7 @@ def subject_keys(
     bias, alive = log_bias(weight)
     key, value = (x.take_along_dim(index[..., None], 1) for x in (key, value))
     key, value = layer.to_k(key), layer.to_v(value)
-    return SubjectKeys(key, layer.lambda_ * alive * value, bias.to(key.dtype))
+    return SubjectKeys(key, (layer.lambda_ * alive * value).to(key.dtype), bias.to(key.dtype))
 
 
 class ContextAttention(nn.Module):
@@ -120,7 +120,7 @@ class MoMAAdapter(nn.Module, PublishedModel):
     def subject_conditioning(
         self, reference: Reference, reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None, beta: float = 1.0
     ) -> SubjectConditioning:
-        """K', V' of every self-attention layer from the reference pass's features (Eq. 3), at the positions that `reference_mask` keeps."""
+        """K' and lambda V' of every self-attention layer from the reference pass's features (Eq. 3), at the positions that `reference_mask` keeps."""
         keys = {int(i): subject_keys(layer, *reference[int(i)], reference_mask) for i, layer in self.subject.items()}
         return SubjectConditioning(keys, generated_mask, beta)
 

@@ -1,7 +1,8 @@
 """The attention processor with MoMA's two additions (paper Eq. 3 and section 3.2), free of parameters and of state.
 
 Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...}`: keys and values made once by
-`MoMAAdapter`, masks, and beta. Without conditioning it computes what diffusers' AttnProcessor2_0 computes, bit for bit.
+`MoMAAdapter`, masks, beta, and a place for what the steps of a sampling share. Without conditioning it computes what diffusers'
+AttnProcessor2_0 computes, bit for bit.
 """
 
 from collections.abc import Callable
@@ -93,8 +94,9 @@ class Recorder:
 class Conditioning:
     """The one entry MoMA adds to `cross_attention_kwargs`.
 
-    made: what the steps of one sampling share (the text's, the subject's and the image tokens' keys and values, split into heads): the
-    first forward pass writes it down, the others read it. None: made in each pass, as in training, where all of it changes.
+    made: what the steps of one sampling share (the text's, the subject's and the image tokens' keys and values, split into heads, and the
+    label's scaled keys): the first forward pass writes it down, the others read it. None: made in each pass, as in training, where all of it
+    changes. So it is under torch.compile, which would compile the UNet once more for a pass that writes.
     """
 
     subject: SubjectConditioning | None = None
@@ -103,7 +105,7 @@ class Conditioning:
     made: dict[tuple[int, str], Any] | None = None
 
     def once(self, layer: int, name: str, make: Callable[[], Any]) -> Any:
-        if self.made is None:
+        if self.made is None or torch.compiler.is_compiling():
             return make()
         if (layer, name) not in self.made:
             self.made[layer, name] = make()

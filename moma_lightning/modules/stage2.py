@@ -188,7 +188,8 @@ class Stage2(TrainedPartModule):
         return loss
 
     def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        seed = batch_idx * self.trainer.world_size + self.trainer.global_rank  # the batch's number in the split, whoever reads it
+        generator = torch.Generator(self.device).manual_seed(seed)
         values, _ = self.sample_losses(batch, generator, drop=False)
         self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
         if batch_idx == 0:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -39,10 +40,11 @@ def test_the_pooled_mean_is_the_mean_over_seeds_and_pictures(folders, tmp_path, 
 def test_each_seed_trains_both_stages_in_its_folder_with_the_options_given(monkeypatch):
     commands = []
     monkeypatch.setattr(seeds, "run", lambda module, *arguments, threads=None: commands.append((module, arguments, threads)))
-    seeds.main(["--seeds", "3", "--at-once", "1", "--only-train", "--trainer.max_steps", "2"])
+    seeds.main(["--seeds", "3", "--only-train", "--trainer.max_steps", "2"])
     assert [command[1][2] for command in commands] == ["experiments/mini/stage1.yaml", "experiments/mini/stage2.yaml"]
     for _, arguments, threads in commands:
         joined = " ".join(arguments)
+        assert f"--config {arguments[2]} --config experiments/mini/two_processes/{Path(arguments[2]).name} " in joined
         assert "--seed_everything 3" in joined and "--data.init_args.config.seed 3" in joined and "--trainer.max_steps 2" in joined and threads is None
         assert "runs/mini-seed3/stage" in joined
 

@@ -106,12 +106,12 @@ def test_training_takes_a_step(path, fit, decoder, tmp_path):
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_share_the_batch_and_take_a_step(stage, data, decoder, tmp_path):
-    """As `make reproduce` trains; Lightning starts the second process by the command line, so the first is one of its own as well."""
+    """As `make` trains; Lightning starts the second process by the command line, so the first is one of its own as well."""
     whole, half = MINI / f"{stage}.yaml", MINI / f"two_processes/{stage}.yaml"
     one, two = (yaml.safe_load(path.read_text())["data"]["init_args"]["config"]["batch_size"] for path in (whole, half))
     assert one == 2 * two
     shards, given = "--data.init_args.config", "--model.init_args"
-    command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(whole), "--config", str(half), "--trainer.fast_dev_run", "1",
+    command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(whole), "--config", str(half), "--trainer.fast_dev_run", "2",
                "--trainer.default_root_dir", str(tmp_path), f"{shards}.train", f"{data}/shards/train-*.tar", f"{shards}.val", f"{data}/shards/val-*.tar",
                *([f"{given}.decoder", str(decoder)] if stage == "stage2" else [])]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"WANDB_MODE": "disabled"})
@@ -120,9 +120,9 @@ def test_two_processes_share_the_batch_and_take_a_step(stage, data, decoder, tmp
 
 
 def test_the_line_from_shards_to_report(trained, options):
-    """What `make reproduce` does."""
-    for command in ("dreambooth", "report"):
-        evaluation([command, "--config", str(MINI / "eval.yaml"), *options])
+    """What `make tables` does, but for the ablations, which are below."""
+    given = ["--config", str(MINI / "eval.yaml"), *options]
+    evaluation(["dreambooth", *given, "then", "report", *given])
     summary = json.loads((trained / "eval/summary.json").read_text())
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
     made = {path.relative_to(trained).as_posix() for path in trained.rglob("*")}

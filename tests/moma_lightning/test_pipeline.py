@@ -63,6 +63,20 @@ def test_lambda_zero_and_context_off_is_stable_diffusion_bit_for_bit(base, stock
     assert np.array_equal(output.images, stock_pictures)
 
 
+@pytest.mark.parametrize("given", [{}, {"image": picture(), "mask": square_mask(), "label": "cat"}])
+def test_a_texts_keys_are_made_once_for_all_steps(base, given):
+    called, layers = [], {name: module for name, module in base.unet.named_modules() if name.endswith("attn2.to_k")}
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.append(name)) for name, layer in layers.items()]
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    if given:
+        given = {"image": pipe.prepare_subject(*given.values(), 64 * 64)}  # whose reference pass reads a text of its own
+        called.clear()
+    run(pipe, **given)
+    for hook in hooks:
+        hook.remove()
+    assert sorted(called) == sorted(layers)
+
+
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_beta_and_context_each_change_the_picture(base, stock_pictures, variant):
     pipe = MoMAPipeline.from_base(base, tiny_adapter(base, variant))
