@@ -205,8 +205,8 @@ def add_context_attention(
     value: Float[Tensor, "batch heads tokens dim"],
 ) -> Float[Tensor, "batch positions channels"]:
     added = attend(query, key, value)
-    if context.generated_mask is None:
-        return output.add(added, alpha=context.scale)
+    if context.generated_mask is None:  # in the operations of diffusers' IP-Adapter, so that the bits are its own
+        return output + (added if context.scale == 1 else context.scale * added)
     return output.addcmul(added, context.generated_mask.weight(query.shape[2], output.dtype)[..., None], value=context.scale)
 
 
