@@ -26,7 +26,7 @@ LABEL, PROMPT, T = "cat", "a cat on the beach", 500
 class Size:
     """A UNet with random weights: Stable Diffusion 1.5's layout with its channels times `width`, or the mini one, on square latents.
 
-    pictures: drawn at once, each a guided and an unguided row of the batch.
+    pictures: drawn at once, each a guided and an unguided row of the batch. steps: timed together, where one is too short to time.
     """
 
     name: str
@@ -34,11 +34,13 @@ class Size:
     width: float | None = None
     pairs: int | None = None
     pictures: int = 1
+    steps: int = 1
 
     @property
     def shape(self) -> str:
         unet = f"SD 1.5's UNet x{self.width:g}" if self.width else "mini UNet"
-        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of {2 * self.pictures}, {PRECISION}"
+        steps = f", {self.steps} steps" if self.steps > 1 else ""
+        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of {2 * self.pictures}, {PRECISION}{steps}"
 
     def build(self, device: torch.device) -> UNet2DConditionModel:
         with device:
@@ -48,7 +50,7 @@ class Size:
             return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=groups).eval()
 
 
-SIZES = [Size("mini", 8), Size("sd15", 64, 1.0, pairs=3)]
+SIZES = [Size("mini", 8, steps=10), Size("sd15", 64, 1.0, pairs=3)]
 #: Many minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
 FULL = [Size("sd15 16 pictures", 64, 1.0, pictures=16)]
 
@@ -118,7 +120,8 @@ def cases(sizes: list[Size]) -> list[Case]:
     def against_plain(size: Size, share: float, which: str):
         def prepare(device: torch.device):
             setting = Setting(size.build(device), size.latents, share, device, size.pictures)
-            return getattr(setting, which)() if which == "explicit" else setting.moma, setting.plain()
+            ours = setting.explicit() if which == "explicit" else setting.moma
+            return tuple(lambda run=run: [run() for _ in range(size.steps)] for run in (ours, setting.plain()))
 
         return prepare
 
