@@ -91,10 +91,10 @@ def main(args: Sequence[str] | None = None) -> None:
     for command, config in [parse(one) for one in several]:
         started = time.monotonic()
         run(command, config)
-        gc.collect()
-        torch.cuda.empty_cache()  # the next one's processes want what this one's judges have held
         if len(several) > 1:
             logging.getLogger(__name__).info("== %s: %.0f s", config.ablation.name if command == "ablate" else command, time.monotonic() - started)
+            gc.collect()
+            torch.cuda.empty_cache()  # the next one's processes want what this one's judges have held
 
 
 def split_at(words: Sequence[str], word: str) -> list[list[str]]:

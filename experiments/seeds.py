@@ -39,8 +39,8 @@ def train(exp: str, seed: int, threads: int | None, extra: list[str]) -> None:
 
 def configs(exp: str, stage: str) -> list[str]:
     """The stage's YAML and, where there is one, that of two processes: what `make` gives to `fit`."""
-    paths = [f"experiments/{exp}/{stage}.yaml", f"experiments/{exp}/two_processes/{stage}.yaml"]
-    return [part for path in paths if path == paths[0] or Path(path).is_file() for part in ("--config", path)]
+    two = f"experiments/{exp}/two_processes/{stage}.yaml"
+    return ["--config", f"experiments/{exp}/{stage}.yaml", *(["--config", two] if Path(two).is_file() else [])]
 
 
 def evaluate(exp: str, seed: int, first: int) -> None:
