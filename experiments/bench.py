@@ -15,11 +15,11 @@ from experiments.benchmarks.timing import Case, measure, reached
 from moma_lightning.files import write_beside
 
 
-def all_cases(full: bool) -> list[Case]:
-    """full: the paper's models at their own size too, with random weights."""
-    sizes = [*guided_step.SIZES, *(guided_step.FULL if full else [])]
+def all_cases(full: bool, compiled: bool = False) -> list[Case]:
+    """full: the paper's models at their own size too, with random weights. compiled: those of compiled UNets too."""
+    sizes = [*guided_step.SIZES, *(guided_step.FULL if full else []), *(guided_step.COMPILED if compiled else [])]
     others = (loading, scoring, growth)
-    return [*guided_step.cases(sizes), *whole_subject.cases(full), *training_step.cases(full), *(case for part in others for case in part.cases())]
+    return [*guided_step.cases(sizes), *whole_subject.cases(full, compiled), *training_step.cases(full), *(case for part in others for case in part.cases())]
 
 
 def line(name: str, entry: dict) -> str:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    for case in all_cases(args.full or device.type == "cuda"):
+    for case in all_cases(args.full or device.type == "cuda", compiled=device.type == "cuda"):
         if any(part in case.name for part in args.only):
             entry = measure(case, args.pairs, device)
             print(line(case.name, entry), flush=True)

@@ -181,7 +181,8 @@ class MoMAPipeline(DiffusionPipeline):
         white = white_background(pixels, found)
         seen = white if VARIANTS[self.adapter.variant].white_reference else pixels
         encoded = self._encode(seen)
-        features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
+        with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for, and its features would outlive a CUDA graph's memory
+            features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
         return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label)
 
     def default_size(self) -> int:

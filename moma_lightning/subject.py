@@ -72,6 +72,7 @@ class SubjectGuide:
         self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
         self.is_silent = not self.beta.any()
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
+        self.resolutions: set[int] = set()  # of the UNet's attention layers, in positions, as the first step has shown them
 
     def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
         waiting = self.variant.wait_for_mask and self.generated_mask is None
@@ -80,7 +81,7 @@ class SubjectGuide:
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
             pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
-        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided)) if acts else None
+        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided), resolutions=self.resolutions) if acts else None
         if context is not None and self.variant.mask_context:
             context.generated_mask = pyramid
         return Conditioning(subject, context, recorder)
@@ -93,6 +94,7 @@ class SubjectGuide:
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         layers = self.settings.mask_layers
         maps = recorder.label_maps
+        self.resolutions = {m.shape[1] for m in maps.values()}
         if layers is not None:
             if unknown := sorted(set(layers) - set(maps)):
                 raise ValueError(f"mask_layers {unknown} are no cross-attention layers: choose among {sorted(maps)}")

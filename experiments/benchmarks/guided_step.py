@@ -20,6 +20,7 @@ from moma_lightning.pipeline import MoMAPipeline
 from moma_lightning.subject import Subject, SubjectGuide, SubjectSettings, label_tokens
 
 LABEL, PROMPT, T = "cat", "a cat on the beach", 500
+COMPILE = "reduce-overhead"
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Size:
     """A UNet with random weights: Stable Diffusion 1.5's layout with its channels times `width`, or the mini one, on square latents.
 
     pictures: drawn at once, each a guided and an unguided row of the batch. steps: timed together, where one is too short to time.
+    compiled: both UNets are, into CUDA graphs.
     """
 
     name: str
@@ -35,12 +37,14 @@ class Size:
     pairs: int | None = None
     pictures: int = 1
     steps: int = 1
+    compiled: bool = False
 
     @property
     def shape(self) -> str:
         unet = f"SD 1.5's UNet x{self.width:g}" if self.width else "mini UNet"
         steps = f", {self.steps} steps" if self.steps > 1 else ""
-        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of {2 * self.pictures}, {PRECISION}{steps}"
+        compiled = f", compiled ({COMPILE})" if self.compiled else ""
+        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of {2 * self.pictures}, {PRECISION}{steps}{compiled}"
 
     def build(self, device: torch.device) -> UNet2DConditionModel:
         with device:
@@ -53,6 +57,8 @@ class Size:
 SIZES = [Size("mini", 8, steps=10), Size("sd15", 64, 1.0, pairs=3)]
 #: Many minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
 FULL = [Size("sd15 16 pictures", 64, 1.0, pictures=16)]
+#: For a GPU. A minute to compile, for each of the masks and the plain UNet.
+COMPILED = [replace(SIZES[1], name="sd15 compiled", compiled=True), replace(FULL[0], name="sd15 16 pictures compiled", compiled=True)]
 
 
 class Setting:
@@ -68,6 +74,7 @@ class Setting:
         install_processors(unet)
         self.reference = self.adapter.reference_features(unet, self.latents[:1], self.text[:1])
         self.context = self.adapter.context_conditioning(torch.randn(rows, self.adapter.image_proj.proj.in_features, **there))
+        self.t = torch.tensor(T, device=device)  # as schedulers give it
         pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet))
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
@@ -80,17 +87,19 @@ class Setting:
         """A later step as `MoMAPipeline.__call__` makes it, with the mask's size held: random weights estimate one of any size."""
         recorder = Recorder(label_tokens=self.guide.label_tokens)
         self.guide.generated_mask = self.mask.expand(len(self.latents) // 2, -1, -1, -1)
-        conditioning = self.guide.conditioning(torch.tensor(T), self.context, True, recorder)
+        conditioning = self.guide.conditioning(self.t, self.context, True, recorder)
         conditioning.made = self.made
-        noise = self.unet(self.latents, T, self.text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
+        noise = self.unet(self.latents, self.t, self.text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
         self.guide.update(recorder)
         return noise
 
-    def plain(self) -> Callable[[], Tensor]:
+    def plain(self, compiled: bool = False) -> Callable[[], Tensor]:
         """The same UNet (its weights are shared) with diffusers' own attention."""
         unet = sharing(self.unet)
         unet.set_attn_processor(AttnProcessor2_0())
-        return torch.no_grad()(lambda: unet(self.latents, T, self.text, return_dict=False)[0])
+        if compiled:
+            unet.compile(mode=COMPILE)
+        return torch.no_grad()(lambda: unet(self.latents, self.t, self.text, return_dict=False)[0])
 
     @torch.no_grad()
     def explicit(self) -> Callable[[], Tensor]:
@@ -99,7 +108,7 @@ class Setting:
         explicit.install(unet)
         m_ref, m_gen = MaskPyramid(self.mask, size), MaskPyramid(self.mask.expand(len(self.latents), -1, -1, -1), size)
         self.given = given = explicit.conditioning(self.adapter, self.reference, self.context, m_ref, m_gen, self.guide.label_tokens)
-        return torch.no_grad()(lambda: unet(self.latents, T, self.text, cross_attention_kwargs={"explicit": given}, return_dict=False)[0])
+        return torch.no_grad()(lambda: unet(self.latents, self.t, self.text, cross_attention_kwargs={"explicit": given}, return_dict=False)[0])
 
 
 def sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -120,8 +129,10 @@ def cases(sizes: list[Size]) -> list[Case]:
     def against_plain(size: Size, share: float, which: str):
         def prepare(device: torch.device):
             setting = Setting(size.build(device), size.latents, share, device, size.pictures)
+            if size.compiled:
+                setting.unet.compile(mode=COMPILE)
             ours = setting.explicit() if which == "explicit" else setting.moma
-            return tuple(lambda run=run: [run() for _ in range(size.steps)] for run in (ours, setting.plain()))
+            return tuple(lambda run=run: [run() for _ in range(size.steps)] for run in (ours, setting.plain(size.compiled)))
 
         return prepare
 

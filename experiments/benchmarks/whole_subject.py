@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.mini import world
 from datamodules.mini.render import render
 from experiments.benchmarks.discs import disc
+from experiments.benchmarks.guided_step import COMPILE
 from experiments.benchmarks.timing import PRECISION, Case, dtype_of
 from experiments.benchmarks.true_models import LABEL, PLACES, SD15, random_stage
 from moma_lightning.foundation import MINI, FoundationConfig
@@ -86,7 +87,7 @@ class BlindSam(SamMasker):
             return disc(0.25, image.width)[0]
 
 
-def true_size(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def true_evaluation(device: torch.device) -> Evaluation:
     """The paper's models with random weights, on noise."""
     module = random_stage(read_experiment(SD15 / "stage2.yaml"), device)
     assert isinstance(module, Stage2)
@@ -94,13 +95,26 @@ def true_size(device: torch.device) -> tuple[Callable[[], object], Callable[[], 
         masker = BlindSam(sam_model_registry["vit_h"]())
     pipe = MoMAPipeline.from_base(module.base, module.adapter, module.decoder, masker=masker).to(device, dtype_of(device))
     pixels = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
-    evaluation = Evaluation(pipe, Image.fromarray(pixels), TRUE_SETTING)
+    return Evaluation(pipe, Image.fromarray(pixels), TRUE_SETTING)
+
+
+def true_size(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    evaluation = true_evaluation(device)
     return evaluation.one_by_one, evaluation.batched
 
 
-def cases(full: bool) -> list[Case]:
+def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The UNet as it is and compiled, in the same pipeline."""
+    evaluation = true_evaluation(device)
+    evaluation.pipe.unet.compile(mode=COMPILE)
+    return torch.compiler.set_stance("force_eager")(evaluation.batched), evaluation.batched
+
+
+def cases(full: bool, compiled: bool = False) -> list[Case]:
     listed = [Case("one by one / a subject at once, mini", ">= 4.0", f"mini MoMA, {MINI_SETTING.shape}", mini)]
     if full:
         shape = f"SD 1.5, LLaVA-1.5-7B and SAM ViT-H, random weights, 512 px, {TRUE_SETTING.shape}, {PRECISION}"
         listed.append(Case("one by one / a subject at once, sd15", ">= 4.0", shape, true_size, pairs=3))
+    if compiled:
+        listed.append(Case("a subject at once, as it is / compiled, sd15", "", f"{shape}, {COMPILE}", eager_against_compiled))
     return listed

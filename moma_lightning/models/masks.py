@@ -36,13 +36,20 @@ def mask_weight(mask: Float[Tensor, "..."], strength: float) -> Float[Tensor, ".
     return mask if strength == 1 else 1 - strength * (1 - mask)
 
 
-def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "batch kept"]:
-    """The positions of any weight, in order. `kept` is the fullest row's count, at least 1; other rows are filled up with positions of weight 0.
+def keeps_all(weight: Tensor) -> bool:
+    """Under torch.compile, where shapes that follow the data would compile anew for each mask, and for tensors without data (meta, fake)."""
+    return torch.compiler.is_compiling() or weight.is_meta or isinstance(weight, FakeTensor)
 
-    All are kept under torch.compile, where shapes that follow the data would compile anew for each mask, and for tensors without data (meta, fake).
+
+def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "batch kept"]:
+    """The positions of any weight, in order; all of them where `keeps_all`.
+
+    `kept` is the fullest row's count, at least 1; other rows are filled up with positions of weight 0.
     """
-    if torch.compiler.is_compiling() or weight.is_meta or isinstance(weight, FakeTensor):
+    if keeps_all(weight):
         return torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
+    if len(weight) == 1 and len(kept := weight[0].nonzero()):
+        return kept.T
     kept = weight > 0
     count = max(1, int(kept.sum(1).max()))
     return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :count]

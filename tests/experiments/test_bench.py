@@ -66,7 +66,7 @@ def test_it_writes_bench_json_and_keeps_other_entries(tmp_path, monkeypatch, cap
     out = tmp_path / "bench.json"
     out.write_text(json.dumps({"another": {"ratio": 1}}))
     case = timing.Case("this / that", "<= 9", "tiny", lambda device: (lambda: None, lambda: None))
-    monkeypatch.setattr(bench, "all_cases", lambda full: [case, timing.Case("not asked for", "", "", lambda device: 1 / 0)])
+    monkeypatch.setattr(bench, "all_cases", lambda full, compiled: [case, timing.Case("not asked for", "", "", lambda device: 1 / 0)])
     monkeypatch.setattr(timing, "seconds", lambda run, device: 2.0)
     bench.main(["--only", "this", "--pairs", "3", "--device", "cpu", "--out", str(out)])
     entries = json.loads(out.read_text())

@@ -12,8 +12,8 @@ from moma_lightning.models.attention import (
     SubjectConditioning,
     SubjectKeys,
     add_subject_attention,
+    label_key_value,
     label_map,
-    scaled_label_key,
     split_heads,
 )
 from moma_lightning.models.masks import MaskPyramid, log_bias
@@ -55,7 +55,7 @@ def test_the_labels_map():
     query, key = torch.randn(2, POSITIONS, CHANNELS, device="cuda"), torch.randn(2, 77, CHANNELS, device="cuda")
     tokens = torch.zeros(1, 77, device="cuda")
     tokens[:, 3:5] = 1
-    found = label_map(split_heads(query, HEADS), scaled_label_key(split_heads(key, HEADS), (CHANNELS // HEADS) ** -0.5, 1), tokens)
+    found = label_map(split_heads(query, HEADS), *label_key_value(split_heads(key, HEADS), tokens))
     scores = split_heads(query[1:].double(), HEADS) @ split_heads(key[1:].double(), HEADS).transpose(-1, -2) / (CHANNELS // HEADS) ** 0.5
     torch.testing.assert_close(found.double(), scores.softmax(-1)[..., 3:5].sum(-1).mean(1), atol=1e-6, rtol=1e-4)
 
