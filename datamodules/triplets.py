@@ -7,6 +7,7 @@ stands is kept in checkpoints. Validation reads each sample once, in the same ba
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,11 +133,13 @@ class TrainLoader:
     """Gives an epoch's batches and notes in `progress` what was handed over; the first epoch of a resumed run is what was left of it.
 
     build: makes a loader that begins with the given batch of an epoch, its readers where `progress` says.
+    waited: seconds that batches were waited for, since this loader is there (`moma_lightning.training.data_wait` logs them).
     """
 
     def __init__(self, build: Callable[[int], DataLoader], progress: Progress, steps: int):
         self.build, self.progress, self.steps = build, progress, steps
         self.whole_epochs: DataLoader | None = None
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return self.steps
@@ -149,6 +152,7 @@ class TrainLoader:
         pass
 
     def __iter__(self) -> Iterator[Batch]:
+        begun = time.perf_counter()
         first, self.progress.resume_at = self.progress.resume_at, 0
         if first == 0 and self.whole_epochs is None:
             self.whole_epochs = self.build(0)
@@ -158,7 +162,9 @@ class TrainLoader:
         for batch, worker, position in loader:
             self.progress.positions[worker] = position
             self.progress.given += 1
+            self.waited += time.perf_counter() - begun
             yield batch
+            begun = time.perf_counter()
 
 
 def _loader(stream: IterableDataset, config: TripletConfig, persistent: bool = True) -> DataLoader:

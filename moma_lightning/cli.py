@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from moma_lightning.files import write_beside
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
+from moma_lightning.training.data_wait import DataWait
 from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.strategy import ShardedStrategy
@@ -92,7 +93,7 @@ class MoMACLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
         if loggers:
-            callbacks.append(LearningRateMonitor("step"))
+            callbacks += [LearningRateMonitor("step"), DataWait()]
         plugins = [*_as_list(config["plugins"]), WholeCheckpointIO()]
         if SLURMEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # StopOnSignal saves; experiments/cluster/slurm.sh requeues

@@ -4,13 +4,15 @@ import json
 import re
 import traceback
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules.samples import BadSampleError
+from datamodules import streams, triplets
+from datamodules.samples import BadSampleError, decode
 from datamodules.streams import TrainStream, ValStream
 from datamodules.triplets import TripletDataModule
 from moma_lightning.batch import TripletBatch
@@ -54,6 +56,18 @@ def test_epochs_have_a_fixed_length_and_go_through_pass_after_pass(shards, tools
     assert all(sorted(one) == ALL for one in passes), "every pass has every sample once, across the borders of epochs"
     assert passes[0] != passes[1] != passes[2], "passes are shuffled anew"
     assert [k[:2] for k in passes[0]] != sorted(k[:2] for k in passes[0])
+
+
+def test_it_tells_how_long_batches_were_waited_for(shards, tools, monkeypatch):
+    """A clock that goes on by 1 second a sample read, and by 50 between the batches."""
+    now = [0.0]
+    monkeypatch.setattr(triplets, "time", Mock(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(streams, "decode", lambda *args: (now.__setitem__(0, now[0] + 1), decode(*args))[1])
+    loader = tools.datamodule(shards, batch_size=4, steps_per_epoch=3).train_dataloader()
+    for _ in range(2):
+        for _ in loader:
+            now[0] += 50
+    assert loader.waited == 2 * 3 * 4 and now[0] == 24 + 6 * 50
 
 
 def test_same_seed_same_batches(shards, tools):
