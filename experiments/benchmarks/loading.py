@@ -18,46 +18,58 @@ from datamodules.streams import collate
 from datamodules.triplets import TripletConfig, TripletDataModule
 from experiments.benchmarks.timing import Case
 
-SAMPLES, BATCH, SIDE = 64, 16, 256
+SAMPLES, BATCH, SIDE, SOURCE = 64, 16, 256, (1024, 768)
 Run = Callable[[], object]
 
 
-def photograph(seed: int) -> Image.Image:
-    """1024 x 768 pixels of soft shapes under fine grain, which a JPEG of about 200 kB keeps."""
+def photograph(seed: int, size: tuple[int, int] = SOURCE) -> Image.Image:
+    """Soft shapes under fine grain; of 1024 x 768 pixels a JPEG keeps about 200 kB."""
     rng = np.random.default_rng(seed)
-    soft = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(soft) + rng.normal(0, 4, (768, 1024, 3))).clip(0, 255).astype(np.uint8))
+    soft = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(soft) + rng.normal(0, 4, (size[1], size[0], 3))).clip(0, 255).astype(np.uint8))
 
 
-def jpeg(seed: int) -> bytes:
+def jpeg(seed: int, size: tuple[int, int] = SOURCE) -> bytes:
     file = io.BytesIO()
-    photograph(seed).save(file, "JPEG", quality=90)
+    photograph(seed, size).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def samples() -> list[ShardSample]:
-    mask = Image.new("L", (1024, 768), 0)
-    mask.paste(255, (300, 200, 700, 600))
+def samples(count: int, size: tuple[int, int]) -> list[ShardSample]:
+    """The subject is a box in the middle."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (size[0] // 4, size[1] // 4, size[0] * 3 // 4, size[1] * 3 // 4))
     file = io.BytesIO()
     mask.save(file, "PNG")
     fields = {"caption": "a cat on a lawn", "caption_full": "a cat on a lawn", "label": "cat", "image_id": "-", "source": "-", "license": "-", "author": "-"}
-    return [ShardSample(f"{i:04d}", jpeg(i % 8), "jpg", file.getvalue(), fields) for i in range(SAMPLES)]
+    pictures = [jpeg(i, size) for i in range(8)]
+    return [ShardSample(f"{i:04d}", pictures[i % 8], "jpg", file.getvalue(), fields) for i in range(count)]
+
+
+class Epoch:
+    """Our loader over an epoch of `SAMPLES` x `times` samples, shuffled, cut and flipped at random, from shards of its own."""
+
+    def __init__(self, shards: int = 1, workers: int = 0, side: int = SIDE, source: tuple[int, int] = SOURCE, times: int = 1):
+        self.folder, self.count = tempfile.TemporaryDirectory(), SAMPLES * times
+        for i in range(shards):
+            write_shard(Path(self.folder.name) / f"train-{i}.tar", samples(self.count // shards, source))
+        pattern = f"{self.folder.name}/train-*.tar"
+        config = TripletConfig(pattern, pattern, side, BATCH, num_workers=workers, shuffle_buffer=self.count // max(shards, workers, 1),
+                               steps_per_epoch=self.count // BATCH)  # fmt: skip
+        module = TripletDataModule(config)
+        module.setup("fit")
+        self.loader = module.train_dataloader()  # one for all runs, as in training: a new one would first skip what the last has drawn
+
+    def __call__(self) -> None:
+        assert sum(len(batch) for batch in self.loader) == self.count
 
 
 def bare_against_ours(device: torch.device) -> tuple[Run, Run]:
     """Both shuffle, decode by the same function with cuts and flips at random, and collate `SAMPLES` samples in this process."""
-    folder = tempfile.TemporaryDirectory()
-    shard = Path(folder.name) / "train-0.tar"
-    write_shard(shard, samples())
-    module = TripletDataModule(TripletConfig(str(shard), str(shard), SIDE, BATCH, steps_per_epoch=SAMPLES // BATCH))
-    module.setup("fit")
-    loader = module.train_dataloader()  # one for all runs, as in training: a new one would first skip what the last has drawn
-
-    def ours() -> None:
-        assert folder.name and sum(len(batch) for batch in loader) == SAMPLES
+    ours = Epoch()
 
     def bare() -> None:
-        dataset = wds.WebDataset([str(shard)], shardshuffle=False).shuffle(1000)
+        dataset = wds.WebDataset([f"{ours.folder.name}/train-0.tar"], shardshuffle=False).shuffle(SAMPLES)
         decoded = (decode(sample, SIDE, np.random.default_rng(i), True) for i, sample in enumerate(itertools.islice(dataset, SAMPLES)))
         while batch := list(itertools.islice(decoded, BATCH)):
             collate(batch)
@@ -81,4 +93,18 @@ def cases() -> list[Case]:
     return [
         Case("bare webdataset / our loader", ">= 1.0", f"{SAMPLES} JPEGs of 1024x768 to {SIDE}x{SIDE}, one process", bare_against_ours),
         Case("whole JPEG decoding / reduced decoding", ">= 2.0", f"1024x768 to {SIDE}x{SIDE}", whole_against_reduced),
+        *growth(),
+    ]
+
+
+def growth() -> list[Case]:
+    """Time of the larger over the smaller; with workers by the clock, since they are processes of their own."""
+    shape, many = f"JPEGs of 1024x768 to {SIDE}x{SIDE}", f"{4 * SAMPLES} JPEGs of 1024x768 to {SIDE}x{SIDE} in 16 shards"
+    workers = [Case(f"growth: loader, {b or 'none'} to {a} worker{'s' * (a > 1)}", "", many, lambda _, a=a, b=b: (Epoch(16, a, times=4), Epoch(16, b, times=4)),
+                    by_the_clock=True) for a, b in ((1, 0), (2, 1))]  # fmt: skip
+    return [
+        Case("growth: loader, 1 to 16 shards", "", f"{SAMPLES} {shape} in all, one process", lambda _: (Epoch(16), Epoch(1))),
+        *workers,
+        Case("growth: loader, pictures of 256 to 512 pixels", "", f"{SAMPLES} JPEGs of 1024x768, one process", lambda _: (Epoch(side=512), Epoch())),
+        Case("growth: loader, JPEGs of 512x384 to 1024x768", "", f"{SAMPLES} to {SIDE}x{SIDE}, one process", lambda _: (Epoch(), Epoch(source=(512, 384)))),
     ]

@@ -22,6 +22,7 @@ class Case:
     """One figure: the time of `a` over that of `b` (each makes one run), what is aimed at ("<= 1.05"; "": nothing), and at which sizes.
 
     prepare: builds models and data and returns a and b. pairs: fewer runs than asked for, where one takes long on a CPU.
+    by_the_clock: on a CPU too, where other processes do the work.
     """
 
     name: str
@@ -29,13 +30,14 @@ class Case:
     shape: str
     prepare: Callable[[torch.device], tuple[Callable[[], object], Callable[[], object]]]
     pairs: int | None = None
+    by_the_clock: bool = False
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Callable[[], object], device: torch.device, by_the_clock: bool = False) -> float:
     """What one run takes: processor time on a CPU, which other programs hardly move, time on the clock on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    clock = time.perf_counter if device.type == "cuda" or by_the_clock else time.process_time
     started = clock()
     run()
     if device.type == "cuda":
@@ -62,7 +64,7 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
     return int(peak) / 2**10
 
 
-def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, device: torch.device) -> dict:
+def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, device: torch.device, by_the_clock: bool = False) -> dict:
     """Median ratio of the pairs, their quartiles `lo` and `hi`, and the medians of a and b in seconds; every other pair in reverse order.
 
     One pair before does not count; it gives the peak memory of each, `a_mb` and `b_mb`.
@@ -71,7 +73,7 @@ def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, devi
     times = []
     for i in range(pairs):
         gc.collect()
-        first, second = (seconds(run, device) for run in ((a, b) if i % 2 == 0 else (b, a)))
+        first, second = (seconds(run, device, by_the_clock) for run in ((a, b) if i % 2 == 0 else (b, a)))
         times.append((first, second) if i % 2 == 0 else (second, first))
     ratios = [x / y for x, y in times]
     lo, middle, hi = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
@@ -85,8 +87,8 @@ def measure(case: Case, pairs: int, device: torch.device) -> dict:
     torch.cuda.empty_cache()  # what the case before has held
     a, b = case.prepare(device)
     pairs = min(pairs, case.pairs or pairs) if device.type == "cpu" else pairs
-    clock = f"{device}, {torch.get_num_threads()} threads, {pairs} pairs"
-    return {**alternate(a, b, pairs, device), "goal": case.goal, "shape": f"{case.shape}; {clock}"}
+    clock = f"{device}, {torch.get_num_threads()} threads, {pairs} pairs{', by the clock' if case.by_the_clock else ''}"
+    return {**alternate(a, b, pairs, device, case.by_the_clock), "goal": case.goal, "shape": f"{case.shape}; {clock}"}
 
 
 def reached(entry: dict) -> bool | None:

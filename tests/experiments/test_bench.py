@@ -1,6 +1,7 @@
 """The bench compares like with like, and writes what it says. Nothing here is timed."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_disc_has_the_share_asked_for():
 
 def test_pairs_alternate_and_the_ratio_is_the_pairs_median(monkeypatch):
     order, taken = [], iter([3.0, 1.0, 1.0, 2.0, 10.0, 2.0])
-    monkeypatch.setattr(timing, "seconds", lambda run, device: run() or next(taken))
+    monkeypatch.setattr(timing, "seconds", lambda run, device, by_the_clock: run() or next(taken))
     a, b = (lambda: order.append("a")), (lambda: order.append("b"))
     entry = timing.alternate(a, b, 3, torch.device("cpu"))
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
@@ -67,7 +68,7 @@ def test_it_writes_bench_json_and_keeps_other_entries(tmp_path, monkeypatch, cap
     out.write_text(json.dumps({"another": {"ratio": 1}}))
     case = timing.Case("this / that", "<= 9", "tiny", lambda device: (lambda: None, lambda: None))
     monkeypatch.setattr(bench, "all_cases", lambda full, compiled: [case, timing.Case("not asked for", "", "", lambda device: 1 / 0)])
-    monkeypatch.setattr(timing, "seconds", lambda run, device: 2.0)
+    monkeypatch.setattr(timing, "seconds", lambda run, device, by_the_clock: 2.0)
     bench.main(["--only", "this", "--pairs", "3", "--device", "cpu", "--out", str(out)])
     entries = json.loads(out.read_text())
     assert set(entries) == {"another", "this / that"}
@@ -75,8 +76,24 @@ def test_it_writes_bench_json_and_keeps_other_entries(tmp_path, monkeypatch, cap
     assert "this / that" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shards, workers", [(1, 0), (4, 0), (4, 2)])
+def test_a_loaders_epoch_reads_as_many_samples_from_any_number_of_shards(monkeypatch, shards, workers):
+    monkeypatch.setattr(loading, "BATCH", 4)
+    monkeypatch.setattr(loading, "SAMPLES", 8)
+    epoch = loading.Epoch(shards, workers, side=32, source=(64, 48), times=2)
+    keys = [sorted(key for batch in epoch.loader for key in batch.key) for _ in range(2)]
+    assert keys[0] == keys[1] == sorted(f"{i:04d}" for i in range(16 // shards) for _ in range(shards))
+    assert next(iter(epoch.loader)).pixel_values.shape == (4, 3, 32, 32)
+
+
+def test_what_other_processes_do_is_timed_by_the_clock(monkeypatch):
+    monkeypatch.setattr(timing.time, "process_time", lambda: 0.0)
+    assert timing.seconds(lambda: time.sleep(0.01), torch.device("cpu")) == 0
+    assert timing.seconds(lambda: time.sleep(0.01), torch.device("cpu"), by_the_clock=True) >= 0.01
+
+
 def test_every_case_has_a_name_of_its_own():
-    names = [case.name for case in bench.all_cases(full=True)]
+    names = [case.name for case in bench.all_cases(full=True, compiled=True)]
     assert len(set(names)) == len(names)
 
 
