@@ -1,8 +1,12 @@
 """Training steps: stage 2 against an IP-Adapter's and against itself from a cache, stage 1 against the bare MLLM."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import json
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +25,8 @@ from moma_lightning.models.preprocess import preprocess_square
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
-from moma_lightning.plan.stages import read_experiment
+from moma_lightning.plan import architectures
+from moma_lightning.plan.stages import Experiment, read_experiment
 
 LABEL, BATCH = "cat", 24
 Run = Callable[[], object]
@@ -159,10 +164,14 @@ def true_online_against_cached(device: torch.device) -> tuple[Run, Run]:
     return tuple(stage2_step(module, read, bf16=device.type != "cpu") for read in (batch, cached(module, batch)))  # type: ignore[return-value]
 
 
-def true_stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
-    """Losses and gradients alone: two optimizers' moments would not fit beside the weights, and both sides' take as long."""
-    experiment = replace(read_experiment(SD15 / "stage1.yaml"), batch_size=8)
-    module, batch = random_stage(experiment, device).to(dtype_of(device)), random_batch(experiment, device)
+def true_stage1_against_bare_mllm(device: torch.device, layers: int | None = None) -> tuple[Run, Run]:
+    """Losses and gradients alone: two optimizers' moments would not fit beside the weights, and both sides' take as long.
+
+    layers: of the language model's, the first ones only and one picture, so that a CPU can hold and time it: the rest of the step is all there.
+    """
+    experiment = replace(read_experiment(SD15 / "stage1.yaml"), batch_size=1 if layers else 8)
+    with shortened(experiment, layers) if layers else contextlib.nullcontext(experiment) as experiment:
+        module, batch = random_stage(experiment, device).to(dtype_of(device)), random_batch(experiment, device)
     assert isinstance(module, Stage1)
     parameters = trained(module)
 
@@ -175,6 +184,16 @@ def true_stage1_against_bare_mllm(device: torch.device) -> tuple[Run, Run]:
         return run
 
     return gradients(lambda: module.loss(module(batch).float(), module.target(batch))), gradients(bare_mllm(module, batch))
+
+
+@contextlib.contextmanager
+def shortened(experiment: Experiment, layers: int) -> Iterator[Experiment]:
+    """The experiment with so many layers of its language model, whose `config.json` lies in a folder while this lasts."""
+    options = architectures.read(experiment.model["foundation"]["mllm"])
+    options["text_config"] = options["text_config"] | {"num_hidden_layers": layers}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(options))
+        yield replace(experiment, model=experiment.model | {"foundation": experiment.model["foundation"] | {"mllm": folder}})
 
 
 def cases(full: bool) -> list[Case]:
@@ -198,5 +217,7 @@ def cases(full: bool) -> list[Case]:
             Case("stage 2 step online / from a cache, sd15", ">= 2.0", shape, true_online_against_cached),
             Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, no optimizer",
                  true_stage1_against_bare_mllm),
-        ]
+            *(Case(f"stage 1 step / bare MLLM, {layers} of LLaVA-1.5-7B's 32 layers", "", f"random weights, a picture of 512 px, {PRECISION}, no optimizer",
+                   functools.partial(true_stage1_against_bare_mllm, layers=layers), pairs=3) for layers in (2, 4)),
+        ]  # fmt: skip
     return listed

@@ -13,6 +13,7 @@ from experiments.benchmarks import loading, timing, training_step, whole_subject
 from experiments.benchmarks.discs import disc
 from experiments.benchmarks.guided_step import Setting
 from moma_lightning.models.mask_estimation import estimate_mask
+from moma_lightning.plan import architectures
 from moma_lightning.plan.stages import read_experiment
 from moma_lightning.segmentation import SamConfig, build_sam
 from tests.tiny import tiny_unet
@@ -137,6 +138,14 @@ def small(monkeypatch):
 def test_steps_of_an_experiments_own_size_run(small, case):
     for run in getattr(training_step, case)(small):
         run()
+
+
+def test_a_language_model_can_be_shortened():
+    experiment = read_experiment(Path("experiments/sd15_llava7b/stage1.yaml"))
+    with training_step.shortened(experiment, 3) as short, torch.device("meta"):
+        mllm = architectures.build_mllm(short.model["foundation"]["mllm"])
+    assert len(mllm.model.language_model.layers) == 3 and mllm.config.text_config.hidden_size == 4096
+    assert experiment.model["foundation"]["mllm"] != short.model["foundation"]["mllm"]
 
 
 def test_random_models_train(small):
