@@ -20,6 +20,7 @@ class GridConfig:
     guidance_scale: float = 3.0
 
 
+@torch.compiler.set_stance("force_eager")  # a few pictures are not worth compiling a trained UNet anew for
 @torch.no_grad()
 def redrawn(pipe, batch, pictures, embeds, beta: float, config: GridConfig) -> list[list[Image.Image]]:
     """A row (reference, new picture) for each of the first samples that can be drawn; the noise is the sample's number's.
