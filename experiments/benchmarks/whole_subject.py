@@ -10,6 +10,7 @@ from segment_anything import sam_model_registry
 from torch import Tensor
 
 from datamodules.mini import world
+from datamodules.mini.prompts import live_prompts
 from datamodules.mini.render import render
 from experiments.benchmarks.discs import disc
 from experiments.benchmarks.guided_step import COMPILE
@@ -21,13 +22,15 @@ from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 from moma_lightning.plan.stages import read_experiment
 from moma_lightning.segmentation import NothingFoundError, SamMasker
 
-PROMPTS = [f"a {LABEL} {place}" for place in PLACES]
+FEW_PROMPTS = [f"a {LABEL} {place}" for place in PLACES]
+ALL_PROMPTS = [" ".join(prompt.format("", LABEL).split()) for prompt in live_prompts()]
 
 
 @dataclass
 class Setting:
     """steps: of the sampler. seeds: pictures of each prompt. batch: pictures at once."""
 
+    prompts: list[str]
     steps: int
     seeds: int
     batch: int
@@ -35,11 +38,11 @@ class Setting:
 
     @property
     def shape(self) -> str:
-        return f"{len(PROMPTS)} prompts x {self.seeds} seeds, {self.steps} steps, batches of {self.batch}"
+        return f"{len(self.prompts)} prompts x {self.seeds} seeds, {self.steps} steps, batches of {self.batch}"
 
 
-MINI_SETTING = Setting(12, 4, 16, 3.0)
-TRUE_SETTING = Setting(25, 2, 8, 7.5)
+MINI_SETTING = Setting(ALL_PROMPTS, 12, 4, 25, 3.0)
+TRUE_SETTING = Setting(FEW_PROMPTS, 25, 2, 8, 7.5)
 
 
 class Evaluation:
@@ -47,7 +50,7 @@ class Evaluation:
 
     def __init__(self, pipe: MoMAPipeline, image: Image.Image, setting: Setting):
         self.pipe, self.image, self.setting = pipe, image, setting
-        self.tasks = [(prompt, seed) for prompt in PROMPTS for seed in range(setting.seeds)]
+        self.tasks = [(prompt, seed) for prompt in setting.prompts for seed in range(setting.seeds)]
 
     def draw(self, tasks: list[tuple[str, int]], **reference) -> np.ndarray:
         generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in tasks]
@@ -111,7 +114,7 @@ def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], 
 
 
 def cases(full: bool, compiled: bool = False) -> list[Case]:
-    listed = [Case("one by one / a subject at once, mini", ">= 4.0", f"mini MoMA, {MINI_SETTING.shape}", mini)]
+    listed = [Case("one by one / a subject at once, mini", ">= 4.0", f"mini MoMA, {MINI_SETTING.shape}", mini, pairs=7)]
     if full:
         shape = f"SD 1.5, LLaVA-1.5-7B and SAM ViT-H, random weights, 512 px, {TRUE_SETTING.shape}, {PRECISION}"
         listed.append(Case("one by one / a subject at once, sd15", ">= 4.0", shape, true_size, pairs=3))

@@ -235,6 +235,6 @@ def label_map(
 ) -> Float[Tensor, "rows positions"]:
     """Attention probability of the label's tokens, summed over them, averaged over heads; for the last `rows` of the batch.
 
-    By the kernel that attends to the text: the matrix of probabilities, which a GPU takes five times as long for, is never there.
+    By the kernel that attends to the text: the matrix of probabilities, which takes a GPU three to six times as long, is never there.
     """
     return F.scaled_dot_product_attention(query[-len(key) :], key, value)[..., 0].mean(1, dtype=torch.float32)

@@ -130,7 +130,7 @@ def small(monkeypatch):
     for part in (training_step, whole_subject):
         monkeypatch.setattr(part, "SD15", Path("experiments/mini"))
     monkeypatch.setattr(whole_subject, "sam_model_registry", {"vit_h": lambda: build_sam(SamConfig())})
-    monkeypatch.setattr(whole_subject, "TRUE_SETTING", whole_subject.Setting(2, 1, 2, 3.0))
+    monkeypatch.setattr(whole_subject, "TRUE_SETTING", whole_subject.Setting(whole_subject.FEW_PROMPTS, 2, 1, 2, 3.0))
     return torch.device("cpu")
 
 
