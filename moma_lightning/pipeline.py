@@ -121,8 +121,8 @@ class MoMAPipeline(DiffusionPipeline):
         mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
             "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
         negative_prompt: for all prompts, or one a prompt.
-        Raises ValueError for a label that no prompt names, an empty mask, a reference or image_embeds without adapter, a reference without
-        label, a context that nothing can embed, and a height or width that the autoencoder cannot divide.
+        Raises ValueError for a label that no prompt names, a mask_strength outside [0, 1], an empty mask, a reference or image_embeds without
+        adapter, a reference without label, a context that nothing can embed, and a height or width that the autoencoder cannot divide.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
@@ -154,10 +154,11 @@ class MoMAPipeline(DiffusionPipeline):
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
         masks: list[Tensor] = []
         made: dict[tuple[int, str], Any] = {}
-        for t in self.progress_bar(self.scheduler.timesteps):
+        timesteps = self.scheduler.timesteps
+        for t, number in zip(self.progress_bar(timesteps), timesteps.tolist(), strict=True):  # a number, since a GPU is waited for to compare its tensor
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
-            conditioning = guide.conditioning(t, context, guided, recorder) if guide else Conditioning(context=context)
+            conditioning = guide.conditioning(number, context, guided, recorder) if guide else Conditioning(context=context)
             conditioning.made = made
             noise_pred = self.unet(doubled, t, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
             if guided:

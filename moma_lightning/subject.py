@@ -43,6 +43,10 @@ class SubjectSettings:
     mask_layers: Sequence[int] | None
     guide_subject: bool
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_strength <= 1:
+            raise ValueError(f"mask_strength {self.mask_strength}: 1 masks fully, 0 not at all; give a number from 0 to 1")
+
 
 @dataclass
 class Subject:
@@ -74,7 +78,7 @@ class SubjectGuide:
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
         self.resolutions: set[int] = set()  # of the UNet's attention layers, in positions, as the first step has shown them
 
-    def conditioning(self, t: Tensor, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
+    def conditioning(self, t: float, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
         waiting = self.variant.wait_for_mask and self.generated_mask is None
         acts = not self.is_silent and t < self.variant.subject_below and not waiting
         pyramid = None

@@ -35,15 +35,15 @@ def jpeg(seed: int, size: tuple[int, int] = SOURCE) -> bytes:
     return file.getvalue()
 
 
-def samples(count: int, size: tuple[int, int]) -> list[ShardSample]:
-    """The subject is a box in the middle."""
+def samples(count: int, size: tuple[int, int], first: int = 0) -> list[ShardSample]:
+    """Numbered from `first`; the subject is a box in the middle."""
     mask = Image.new("L", size, 0)
     mask.paste(255, (size[0] // 4, size[1] // 4, size[0] * 3 // 4, size[1] * 3 // 4))
     file = io.BytesIO()
     mask.save(file, "PNG")
     fields = {"caption": "a cat on a lawn", "caption_full": "a cat on a lawn", "label": "cat", "image_id": "-", "source": "-", "license": "-", "author": "-"}
     pictures = [jpeg(i, size) for i in range(8)]
-    return [ShardSample(f"{i:04d}", pictures[i % 8], "jpg", file.getvalue(), fields) for i in range(count)]
+    return [ShardSample(f"{first + i:04d}", pictures[i % 8], "jpg", file.getvalue(), fields) for i in range(count)]
 
 
 class Epoch:
@@ -51,11 +51,11 @@ class Epoch:
 
     def __init__(self, shards: int = 1, workers: int = 0, side: int = SIDE, source: tuple[int, int] = SOURCE, times: int = 1):
         self.folder, self.count = tempfile.TemporaryDirectory(), SAMPLES * times
+        each = self.count // shards
         for i in range(shards):
-            write_shard(Path(self.folder.name) / f"train-{i}.tar", samples(self.count // shards, source))
+            write_shard(Path(self.folder.name) / f"train-{i}.tar", samples(each, source, i * each))
         pattern = f"{self.folder.name}/train-*.tar"
-        config = TripletConfig(pattern, pattern, side, BATCH, num_workers=workers, shuffle_buffer=self.count // max(shards, workers, 1),
-                               steps_per_epoch=self.count // BATCH)  # fmt: skip
+        config = TripletConfig(pattern, pattern, side, BATCH, workers, shuffle_buffer=self.count, steps_per_epoch=self.count // BATCH)
         module = TripletDataModule(config)
         module.setup("fit")
         self.loader = module.train_dataloader()  # one for all runs, as in training: a new one would first skip what the last has drawn
@@ -98,7 +98,7 @@ def cases() -> list[Case]:
 
 
 def growth() -> list[Case]:
-    """Time of the larger over the smaller; with workers by the clock, since they are processes of their own."""
+    """Time of the larger over the smaller; with workers by the clock, since they are processes of their own (whose memory is not seen)."""
     shape, many = f"JPEGs of 1024x768 to {SIDE}x{SIDE}", f"{4 * SAMPLES} JPEGs of 1024x768 to {SIDE}x{SIDE} in 16 shards"
     workers = [Case(f"growth: loader, {b or 'none'} to {a} worker{'s' * (a > 1)}", "", many, lambda _, a=a, b=b: (Epoch(16, a, times=4), Epoch(16, b, times=4)),
                     by_the_clock=True) for a, b in ((1, 0), (2, 1))]  # fmt: skip

@@ -83,8 +83,9 @@ def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, devi
 def measure(case: Case, pairs: int, device: torch.device) -> dict:
     """A case's entry of bench.json."""
     torch.manual_seed(0)
+    torch.compiler.reset()  # what the case before has held: compiled UNets, memory
     gc.collect()
-    torch.cuda.empty_cache()  # what the case before has held
+    torch.cuda.empty_cache()
     a, b = case.prepare(device)
     pairs = min(pairs, case.pairs or pairs) if device.type == "cpu" else pairs
     clock = f"{device}, {torch.get_num_threads()} threads, {pairs} pairs{', by the clock' if case.by_the_clock else ''}"

@@ -115,8 +115,8 @@ def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], 
 
 def cases(full: bool, compiled: bool = False) -> list[Case]:
     listed = [Case("one by one / a subject at once, mini", ">= 4.0", f"mini MoMA, {MINI_SETTING.shape}", mini, pairs=7)]
+    shape = f"SD 1.5, LLaVA-1.5-7B and SAM ViT-H, random weights, 512 px, {TRUE_SETTING.shape}, {PRECISION}"
     if full:
-        shape = f"SD 1.5, LLaVA-1.5-7B and SAM ViT-H, random weights, 512 px, {TRUE_SETTING.shape}, {PRECISION}"
         listed.append(Case("one by one / a subject at once, sd15", ">= 4.0", shape, true_size, pairs=3))
     if compiled:
         listed.append(Case("a subject at once, as it is / compiled, sd15", "", f"{shape}, {COMPILE}", eager_against_compiled))

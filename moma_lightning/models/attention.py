@@ -43,7 +43,7 @@ class SubjectConditioning:
     generated_mask: M_gen, or None while it is unknown (the first step): no masking then.
     beta: one strength, or one a row of the batch.
     resolutions: positions of the layers to come, where they are known: what the first layer asks for is found for all of them, since a GPU is
-        waited for, and would be behind at each resolution anew.
+        waited for, and would run dry at each resolution anew.
     """
 
     keys: dict[int, SubjectKeys]
@@ -58,7 +58,7 @@ class SubjectConditioning:
         None: everywhere, where `keeps_all`. Found once for all layers of a resolution.
         """
         if positions not in self._queries:
-            self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions}}
+            self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions} - self._queries.keys()}
         return self._queries[positions]
 
     def _find(self, rows: int, positions: int, subjects: int) -> tuple[Tensor | None, Tensor]:
@@ -219,13 +219,15 @@ def add_context_attention(
     return output.addcmul(added, context.generated_mask.weight(query.shape[2], output.dtype)[..., None], value=context.scale)
 
 
-def label_key_value(key: Float[Tensor, "batch heads text dim"], label_tokens: Float[Tensor, "rows text"]) -> tuple[Tensor, Tensor]:
+def label_key_value(
+    key: Float[Tensor, "batch heads text dim"], label_tokens: Float[Tensor, "rows text"]
+) -> tuple[Float[Tensor, "rows heads text dim"], Float[Tensor, "rows heads text dim"]]:
     """What `label_map` reads: the text's keys, and values that are 1 at the label's tokens, in the first channel.
 
     Under classifier-free guidance the conditional half comes last: of it are the `rows` with a label.
     """
     key = key[-len(label_tokens) :]
-    value = torch.zeros_like(key, memory_format=torch.contiguous_format)
+    value = torch.zeros_like(key)
     value[..., 0] = label_tokens[:, None]
     return key, value
 

@@ -48,8 +48,8 @@ def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "bat
     """
     if keeps_all(weight):
         return torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
-    if len(weight) == 1 and len(kept := weight[0].nonzero()):
-        return kept.T
+    if len(weight) == 1 and len(index := (weight[0] > 0).nonzero()):
+        return index.T
     kept = weight > 0
     count = max(1, int(kept.sum(1).max()))
     return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :count]

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import streams, triplets
@@ -16,6 +16,7 @@ from datamodules.samples import BadSampleError, decode
 from datamodules.streams import TrainStream, ValStream
 from datamodules.triplets import TripletDataModule
 from moma_lightning.batch import TripletBatch
+from moma_lightning.training.data_wait import DataWait
 
 ALL = [f"s{row:02d}" for row in range(12)]
 quiet = pytest.mark.filterwarnings("ignore:.*It is skipped")
@@ -278,10 +279,10 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(folder, module: Recorder, data: TripletDataModule, resume=None):
-    checkpoint = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True, save_top_k=0)
+def fit(folder, module: Recorder, data: TripletDataModule, resume=None, callback: Callback | None = None):
+    callback = callback or ModelCheckpoint(folder, every_n_train_steps=1, save_last=True, save_top_k=0)
     trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                      callbacks=[checkpoint], default_root_dir=folder)
+                      callbacks=[callback], default_root_dir=folder)
     trainer.fit(module, data, ckpt_path=resume)
     return module
 
@@ -297,6 +298,12 @@ def test_lightning_run_killed_and_resumed_sees_what_an_unbroken_one_sees(shards,
     resumed = fit(tmp_path / "killed", Recorder(), tools.datamodule(shards, prepared=False), tmp_path / "killed" / "last.ckpt")
     assert killed.seen + resumed.seen == whole.seen
     assert resumed.validated[-6:] == whole.validated[-6:] and whole.validated[-6:] == [ALL[i : i + 2] for i in range(0, 12, 2)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_wait_for_its_batches_is_logged(shards, tools, tmp_path):
+    module = fit(tmp_path, Recorder(), tools.datamodule(shards, prepared=False), callback=DataWait())
+    assert 0 < module.trainer.callback_metrics["train/data_wait"] < 1
 
 
 @pytest.mark.parametrize("limit", [1, 0.5])

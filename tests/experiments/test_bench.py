@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.benchmarks import loading, timing, training_step, whole_subject
+from experiments.benchmarks import guided_step, loading, timing, training_step, whole_subject
 from experiments.benchmarks.discs import disc
-from experiments.benchmarks.guided_step import Setting
+from experiments.benchmarks.guided_step import Setting, Size
 from moma_lightning.models.mask_estimation import estimate_mask
 from moma_lightning.plan import architectures
 from moma_lightning.plan.stages import read_experiment
@@ -83,7 +83,7 @@ def test_a_loaders_epoch_reads_as_many_samples_from_any_number_of_shards(monkeyp
     monkeypatch.setattr(loading, "SAMPLES", 8)
     epoch = loading.Epoch(shards, workers, side=32, source=(64, 48), times=2)
     keys = [sorted(key for batch in epoch.loader for key in batch.key) for _ in range(2)]
-    assert keys[0] == keys[1] == sorted(f"{i:04d}" for i in range(16 // shards) for _ in range(shards))
+    assert keys[0] == keys[1] == [f"{i:04d}" for i in range(16)]
     assert next(iter(epoch.loader)).pixel_values.shape == (4, 3, 32, 32)
 
 
@@ -96,6 +96,22 @@ def test_what_other_processes_do_is_timed_by_the_clock(monkeypatch):
 def test_every_case_has_a_name_of_its_own():
     names = [case.name for case in bench.all_cases(full=True, compiled=True)]
     assert len(set(names)) == len(names)
+    fewer = [{case.name for case in bench.all_cases(full, compiled)} for full, compiled in ((False, False), (True, False), (False, True))]
+    assert fewer[0] == fewer[1] & fewer[2] and fewer[1] | fewer[2] == set(names)
+
+
+@pytest.mark.parametrize("name", ["guided step / plain, tiny, mask 25%", "guided step / plain, tiny, mask 100%"])
+def test_both_sides_of_a_compiled_case_are_compiled(monkeypatch, name):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((module, mode)))
+    monkeypatch.setattr(Size, "build", lambda size, device: tiny_unet().eval())
+    cases = guided_step.cases([Size("tiny", 8, 1.0, compiled=True)])
+    assert not [case for case in cases if "explicit" in case.name], "which is not compiled"
+    (case,) = (case for case in cases if case.name == name)
+    for run in case.prepare(torch.device("cpu")):
+        run()
+    (ours, mode), (plain, same) = compiled
+    assert ours is not plain and mode == same == guided_step.COMPILE
 
 
 def test_training_steps_compare_the_same_training():
@@ -137,6 +153,11 @@ def small(monkeypatch):
 @pytest.mark.parametrize("case", ["true_against_ip_adapter", "true_subject_side", "true_online_against_cached", "true_stage1_against_bare_mllm"])
 def test_steps_of_an_experiments_own_size_run(small, case):
     for run in getattr(training_step, case)(small):
+        run()
+
+
+def test_stage_1_runs_with_a_few_layers(small):
+    for run in training_step.true_stage1_against_bare_mllm(small, layers=1):
         run()
 
 

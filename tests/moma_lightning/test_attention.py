@@ -149,6 +149,16 @@ def test_only_kept_queries_and_keys_are_computed(monkeypatch):
     assert shapes == [(2, 24, 24), (1, 1 + 6, 6)]
 
 
+def test_queries_of_all_resolutions_are_found_in_the_first_layer(monkeypatch):
+    keys, found, find = subject(reference(batch=1), named_masks(["some"]), named_masks(["one", "some"])), [], SubjectConditioning._find
+    monkeypatch.setattr(SubjectConditioning, "_find", lambda self, rows, positions, *rest: found.append(positions) or find(self, rows, positions, *rest))
+    keys.resolutions = {24, 6}
+    for positions in (24, 6, 24, 2, 6):
+        index, weight = keys.queries(2, positions, 1)
+        assert weight.shape == (1, len(index), 1) and weight.all()
+    assert sorted(found[:2]) == [6, 24] and found[2:] == [2], "one that was not announced is found alone"
+
+
 def test_what_steps_share_is_made_once(monkeypatch):
     """Text's, subject's and image tokens' keys: the second pass makes none, and gives what a pass without them gives."""
     self_attn, cross_attn, mask = self_attention(), cross_attention(), named_masks(["some"])

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from moma_lightning import __main__ as entry
 from moma_lightning.cli import MoMACLI, Run
+from moma_lightning.training.data_wait import DataWait
 from tests.forked import Forked
 
 
@@ -89,7 +90,8 @@ def logged_steps(folder) -> list[int]:
 
 
 def test_a_run_leaves_config_metrics_and_the_last_step(run, tmp_path):
-    run("--model.slope", "2.0")
+    trainer = run("--model.slope", "2.0").trainer
+    assert sum(isinstance(callback, DataWait) for callback in trainer.callbacks) == 1
     folder = tmp_path / "runs/tiny/stage1"
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["model"]["init_args"]["slope"] == 2.0 and saved["seed_everything"] == 0

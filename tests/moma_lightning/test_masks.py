@@ -35,6 +35,13 @@ def test_kept_positions_are_in_order_and_rows_filled_up_without_repeats():
     assert kept_positions(torch.zeros(2, 5)).shape == (2, 1)
 
 
+@pytest.mark.parametrize("row", [[0, 0.5, 0, 1, 0.1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, -1, float("nan"), 0.5, 0]])
+def test_one_row_keeps_what_it_keeps_among_others(row):
+    """One row is looked through in another way than several."""
+    weight = torch.tensor([row], dtype=torch.float32)
+    assert torch.equal(kept_positions(weight), kept_positions(weight.expand(2, -1))[:1])
+
+
 def test_resize_is_the_area_average():
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2, :1] = 1

@@ -99,6 +99,12 @@ def test_mask_strength_changes_the_picture_and_masks_are_returned(base):
     assert outputs[0].masks.amin() == 0 and outputs[0].masks.amax() == 1
 
 
+@pytest.mark.parametrize("strength", [-0.1, 1.5])
+def test_a_mask_strength_that_is_none_is_refused(base, strength):
+    with pytest.raises(ValueError, match=f"mask_strength {strength}: .* from 0 to 1"):
+        run(MoMAPipeline.from_base(base, tiny_adapter(base)), image=picture(), mask=square_mask(), label="cat", mask_strength=strength)
+
+
 def test_mask_layers_choose_the_maps(base):
     pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
     subject = dict(image=picture(), mask=square_mask(), label="cat", return_masks=True)
@@ -332,7 +338,8 @@ def compiled_draws_the_same() -> None:
     plain = drawn()
     pipe.unet.compile(backend="eager", fullgraph=True)
     np.testing.assert_allclose(drawn(), plain, atol=1e-5)
-    redrawn(pipe, TripletBatch(pixels, square_mask()[None], PROMPTS[:1], ["cat"], ["0"]), pixels, torch.zeros(1, EMBED_DIM), 1.0, GridConfig(1, 1))
+    batch = TripletBatch(pixels, square_mask()[None], PROMPTS[:1], ["cat"], ["0"])
+    assert len(redrawn(pipe, batch, pixels, torch.zeros(1, EMBED_DIM), 1.0, GridConfig(1, 1))) == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 

@@ -33,7 +33,7 @@ class Loader:
 
 
 class Busy(LightningModule):
-    """Steps of 3 seconds, validations of 1,000; what was logged by its steps is noted."""
+    """Steps of 3 seconds, validations of 1,000 before each third; what was logged by its steps is noted."""
 
     def __init__(self, clock: Clock):
         super().__init__()
@@ -55,8 +55,12 @@ class Busy(LightningModule):
 
 
 class SlowSaver(Callback):
+    """Saves for 500 seconds after the fifth batch."""
+
     def on_train_batch_end(self, trainer, *args):
-        trainer.lightning_module.clock.now += 500
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 4:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/a.ckpt")
+            trainer.lightning_module.clock.now += 500
 
 
 @pytest.fixture
@@ -68,18 +72,44 @@ def clock(monkeypatch):
 
 def fit(clock, folder, loader, **options) -> Busy:
     module = Busy(clock)
-    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[DataWait(), SlowSaver()], logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                      enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, val_check_interval=1, **options)  # fmt: skip
+    trainer = Trainer(accelerator="cpu", callbacks=[DataWait(), SlowSaver()], logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                      enable_model_summary=False, num_sanity_val_steps=1, default_root_dir=folder, val_check_interval=2, **options)  # fmt: skip
     trainer.fit(module, loader, DataLoader(torch.zeros(1)))
     return module
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_it_is_the_wait_over_wait_and_step_of_the_last_logged_steps(clock, tmp_path):
-    module = fit(clock, tmp_path, Loader(clock, [1, 0, 9]), log_every_n_steps=2)
-    assert module.shares == pytest.approx([1 / 4, 1 / 7, 9 / 15, 10 / 16, 1 / 7, 9 / 15])
+def test_it_is_the_wait_over_all_time_of_the_last_logged_steps(clock, tmp_path):
+    """Batches 2 and 4 come after a validation, 5 after a checkpoint: 0, 1, 3 count."""
+    module = fit(clock, tmp_path, Loader(clock, [1, 0, 5, 9, 5, 5, 7]), max_epochs=1, log_every_n_steps=2)
+    assert module.shares == pytest.approx([1 / 4, 1 / 7, 1 / 7, 9 / 15, 9 / 15, 9 / 15, 9 / 15])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulated_batches_are_all_counted(clock, tmp_path):
+    module = fit(clock, tmp_path, Loader(clock, [1, 0, 0, 0]), max_epochs=1, log_every_n_steps=1, accumulate_grad_batches=2, limit_val_batches=0)
+    assert module.shares == pytest.approx([1 / 4, 1 / 7, 0, 0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loader_that_begins_anew_does_not_count_backwards(clock, tmp_path):
+    loaders = iter([Loader(clock, [6, 6]), Loader(clock, [1, 1])])
+    module = Busy(clock)
+    module.train_dataloader = lambda: next(loaders)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[DataWait()], logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                      enable_model_summary=False, default_root_dir=tmp_path, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1)  # fmt: skip
+    trainer.fit(module)
+    assert module.shares == pytest.approx([6 / 9, 6 / 9, 1 / 4, 1 / 4])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_number_is_made_a_gpus(clock, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Busy, "log", lambda self, name, value, **options: logged.append(value))
+    fit(clock, tmp_path, Loader(clock, [1, 1]), max_epochs=1)
+    assert [type(value) for value in logged] == [torch.Tensor] * 2 and {value.device.type for value in logged} == {"cpu"}
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_other_loaders_are_not_told_of(clock, tmp_path):
-    assert fit(clock, tmp_path, DataLoader(torch.zeros(3)), log_every_n_steps=2).shares == []
+    assert fit(clock, tmp_path, DataLoader(torch.zeros(3)), max_epochs=1).shares == []
