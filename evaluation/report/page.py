@@ -29,7 +29,7 @@ from evaluation.report.pictures import as_data, narrow
 from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals, subject_means
 from moma_lightning.files import write_bytes
 
-CURVES = ("train/loss", "val/")
+CURVES = ("train/loss", "train/data_wait", "val/")
 
 
 @dataclass

@@ -64,7 +64,8 @@ def evaluated(tmp_path_factory):
         write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
     stage = config.eval_folder.parent / "stage1" / "version_0"
     stage.mkdir(parents=True)
-    pd.DataFrame({"step": [1, 2, 3], "train/loss": [3.0, float("nan"), 1.0], "lr": [1, 1, 1]}).to_csv(stage / "metrics.csv", index=False)
+    logged = {"step": [1, 2, 3], "train/loss": [3.0, float("nan"), 1.0], "train/data_wait": [0.2, 0.1, 0.1], "lr": [1, 1, 1]}
+    pd.DataFrame(logged).to_csv(stage / "metrics.csv", index=False)
     config.ablations_folder.mkdir()
     for name, values in (("beta", (0.5, 1.0)), ("steps", (6, 12))):
         rows = {f"{name}_{value:g}": {"dino": {"mean": value / 7, "lo": 0.1, "hi": 0.2}} for value in values}
@@ -141,7 +142,7 @@ def test_page_shows_scores_protocol_curves_and_the_paper(evaluated, text, page):
     assert f"<span>[{value['lo']:.3f}, {value['hi']:.3f}]" in text
     assert evaluated.resolved_protocol().digest in text
     assert "<h3>Stage 1</h3>" in text
-    assert "train/loss" in [image.get("alt") for image in page.all("img")]
+    assert {"train/loss", "train/data_wait"} < {image.get("alt") for image in page.all("img")}
     assert "Published, real DreamBooth, not comparable with mini" in text
     assert 'name="viewport"' in text
 
