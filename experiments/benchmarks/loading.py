@@ -1,5 +1,6 @@
 """The loader against bare webdataset with the same decoding, and decoding at reduced scale against decoding whole."""
 
+import functools
 import io
 import itertools
 import tempfile
@@ -29,6 +30,7 @@ def photograph(seed: int, size: tuple[int, int] = SOURCE) -> Image.Image:
     return Image.fromarray((np.asarray(soft) + rng.normal(0, 4, (size[1], size[0], 3))).clip(0, 255).astype(np.uint8))
 
 
+@functools.cache
 def jpeg(seed: int, size: tuple[int, int] = SOURCE) -> bytes:
     file = io.BytesIO()
     photograph(seed, size).save(file, "JPEG", quality=90)
@@ -42,8 +44,7 @@ def samples(count: int, size: tuple[int, int], first: int = 0) -> list[ShardSamp
     file = io.BytesIO()
     mask.save(file, "PNG")
     fields = {"caption": "a cat on a lawn", "caption_full": "a cat on a lawn", "label": "cat", "image_id": "-", "source": "-", "license": "-", "author": "-"}
-    pictures = [jpeg(i, size) for i in range(8)]
-    return [ShardSample(f"{first + i:04d}", pictures[i % 8], "jpg", file.getvalue(), fields) for i in range(count)]
+    return [ShardSample(f"{i:04d}", jpeg(i % 8, size), "jpg", file.getvalue(), fields) for i in range(first, first + count)]
 
 
 class Epoch:
@@ -99,12 +100,16 @@ def cases() -> list[Case]:
 
 def growth() -> list[Case]:
     """Time of the larger over the smaller; with workers by the clock, since they are processes of their own (whose memory is not seen)."""
-    shape, many = f"JPEGs of 1024x768 to {SIDE}x{SIDE}", f"{4 * SAMPLES} JPEGs of 1024x768 to {SIDE}x{SIDE} in 16 shards"
-    workers = [Case(f"growth: loader, {b or 'none'} to {a} worker{'s' * (a > 1)}", "", many, lambda _, a=a, b=b: (Epoch(16, a, times=4), Epoch(16, b, times=4)),
-                    by_the_clock=True) for a, b in ((1, 0), (2, 1))]  # fmt: skip
+    shape = f"JPEGs of 1024x768 to {SIDE}x{SIDE}"
+
+    def of_workers(name: str, larger: int, smaller: int) -> Case:
+        many = f"{4 * SAMPLES} {shape} in 16 shards"
+        return Case(f"growth: loader, {name}", "", many, lambda _: (Epoch(16, larger, times=4), Epoch(16, smaller, times=4)), by_the_clock=True)
+
     return [
         Case("growth: loader, 1 to 16 shards", "", f"{SAMPLES} {shape} in all, one process", lambda _: (Epoch(16), Epoch(1))),
-        *workers,
+        of_workers("none to 1 worker", 1, 0),
+        of_workers("1 to 2 workers", 2, 1),
         Case("growth: loader, pictures of 256 to 512 pixels", "", f"{SAMPLES} JPEGs of 1024x768, one process", lambda _: (Epoch(side=512), Epoch())),
         Case("growth: loader, JPEGs of 512x384 to 1024x768", "", f"{SAMPLES} to {SIDE}x{SIDE}, one process", lambda _: (Epoch(), Epoch(source=(512, 384)))),
     ]

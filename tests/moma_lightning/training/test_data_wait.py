@@ -33,7 +33,7 @@ class Loader:
 
 
 class Busy(LightningModule):
-    """Steps of 3 seconds, validations of 1,000 before each third; what was logged by its steps is noted."""
+    """Steps of 3 seconds, validations of 1,000; what was logged by its steps is noted."""
 
     def __init__(self, clock: Clock):
         super().__init__()
