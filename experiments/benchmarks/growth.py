@@ -7,10 +7,9 @@ import torch
 
 from experiments.benchmarks.guided_step import Setting, Size
 from experiments.benchmarks.timing import PRECISION, Case
-from experiments.benchmarks.whole_subject import FEW_PROMPTS, MINI_SETTING, mini_evaluation
+from experiments.benchmarks.whole_subject import ALL_PROMPTS, MINI_SETTING, mini_evaluation
 
 QUARTER = 0.25
-FEW = replace(MINI_SETTING, prompts=FEW_PROMPTS, batch=16)
 
 
 def larger_against_smaller(larger: tuple[int, float, int], smaller: tuple[int, float, int]):
@@ -23,9 +22,9 @@ def larger_against_smaller(larger: tuple[int, float, int], smaller: tuple[int, f
     return prepare
 
 
-def more_against_fewer_seeds(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def more_against_fewer_prompts(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
     """In batches of one size, so that memory should not grow."""
-    more, fewer = (mini_evaluation(device, replace(FEW, seeds=seeds)) for seeds in (16, 4))
+    more, fewer = (mini_evaluation(device, replace(MINI_SETTING, prompts=ALL_PROMPTS[:count], batch=16)) for count in (16, 4))
     return more.batched, fewer.batched
 
 
@@ -37,5 +36,5 @@ def cases() -> list[Case]:
     masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", step((64, a, 1), (64, b, 1)), pairs=3)
              for a, b in ((0.25, 0.05), (1.0, 0.25))]  # fmt: skip
     batch = Case("growth: 1 to 4 pictures at once", "", f"{masked}, 32x32 latents", step((32, 0.25, 4), (32, 0.25, 1)))
-    evaluation = f"mini MoMA, {FEW.steps} steps, batches of {FEW.batch}"
-    return [*resolutions, *masks, batch, Case("growth: 16 to 64 pictures of a subject", "", evaluation, more_against_fewer_seeds)]
+    evaluation = f"mini MoMA, {MINI_SETTING.seeds} pictures of each, {MINI_SETTING.steps} steps, batches of 16"
+    return [*resolutions, *masks, batch, Case("growth: 4 to 16 prompts of a subject", "", evaluation, more_against_fewer_prompts)]
