@@ -6,7 +6,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from moma_lightning.pictures import to_grey, to_rgb
 
 Box = tuple[int, int, int, int]
 
@@ -26,17 +28,12 @@ def open_picture(source: bytes | Path, turn: bool = True, at_least: int | None =
     at_least: a JPEG may come at a half, a quarter or an eighth of its size, as long as both sides keep so many pixels; its decoder
     then does less work. Transparent parts become white, like the background of I_wb. Raises one of `PICTURE_ERRORS`.
     """
-    picture = _decoded(source, at_least)
-    picture = ImageOps.exif_transpose(picture) if turn else picture
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert("RGB")
+    return to_rgb(_decoded(source, at_least), turn)
 
 
 def open_mask(source: bytes | Path) -> Image.Image:
     """Decode a mask to mode "L" holding only 0 and 255, cut at `MASK_THRESHOLD`. Raises one of `PICTURE_ERRORS`."""
-    return _decoded(source).convert("L").point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
+    return to_grey(_decoded(source), turn=False).point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int], tolerance: float = MASK_TOLERANCE) -> Image.Image:
@@ -75,10 +72,6 @@ def _decoded(source: bytes | Path, at_least: int | None = None) -> Image.Image:
     if at_least is not None:
         picture.draft(None, (at_least, at_least))
     picture.load()
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        grey = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-        grey.info = picture.info
-        return grey
     return picture
 
 

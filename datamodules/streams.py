@@ -36,7 +36,7 @@ class TripletConfig:
     shuffle_buffer: samples (undecoded) that each reader shuffles among, on top of the order of shards.
     steps_per_epoch: training batches a rank and epoch.
     val_batches: validation batches a rank; None is all there are. More than one rank needs the number: every rank then gives
-        exactly as many, from its beginning again when its part is short.
+        exactly as many, from its beginning again when its part is short, and another rank's where there are fewer batches than ranks.
     flip: flip picture and mask together, half of the time, in training.
     on_error: "skip" names bad samples in the log and goes on; "raise" stops at the first.
     bad_samples: the log; None is `bad_samples.log` in the trainer's root folder.
@@ -141,17 +141,16 @@ class ValStream(IterableDataset):
 
     def _groups(self) -> Iterator[list[dict[str, Any]]]:
         """This rank's undecoded batches; over and over with several ranks, where the number of batches is fixed."""
+        rank = self.rank
         while True:
-            groups = batched(read_shards(self.shards, self.bad), self.config.batch_size)
-            own = itertools.islice(groups, self.rank, None, self.world_size)
-            if self.world_size == 1:
-                yield from own
+            count = 0
+            for group in batched(read_shards(self.shards, self.bad), self.config.batch_size):
+                if count % self.world_size == rank:
+                    yield group
+                count += 1
+            if self.world_size == 1 or not count:
                 return
-            first = next(own, None)
-            if first is None:
-                raise ValueError(f"validation has fewer batches of {self.config.batch_size} than the {self.world_size} ranks")
-            yield first
-            yield from own
+            rank %= count  # fewer batches than ranks: this rank gives another's again
 
 
 def collate(triplets: Sequence[Triplet | cached.CachedTriplet]) -> Batch:

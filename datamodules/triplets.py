@@ -115,7 +115,7 @@ class TripletDataModule(LightningDataModule):
         positions = {reader: (number, drawn) for reader, (number, drawn) in state_dict["positions"].items()}
         self.progress = Progress({reader - first: at for reader, at in positions.items() if first <= reader < first + workers})
         self.progress.given = self.progress.resume_at = state_dict.get("given", 0)
-        if positions and (state_dict["readers"] != self._readers() or state_dict.get("order", self._order()) != self._order()):
+        if self.train_shards and positions and (state_dict["readers"] != self._readers() or state_dict.get("order", self._order()) != self._order()):
             next_pass = max(number for number, _ in positions.values()) + 1
             self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0))
             rank_zero_warn("the number of ranks or workers, the shards, the seed or the shuffling are not the checkpoint's: reading goes on with the next pass")

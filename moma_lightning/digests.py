@@ -7,10 +7,11 @@ from moma_lightning.hub import hub_name, local_path
 
 
 def content_digest(path: Path) -> str:
-    """Digest of a file, or of all files of a folder with their names. Raises FileNotFoundError."""
+    """Digest of a file, or of all files of a folder with their names, but hidden ones (`.git`, `.DS_Store`). Raises FileNotFoundError."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    inside = (p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = sorted(inside) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(path)).encode())

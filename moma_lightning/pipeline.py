@@ -23,6 +23,7 @@ from moma_lightning.models.attention import Conditioning, ContextConditioning, R
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
+from moma_lightning.pictures import to_rgb
 from moma_lightning.segmentation import SamMasker
 from moma_lightning.subject import (
     VARIANTS,
@@ -192,20 +193,20 @@ class MoMAPipeline(DiffusionPipeline):
     def _find(self, image: Image.Image) -> Tensor:
         if self.masker is None:
             raise ValueError("no mask was given and there is no SAM: pass mask=..., or set foundation.sam to one that is there")
-        return self.masker(ImageOps.exif_transpose(image).convert("RGB"))
+        return self.masker(to_rgb(image))
 
     def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
         """Image tokens' keys and values for the whole batch; the unconditional half gets projector(zeros)."""
         if scale == 0 or self.adapter is None or (image_embeds is None and subject is None):
             return None
         if image_embeds is None:
-            image_embeds = self._embed(subject, prompts)
+            image_embeds = self.context_embeds(subject, prompts)
         image_embeds = image_embeds.to(self._execution_device, self.adapter.image_proj.proj.weight.dtype).expand(len(prompts), -1).repeat_interleave(repeats, 0)
         if guided:
             image_embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds])
         return self.adapter.context_conditioning(image_embeds, scale)
 
-    def _embed(self, subject: Subject, prompts: Sequence[str]) -> Float[Tensor, "rows dim"]:
+    def context_embeds(self, subject: Subject, prompts: Sequence[str]) -> Float[Tensor, "rows dim"]:
         """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
         if self.decoder is not None:
             if subject.picture is None:

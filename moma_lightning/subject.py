@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -15,6 +15,7 @@ from moma_lightning.models.adapter import MoMAAdapter, Reference, Variant
 from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
 from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
 from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.pictures import to_grey, to_rgb
 
 
 @dataclass
@@ -127,7 +128,7 @@ def _label_tokens(tokenizer: Any, prompts: Sequence[str], label: str) -> Float[T
 
 def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor, "1 3 height width"]:
     """The picture in [-1, 1], upright, scaled to about `area` pixels with sides that are multiples of `multiple`."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = to_rgb(image)
     scale = (area / (image.width * image.height)) ** 0.5
     width, height = (max(1, round(side * scale / multiple)) * multiple for side in image.size)
     if image.size != (width, height):
@@ -146,7 +147,7 @@ def foreground(mask: Image.Image | Tensor, shown: tuple[int, int], size: Sequenc
     or the same one's lying on its side.
     """
     if isinstance(mask, Image.Image):
-        mask = torch.from_numpy(np.array(ImageOps.exif_transpose(mask).convert("L"), dtype=np.float32) / 255)
+        mask = torch.from_numpy(np.array(to_grey(mask), dtype=np.float32) / 255)
     elif not isinstance(mask, Tensor):
         raise TypeError(f"a mask is a PIL image or a tensor, not {type(mask).__name__}")
     elif mask.dtype == torch.uint8:

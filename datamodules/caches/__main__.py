@@ -5,11 +5,13 @@ Processes and devices are the YAML's trainer's. Run again, it makes what is miss
 
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from moma_lightning.cli import MoMACLI
@@ -28,7 +30,10 @@ class CacheCLI(MoMACLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         told = {name: config[name] for name in ("accelerator", "devices", "num_nodes", "precision", "default_root_dir")}
-        return Trainer(**told, strategy="auto", use_distributed_sampler=False, logger=False,
+        # A process that has made its share waits for the others, however long they take.
+        alone = told["devices"] in (1, "1") and told["num_nodes"] == 1
+        strategy = "auto" if alone else DDPStrategy(timeout=timedelta(days=30))
+        return Trainer(**told, strategy=strategy, use_distributed_sampler=False, logger=False,
                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
 
 
@@ -38,6 +43,7 @@ def main() -> None:
     config, data = cli._get(cli.config_init, "cache"), cli.datamodule.config
     out = Path(config.out or Path(cli.trainer.default_root_dir) / "cache")
     cli.trainer.predict(CacheMaker(cli.model, data, config, out), return_predictions=False)
+    cli.trainer.strategy.barrier("every process has made its share")
     if cli.trainer.is_global_zero:
         print(f"{out}: {finished(data, out)}")
 

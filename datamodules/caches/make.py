@@ -53,6 +53,8 @@ class CacheMaker(LightningModule):
     def predict_dataloader(self) -> DataLoader:
         """Numbers of the shards; every `world_size`-th is this process's."""
         self.shards = sources(self.data)
+        if any(path.parent.resolve() == self.out.resolve() for path in self.shards):
+            raise ValueError(f"cache.out {self.out} is the folder of the shards themselves, which the cached ones would overwrite: write elsewhere")
         if self.trainer.global_rank == 0:
             self.announce({path.name for path in self.shards})
         own = range(self.trainer.global_rank, len(self.shards), self.trainer.world_size)

@@ -55,6 +55,7 @@ class BuildConfig:
 def build(config: BuildConfig) -> dict[str, Any]:
     """Write a split's shards, index and manifest part, which is returned. What a finished run of the same configuration left stays.
 
+    What one of other options left is replaced where it is the same with a smaller limit, or by `run.overwrite`.
     Raises ValueError or FileNotFoundError that name what is wrong with the configuration or a file, UnreachableError for servers.
     """
     if config.limit is not None and config.limit < 1:
@@ -67,6 +68,8 @@ def build(config: BuildConfig) -> dict[str, Any]:
     if part is not None and part.get("config") == decides and _is_whole(out, part):
         print(f"{config.split}: {part['count']} triplets under {out} are finished already")
         return part
+    if part is not None and not config.run.overwrite:
+        _require_same_or_more(out, config.split, part.get("config", {}), decides)
     CaptionRules.of(config.captions)
     with Engine(config.run.workers, config.run.address) as engine:
         return Builder(config, decides, engine).build()
@@ -242,6 +245,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _require_same_or_more(out: Path, split: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ValueError where the finished split would be replaced by anything but the same with a larger limit, or another answer to unreachable servers."""
+    others = {key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key)} - {"on_unreachable"}
+    if there.get("limit") is not None and (wanted["limit"] is None or wanted["limit"] > there["limit"]):
+        others -= {"limit"}
+    if others:
+        raise ValueError(f"{out} holds the finished split {split} of other options ({', '.join(sorted(others))}): write elsewhere with --out, or replace it "
+                         "with --run.overwrite true")  # fmt: skip
 
 
 def _is_whole(out: Path, part: dict[str, Any]) -> bool:

@@ -138,7 +138,8 @@ class RunConfig:
     unit: pictures that are finished or not as one.
     address: an existing Ray cluster ("auto", "ray://host:10001"), all of whose cores are used; None starts Ray here. workers: of Ray
         here (None: every core); 0 works in this process, without Ray. captioners: captioning processes; gpus_each: GPUs of each (None: one each
-        where Ray has GPUs, else none). keep_work: keep the intermediate folder, from which a larger limit goes on.
+        where Ray has GPUs, else none). keep_work: keep the intermediate folder, from which a larger limit goes on. overwrite: begin anew where the
+        folder holds the finished split of other options, instead of a ValueError.
     """
 
     address: str | None = None
@@ -147,3 +148,4 @@ class RunConfig:
     gpus_each: float | None = None
     keep_work: bool = True
     unit: int = 256
+    overwrite: bool = False

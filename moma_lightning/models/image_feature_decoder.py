@@ -98,8 +98,11 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         return {f"mllm.{name}": p for name, p in self.mllm.named_parameters() if re.search(self.family.vision, name)}
 
     def language_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if name.startswith(self._language_prefix())}
+
+    def _language_prefix(self) -> str:
         (part,) = (name for name, module in self.mllm.named_children() if module is self.mllm.get_decoder())
-        return {name: p for name, p in self.named_parameters() if name.startswith(f"mllm.{part}.")}
+        return f"mllm.{part}."
 
     def train(self, mode: bool = True) -> "ImageFeatureDecoder":
         """As nn.Module's, but the frozen vision tower stays in eval mode."""
@@ -204,7 +207,10 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         if self.config.lora is None:
             raise ValueError("this image-feature decoder has no LoRA adapters to merge")
         merge_adapters(self.mllm.get_decoder())
-        self.config = replace(self.config, lora=None, trainable=None)
+        patterns = self.config.trainable
+        if patterns is not None:
+            patterns = [*patterns, f"^{re.escape(self._language_prefix())}"]
+        self.config = replace(self.config, lora=None, trainable=patterns)
         self._choose_trained()
         return self
 

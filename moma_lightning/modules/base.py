@@ -105,9 +105,18 @@ class TrainedPartModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self.kept()}
+        checkpoint["options"] = self.kept_options()
+
+    def kept_options(self) -> dict[str, Any]:
+        """Options that what is trained means nothing without, by name: a checkpoint of others is refused, where shapes would let it pass."""
+        return {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError, with the file, for a checkpoint of other options, names or shapes."""
         source = self._trainer.ckpt_path if self._trainer is not None and self._trainer.ckpt_path else "the checkpoint"
+        now = self.kept_options()
+        if other := [f"{key}: {value} in the checkpoint, {now.get(key)} now" for key, value in checkpoint.get("options", now).items() if value != now.get(key)]:
+            raise ValueError("\n  ".join([f"{source} was trained with other options: train under another trainer.default_root_dir", *other]))
         logger.info("%s", check_fit(str(source), checkpoint["state_dict"], whole_like(self.kept())))
 
     def configure_optimizers(self) -> Any:

@@ -1,11 +1,13 @@
 """Stage 2, diffusion learning: subject and context attention on the frozen UNet (paper section 3.2, Eq. 1 and 3)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, Int
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from moma_lightning import losses
@@ -202,7 +204,7 @@ class Stage2(TrainedPartModule):
             self.log(f"{split}/loss_t{band}", values[bands == band].mean(), batch_size=int((bands == band).sum()))
 
     def on_validation_epoch_end(self) -> None:
-        if not self.grid.pictures or self.grid_samples is None or self.trainer.sanity_checking:
+        if not self.grid.pictures or self.grid_samples is None or self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
         with self.trainer.precision_plugin.forward_context():  # what is frozen may be of fewer bits than what is trained
             if self.device_mesh is not None:  # every rank holds a part of the models, so all draw, and the same pictures
@@ -230,6 +232,10 @@ class Stage2(TrainedPartModule):
 
     def compile_parts(self) -> None:
         self.unet.compile()
+
+    def kept_options(self) -> dict[str, Any]:
+        """W' of one variant fits the other's in name and shape; the context side was trained on one source of embeddings."""
+        return {f"stage2.{name}": getattr(self.config, name) for name in ("variant", "context")}
 
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:

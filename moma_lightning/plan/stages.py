@@ -84,6 +84,8 @@ def _build(experiment: Experiment) -> TrainedPartModule:
     foundation, optimizer = FoundationConfig(**options["foundation"]), optim.OptimizerConfig(**options["optimizer"])
     if options.get("cached") or options.get("stage2", {}).get("cached"):
         raise ValueError("a training from cached shards cannot be planned: its batches hold features; plan it with `cached: false`, which is an upper bound")
+    if foundation.mllm_quantization:
+        raise ValueError(f"foundation.mllm_quantization {foundation.mllm_quantization} cannot be planned: a quantized stage is not sharded; plan it without")
     encoder = architectures.build_image_encoder(foundation)
     if experiment.stage is Stage1:
         module = unloaded(Stage1, optimizer, experiment.training)

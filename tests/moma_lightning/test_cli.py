@@ -124,6 +124,16 @@ def test_validate_judges_the_last_checkpoint_and_leaves_the_run_as_it_is(run, tm
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("launcher, environment", [({}, "SLURMEnvironment"), ({"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                                                    "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "TorchElasticEnvironment")])  # fmt: skip
+def test_torchrun_inside_a_slurm_job_numbers_its_own_processes(run, monkeypatch, launcher, environment):
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "77"}
+    for name, value in (job | launcher).items():
+        monkeypatch.setenv(name, value)
+    cli = run(max_steps=1, limit_val_batches=0)
+    assert type(cli.trainer._accelerator_connector.cluster_environment).__name__ == environment
+
+
 def test_validate_without_a_checkpoint_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["moma_lightning", "validate", "--config", str(config(tmp_path))])
     with pytest.raises(SystemExit, match=r"checkpoints/last\.ckpt is not there: train first"):

@@ -68,6 +68,17 @@ def test_what_cannot_be_done_is_said(cat, tmp_path, options, message):
         generate(tmp_path / "out", ["a cat on the beach"], "--image", cat, *options)
 
 
+def test_a_transparent_picture_is_one_on_white(cat, tmp_path):
+    picture = Image.open(cat).convert("RGBA")
+    seen = np.zeros((64, 64), np.uint8)
+    seen[16:48, 16:48] = 255
+    hidden = np.where(seen[..., None] > 0, np.asarray(picture), 0)  # black where it is transparent, as programs leave it
+    Image.fromarray(np.dstack([hidden[..., :3], seen]).astype(np.uint8), "RGBA").save(tmp_path / "transparent.png")
+    Image.composite(picture, Image.new("RGBA", (64, 64), "white"), Image.fromarray(seen)).convert("RGB").save(tmp_path / "white.png")
+    made = [generate(tmp_path / name, ["a cat on the beach"], "--image", str(tmp_path / f"{name}.png"), "--label", "cat") for name in ("transparent", "white")]
+    assert np.array_equal(*(picture for (picture,) in (part.values() for part in made)))
+
+
 def test_a_cut_off_picture_is_named(cat, tmp_path):
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(cat).read_bytes()[:500])

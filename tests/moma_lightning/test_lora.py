@@ -102,6 +102,18 @@ def test_a_merged_decoder_is_a_plain_one_with_the_same_outputs(tiny_foundation, 
 
 
 @torch.no_grad()
+def test_a_merged_decoder_keeps_what_was_trained_beside_the_adapters(tiny_foundation, pictures, tmp_path):
+    decoder = build(tiny_foundation, moved=True, trainable=["vision_tower", "^mapping", "^token$"])
+    for parameter in decoder.vision_parameters().values():
+        parameter.mul_(1.2)
+    before = decoder(pictures, *INPUTS)
+    decoder.merge_lora().save_pretrained(tmp_path)
+    loaded = ImageFeatureDecoder.from_pretrained(tmp_path, tiny_foundation)
+    torch.testing.assert_close(loaded(pictures, *INPUTS), before, atol=1e-5, rtol=1e-4)
+    assert any("vision_tower" in name for name in loaded.own_parameters())
+
+
+@torch.no_grad()
 def test_the_command_merges_a_folder(tiny_foundation, pictures, tmp_path, capsys):
     decoder, yml = build(tiny_foundation, moved=True), tmp_path / "foundation.yaml"
     decoder.save_pretrained(tmp_path / "adapters")

@@ -170,6 +170,17 @@ def test_two_steps_kill_and_resume_equal_four_steps(build, tmp_path):
     assert set(saved) == {f"adapter.{n}" for n in undisturbed}
 
 
+@pytest.mark.parametrize("other", [{"variant": "paper"}, {"context": "image_encoder"}])
+def test_a_checkpoint_of_another_variant_or_context_is_refused(build, tmp_path, other):
+    """Their weights have the same names and shapes."""
+    first = trainer(tmp_path, 1)
+    first.fit(build(variant="released", context="decoder"), loader(0))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    ((name, value),) = other.items()
+    with pytest.raises(ValueError, match=rf"last\.ckpt was trained with other options: .*\n  stage2\.{name}: .* in the checkpoint, {value} now"):
+        trainer(tmp_path, 2).fit(build(**{"variant": "released", "context": "decoder"} | other), loader(0, 0), ckpt_path=tmp_path / "last.ckpt")
+
+
 def test_logged_lambda_is_that_of_the_logged_step(build, tmp_path):
     """Lightning writes every n-th step with what was logged last, which must not be of a step before."""
     module = build()
@@ -201,6 +212,8 @@ def test_the_picture_grid_of_validation_is_written(build, tmp_path):
     module.grid = GridConfig(pictures=2, num_inference_steps=2)
     trainer(tmp_path, 1, limit_val_batches=1).fit(module, loader(0), loader(1))
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"]
+    trainer(tmp_path, 1, limit_val_batches=1).validate(module, loader(1))
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"], "a validation by itself is not part of the run"
 
 
 def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):

@@ -164,6 +164,13 @@ def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
         make(cache, tmp_path / "twice", stage2(decoder))
 
 
+def test_a_cache_does_not_overwrite_its_own_sources(data, decoder):
+    before = {path: path.read_bytes() for path in data.glob("*.tar")}
+    with pytest.raises(ValueError, match="is the folder of the shards themselves"):
+        make(data, data / "." , stage2(decoder))
+    assert {path: path.read_bytes() for path in data.glob("*.tar")} == before
+
+
 def test_a_cache_is_whole_and_holds_nothing_of_an_earlier_one(cache, decoder, data, tmp_path):
     def setup(folder: Path):
         TripletDataModule(config(folder)).setup("fit")

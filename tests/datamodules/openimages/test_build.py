@@ -190,7 +190,12 @@ def test_another_seed_is_another_order_and_leaves_no_old_shard(plain_bucket, con
     build(config)
     first = pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist()
     other = replace(config, seed=1, shards=ShardConfig(samples_per_shard=40))
-    build(other)
+    with pytest.raises(ValueError, match=r"holds the finished split train of other options \(seed, shards\)"):
+        build(other)
+    with pytest.raises(ValueError, match=r"other options \(limit\)"):
+        build(replace(config, limit=1))
+    assert pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist() == first
+    build(replace(other, run=replace(other.run, overwrite=True)))
     assert [p.name for p in Path(config.out).glob("*.tar")] == ["train-00000.tar"]
     second = pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist()
     assert sorted(first) == sorted(second) and first != second
@@ -219,7 +224,7 @@ def test_no_triplet_at_all_is_an_error_that_names_the_filters(undisturbed, plain
     build(config)
     for select, said in ((SelectConfig(min_predicted_iou=2.0), "low_predicted_iou 40"), (SelectConfig(min_side=1000), "picture_too_small 40")):
         with pytest.raises(ValueError, match=f"no triplet of train is left: masks that went, by the reason: {said}$"):
-            build(replace(config, select=select))
+            build(replace(config, select=select, run=replace(config.run, overwrite=True)))
     assert digests(config) == undisturbed[1], "what was there stays"
     with pytest.raises(ValueError, match="no triplet of train is left: v5/train-annotations-object-segmentation.csv of .* has no rows"):
         build(config_of(Miniature.drawn(0).write(tmp_path / "empty"), "nothing"))

@@ -170,6 +170,9 @@ def test_what_cannot_be_planned_is_told():
         plan(FULL / "stage2.yaml", gpus=12, shard_size=8)
     with pytest.raises(ValueError, match="cached shards cannot be planned"):
         count_parameters(replace(cached := read_experiment(FULL / "stage2.yaml"), model=cached.model | {"stage2": cached.model["stage2"] | {"cached": True}}))
+    quantized = {"foundation": cached.model["foundation"] | {"mllm_quantization": "4bit"}}
+    with pytest.raises(ValueError, match="mllm_quantization 4bit cannot be planned"):
+        count_parameters(replace(cached, model=cached.model | quantized))
     with pytest.raises(ValueError, match="mfu 35"):
         plan(FULL / "stage2.yaml", mfu=35)
 

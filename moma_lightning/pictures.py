@@ -1,0 +1,29 @@
+"""Pictures as they come from the wild: of any mode, lying on their side, transparent."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def to_rgb(picture: Image.Image, turn: bool = True) -> Image.Image:
+    """8-bit RGB, turned as its EXIF says (unless told not to); transparent parts become white, like the background of I_wb."""
+    picture = scaled_to_bytes(picture)
+    picture = ImageOps.exif_transpose(picture) if turn else picture
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
+    """8-bit grey, as a mask is read; turned as its EXIF says (unless told not to)."""
+    picture = scaled_to_bytes(picture)
+    return (ImageOps.exif_transpose(picture) if turn else picture).convert("L")
+
+
+def scaled_to_bytes(picture: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, where Pillow's own conversion clips at 255; any other picture as it is."""
+    if not picture.mode.startswith("I"):
+        return picture
+    grey = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    grey.info = picture.info
+    return grey
