@@ -38,14 +38,14 @@ reproduce: $(INSTALLED) ## all of it, from shards to report, with the time each 
 	done; echo "== reproduce: $$((SECONDS - begun)) s in all, see runs/$(EXP)/report/index.html"
 
 fetch: $(INSTALLED) ## download the models that an experiment names, with digests in runs/EXP/fetched.json (mini needs none)
-	$(RUN) moma_lightning fetch --experiment experiments/$(EXP) --out runs/$(EXP)/fetched.json \
-		--models "$$($(RUN) evaluation models $(EVAL))" $(ARGS)
+	models=$$($(RUN) evaluation models $(EVAL)); \
+	$(RUN) moma_lightning fetch --experiment experiments/$(EXP) --out runs/$(EXP)/fetched.json --models "$$models" $(ARGS)
 
-data: $(INSTALLED) ## triplet shards (mini: rendered, with the DreamBooth folder; openimages: SPLIT=train LIMIT=1000)
+data: $(INSTALLED) ## triplet shards (mini: rendered, with the DreamBooth folder, LIMIT of them for training; openimages: SPLIT=train LIMIT=1000)
 	@if [ "$(EXP)" != mini ] && [ ! -e experiments/$(EXP)/data.yaml ]; then \
 		echo "make data renders the mini world or follows experiments/$(EXP)/data.yaml, which is missing: write it, or point the stages at shards of your own" >&2; exit 2; fi
 	$(if $(wildcard experiments/$(EXP)/data.yaml),$(RUN) datamodules.openimages build --config experiments/$(EXP)/data.yaml \
-		--split $(SPLIT) $(if $(LIMIT),--limit $(LIMIT)),$(RUN) datamodules.mini --out runs/$(EXP)/data) $(ARGS)
+		--split $(SPLIT) $(if $(LIMIT),--limit $(LIMIT)),$(RUN) datamodules.mini --out runs/$(EXP)/data $(if $(LIMIT),--train_count $(LIMIT))) $(ARGS)
 
 validate-data: $(INSTALLED) ## check every shard of EXP: digests, decoding, masks, labels, duplicates, evaluation leakage
 	$(RUN) datamodules.openimages validate --shards runs/$(EXP)/data/shards $(ARGS)

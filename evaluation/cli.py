@@ -5,6 +5,7 @@ import builtins
 import gc
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +22,15 @@ from evaluation.figures import write_figures
 from evaluation.generation import generate
 from evaluation.mask_iou import run_mask_iou
 from evaluation.metrics.configs import hub_names
+from evaluation.protocols import PRESETS, Protocol, changes, preset
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
 
+logger = logging.getLogger(__name__)
+
 #: Errors that say what is wrong with the input.
-MENDED_BY_HAND = (KeyError, ValueError, OSError, ImportError)
+MENDED_BY_HAND = (ValueError, OSError, ImportError)
 
 
 def report(config: EvalConfig) -> None:
@@ -58,13 +62,15 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
 ALONE = ("masks", "figures", "models", "report")
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(protocol: str = next(iter(PRESETS))) -> ArgumentParser:
+    """protocol: the preset that `overrides` are of, so that `--overrides.sampler.seed 1` changes one field of whatever a YAML has changed."""
     parser = ArgumentParser(prog="python -m evaluation", parser_mode="omegaconf", description="DreamBooth-style evaluation.")
     commands = parser.add_subcommands(required=True)
     for name, (_, text) in COMMANDS.items():
         command = ArgumentParser(parser_mode="omegaconf", description=text)
         command.add_argument("--config", action="config", help="YAML of EvalConfig's fields")
-        command.add_class_arguments(EvalConfig)
+        command.add_class_arguments(EvalConfig, skip={"overrides"})
+        command.add_argument("--overrides", type=Protocol, default=preset(protocol))
         commands.add_subcommand(name, command, help=text)
     return parser
 
@@ -73,9 +79,12 @@ def parse(args: Sequence[str] | None = None) -> tuple[str, EvalConfig]:
     """The command and its config. Exits with a message for unknown keys and wrong types."""
     parser = build_parser()
     parsed = parser.parse_args(args)
-    given = parser.instantiate(parsed)[parsed.subcommand]
-    fields = {key: value for key, value in vars(given).items() if key != "config"}
     try:
+        parser = build_parser(parsed[parsed.subcommand].protocol)
+        parsed = parser.parse_args(args)
+        given = parser.instantiate(parsed)[parsed.subcommand]
+        fields = {key: value for key, value in vars(given).items() if key != "config"}
+        fields["overrides"] = changes(fields["overrides"], preset(given.protocol))
         return parsed.subcommand, EvalConfig(**fields)
     except ValueError as error:
         parser.error(str(error))
@@ -84,15 +93,16 @@ def parse(args: Sequence[str] | None = None) -> tuple[str, EvalConfig]:
 def main(args: Sequence[str] | None = None) -> None:
     """One command, or several with `then` between them: all are parsed before the first runs, and one process imports for all.
 
-    Errors that a person can mend are one line; everything else keeps its traceback.
+    Errors that a person can mend are one line, with LOGLEVEL=DEBUG in the environment their traceback too; everything else keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logger.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
     several = split_at(list(sys.argv[1:] if args is None else args), "then")
     for command, config in [parse(one) for one in several]:
         started = time.monotonic()
         run(command, config)
         if len(several) > 1:
-            logging.getLogger(__name__).info("== %s: %.0f s", config.ablation.name if command == "ablate" else command, time.monotonic() - started)
+            logger.info("== %s: %.0f s", config.ablation.name if command == "ablate" else command, time.monotonic() - started)
             gc.collect()
             torch.cuda.empty_cache()  # the next one's processes want what this one's judges have held
 
@@ -114,8 +124,8 @@ def run(command: str, config: EvalConfig) -> None:
     try:
         COMMANDS[command][0](config)
     except MENDED_BY_HAND as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
-        sys.exit(f"evaluation {command}: {error.args[0] if isinstance(error, KeyError) else error}")
+        logger.debug("traceback", exc_info=True)
+        sys.exit(f"evaluation {command}: {error}")
     except ProcessRaisedException as error:  # of one process of several: its traceback as text
         told = raised(str(error))
         if told is None:

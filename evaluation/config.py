@@ -62,20 +62,20 @@ class EvalConfig:
     """An evaluation.
 
     run: folder that receives eval/, ablations/ and report/. data: folder in google/dreambooth's layout.
-    protocol: a preset's name; overrides: fields of it to change. methods: name -> method, in the table's order.
-    adapter, decoder: what the two stages wrote. num_processes: workers, each with its share of the subjects and threads (on
+    protocol: a preset's name; overrides: fields of it to change, nested like them. methods: name -> method, in the table's order.
+    adapter, decoder: what the two stages wrote, None where no method needs them. num_processes: workers, each with its share of the subjects and threads (on
     GPUs, one a device). dtype: of the weights that draw; scoring's are the protocol's. batch_size: pictures a pipeline call.
     ablation: the table that `ablate` makes. moma: the setting that `point` scores, one of a sweep.
     """
 
-    run: str = "runs/mini"
-    data: str = "runs/mini/data/dreambooth"
+    run: str
+    data: str
     protocol: str = "dreambooth-mini"
     overrides: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
-    adapter: str | None = "runs/mini/stage2/adapter"
-    decoder: str | None = "runs/mini/stage1/image_feature_decoder"
+    adapter: str | None = None
+    decoder: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_processes: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 
 from lightning.pytorch import LightningModule
@@ -14,6 +15,7 @@ from evaluation.methods import Method
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress, begin_process, run_processes
 from evaluation.stamps import git_revision
+from evaluation.tasks import PictureTask
 from evaluation.writer import BackgroundWriter
 
 
@@ -27,6 +29,8 @@ def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> No
     if not methods:
         raise ValueError("the config names no methods to evaluate")
     evaluation = Evaluation.open(config)
+    for method in methods.values():
+        method.require(evaluation.models)
     maker = PictureMaker(config, methods, digests_of(evaluation, methods))
     run_processes(maker, config.resolved_device(), config.processes(len(evaluation.subjects)))
 
@@ -69,8 +73,8 @@ class PictureMaker(LightningModule):
         for name, method in self.methods.items():
             plans = [] if method.is_oracle else self.evaluation.planned(name, method, subjects)
             missing = [plan for plan in plans if not plan.is_done]
-            self.work += [(name, batch) for batch in batches(missing, self.config.batch_size)]
-        self.progress = Progress(sum(len(batch) for _, batch in self.work), self.trainer.global_rank, self.trainer.world_size)
+            self.work += [(name, batch) for batch in batches(shared(method, missing), self.config.batch_size)]
+        self.progress = Progress(sum(len(same) for _, batch in self.work for same in batch), self.trainer.global_rank, self.trainer.world_size)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*|Total length of `DataLoader`.*")
         return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
 
@@ -84,13 +88,15 @@ class PictureMaker(LightningModule):
             self.writer.finish()  # what was drawn before counts
             raise
 
-    def make(self, name: str, batch: list[Planned]) -> int:
-        method, reference = self.ready(name), batch[0].reference
-        images = method.generate(self.by_name[batch[0].task.subject], reference, [plan.task for plan in batch])
-        for plan, image in zip(batch, images, strict=True):
-            self.writer.write(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(reference.path)})
-        self.progress.add(name, len(batch))
-        return len(batch)
+    def make(self, name: str, batch: list[list[Planned]]) -> int:
+        method, first = self.ready(name), batch[0][0]
+        images = method.generate(self.by_name[first.task.subject], first.reference, [same[0].task for same in batch])
+        for same, image in zip(batch, images, strict=True):
+            for plan in same:
+                self.writer.write(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(plan.reference.path)})
+        made = sum(map(len, batch))
+        self.progress.add(name, made)
+        return made
 
     def on_predict_end(self) -> None:
         self.writer.finish()
@@ -111,9 +117,19 @@ class PictureMaker(LightningModule):
             self.method = None
 
 
-def batches(plans: list[Planned], size: int) -> Iterator[list[Planned]]:
-    """Pictures of one reference, at most `size` at a time."""
-    for _, group in groupby(plans, key=lambda plan: plan.reference):
-        same = list(group)
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
+def shared(method: Method, plans: list[Planned]) -> list[list[Planned]]:
+    """The plans that one picture serves: a method that does not look at the reference draws the same for each."""
+    if method.uses_reference:
+        return [[plan] for plan in plans]
+    by_task: dict[PictureTask, list[Planned]] = {}
+    for plan in plans:
+        by_task.setdefault(replace(plan.task, reference=0), []).append(plan)
+    return list(by_task.values())
+
+
+def batches(pictures: list[list[Planned]], size: int) -> Iterator[list[list[Planned]]]:
+    """Pictures of one reference, at most `size` at a time, each with all plans that it serves."""
+    for _, group in groupby(pictures, key=lambda same: same[0].reference):
+        one_reference = list(group)
+        for start in range(0, len(one_reference), size):
+            yield one_reference[start : start + size]

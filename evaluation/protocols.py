@@ -122,6 +122,8 @@ class Protocol:
         return f"{self.name} ({self.digest})"
 
 
+#: What the name of a changed preset ends with.
+MODIFIED = ", modified"
 HALF = (0.5, 0.5, 0.5)
 
 #: The mini world at 64 pixels, in minutes on two CPU cores. Its scores compare to nothing but themselves.
@@ -157,14 +159,27 @@ PRESETS = {
 def named(name: str, overrides: dict[str, Any] | None = None) -> Protocol:
     """The preset `name`, with `overrides` (nested like the fields). A changed preset is renamed, so that tables tell.
 
-    Raises KeyError for an unknown preset and ValueError for an unknown field or a value of the wrong type.
+    Raises ValueError for an unknown preset, an unknown field or a value of the wrong type.
     """
-    if name not in PRESETS:
-        raise KeyError(f"no protocol {name!r}; there are {', '.join(PRESETS)}")
-    protocol = changed(name, json.dumps(overrides or {}, sort_keys=True))
-    if protocol != PRESETS[name] and protocol.name == name:
-        return replace(protocol, name=f"{name}, modified")
+    before, protocol = preset(name), changed(name, json.dumps(overrides or {}, sort_keys=True))
+    if protocol != before and protocol.name == name:
+        return replace(protocol, name=f"{name}{MODIFIED}")
     return protocol
+
+
+def preset(name: str) -> Protocol:
+    """Raises ValueError for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"no protocol {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def changes(protocol: Protocol, before: Protocol) -> dict[str, Any]:
+    """What `protocol` has otherwise than `before`, nested like the fields: `named` makes it of them."""
+    def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {key: differing(old[key], value) if isinstance(value, dict) else value for key, value in new.items() if value != old[key]}
+
+    return differing(asdict(before), asdict(protocol))
 
 
 @cache

@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from moma_lightning.files import write_bytes
+from moma_lightning.pictures import to_rgb
 
 
 def stamp_path(picture: Path) -> Path:
@@ -58,12 +59,11 @@ def without_none(settings: Any) -> Any:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """A decoded RGB picture, upright as its EXIF says. Raises OSError naming a file that is missing, cut short or no picture."""
+    """A decoded RGB picture, upright as its EXIF says, on white where transparent. Raises OSError naming a file that is missing, cut short or no picture."""
     try:
         with Image.open(path) as image:
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.copy() if image.mode == "RGB" else image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:
         raise OSError(f"{path} is not a whole picture ({error}): restore it, or delete it and generate again") from error
 

@@ -118,15 +118,7 @@ def refuse_mixed(scores: pd.DataFrame) -> None:
     found = protocols_of(scores)
     if len(found) > 1:
         titles = ", ".join(f"{name!r} ({digest})" for digest, name in sorted(found.items(), key=lambda item: item[1]))
-        raise ValueError(f"scores of different protocols are not comparable: {titles}; keep them apart as rows of their own (separate=True)")
-
-
-def apart(scores: pd.DataFrame) -> pd.DataFrame:
-    """The scores with each method named `method @ protocol`, with the digest where two protocols share a name."""
-    found = protocols_of(scores)
-    names = list(found.values())
-    titles = {digest: name if names.count(name) == 1 else f"{name} ({digest})" for digest, name in found.items()}
-    return scores.assign(method=scores["method"] + " @ " + scores["protocol_digest"].map(titles))
+        raise ValueError(f"scores of different protocols are not comparable: {titles}")
 
 
 def draws(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -167,26 +159,12 @@ def difference(first: pd.DataFrame, second: pd.DataFrame, resamples: int = RESAM
     return interval(mean_of(first) - mean_of(second), resampled_means(first, drawn) - resampled_means(second, drawn))
 
 
-def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, separate: bool = False) -> dict[str, Any]:
+def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, Any]:
     """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi}]}`; pairs of generated methods.
 
-    Raises ValueError for scores of several protocols, unless `separate`: then rows are `method @ protocol`, and differences are
-    within a protocol only.
+    Raises ValueError for scores of several protocols.
     """
-    if not separate:
-        refuse_mixed(scores)
-        return summary_of(scores, resamples)
-    summary: dict[str, Any] = {"differences": []}
-    named = apart(scores)
-    for _, part in named.groupby("protocol_digest", sort=False):
-        own = summary_of(part, resamples)
-        summary["differences"] += own.pop("differences")
-        summary |= own
-    summary["differences"] = summary.pop("differences")
-    return summary
-
-
-def summary_of(scores: pd.DataFrame, resamples: int) -> dict[str, Any]:
+    refuse_mixed(scores)
     tables = {method: {metric: by_subject(scores, method, metric) for metric in METRICS} for method in dict.fromkeys(scores["method"])}
     summary: dict[str, Any] = {}
     for method, made in tables.items():

@@ -1,10 +1,11 @@
 """Markdown tables in the form of the paper's Table 1."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evaluation import published
-from evaluation.protocols import Protocol
+from evaluation.protocols import MODIFIED, PRESETS, Protocol, changes
 from evaluation.statistics import LEVEL, METRICS, TABLE_1, Interval, leaves_out_zero
 
 TITLES = {
@@ -85,8 +86,19 @@ def protocol_line(protocol: Protocol, subjects: int) -> str:
         f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {references} reference, "
         f"compared to {protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, "
-        f"CLIP `{protocol.clip.model}`. Brackets: {LEVEL:.0%} bootstrap interval over subjects."
+        f"CLIP `{protocol.clip.model}`{changed_fields(protocol)}. Brackets: {LEVEL:.0%} bootstrap interval over subjects."
     )
+
+
+def changed_fields(protocol: Protocol) -> str:
+    """What a modified preset has otherwise than the preset, as far as it is known which one it was."""
+    def told(fields: dict[str, Any], before: str = "") -> Iterator[str]:
+        for name, value in fields.items():
+            yield from told(value, f"{before}{name}.") if isinstance(value, dict) else [f"`{before}{name}: {json.dumps(value)}`"]
+
+    before = PRESETS.get(protocol.name.removesuffix(MODIFIED))
+    listed = [] if before is None else list(told({key: value for key, value in changes(protocol, before).items() if key != "name"}))
+    return f"; other than the preset's: {', '.join(listed)}" if listed else ""
 
 
 def score_page(summary: dict[str, Any], protocol: Protocol, subjects: int, warnings: Sequence[str]) -> str:

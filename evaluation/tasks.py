@@ -47,12 +47,15 @@ def choose(prompts: list[str], count: int | None, subject: str) -> list[tuple[in
 
 
 def chosen_subjects(protocol: Protocol, data: DreamBooth) -> list[Subject]:
-    """Raises ValueError where the protocol names a subject that the data does not have."""
+    """Raises ValueError where the protocol names a subject that the data does not have, or compares to pictures that a subject does not have."""
     known = {subject.name: subject for subject in data.subjects}
     missing = sorted(set(protocol.subjects or ()) - set(known))
     if missing:
         raise ValueError(f"protocol {protocol.name!r} names subjects that the data does not have: {', '.join(missing)}")
-    return [known[name] for name in protocol.subjects or known]
+    chosen = [known[name] for name in protocol.subjects or known]
+    if protocol.comparison == "others" and (alone := [subject.name for subject in chosen if len(subject.images) == 1]):
+        raise ValueError(f"protocol {protocol.name!r} compares to the subject's other pictures, and these have one alone: {', '.join(alone)}")
+    return chosen
 
 
 def references_of(protocol: Protocol, subject: Subject) -> Sequence[int]:

@@ -91,7 +91,7 @@ def broken(monkeypatch):
         "baseline": subject,
         "context": (attention, "add_context_attention", lambda output, *given: output),
         "masking": (MaskPyramid, "weight", lambda self, sequence_length, dtype=torch.float32: torch.ones(len(self.mask), sequence_length, dtype=dtype)),
-        "mllm": (MoMAPipeline, "_embed", lambda self, subject, prompts: self.clip(subject.pixels)),
+        "mllm": (MoMAPipeline, "context_embeds", lambda self, subject, prompts: self.clip(subject.pixels)),
     }
     return lambda name: monkeypatch.setattr(*parts[name])
 

@@ -46,6 +46,8 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
 def read_ablation(key: str, summary: dict[str, Any], pictures: Path) -> Ablation:
     rows = methods_of(summary)
     axis, values = varying(list(rows), [options_of(pictures / name) for name in rows], key)
+    if values and len(set(values)) < len(values):  # two rows at one number, as where one leaves to the sampler what the other says
+        axis, values = key, None
     labels = [f"{axis_name(axis)} {value:g}" for value in values] if values else list(map(method_name, rows))
     names = dict(zip(rows, labels, strict=True))
     title = summary.get("title") or axis_name(key).capitalize()

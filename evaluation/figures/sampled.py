@@ -74,11 +74,13 @@ class Studio:
         if with_masks:
             method.pipeline = Recording(method.pipeline)
         provenance = {"protocol": self.evaluation.protocol.name, "git_revision": git_revision()}
-        images = method.generate(subject, missing[0].reference, [plan.task for plan in missing])
-        for i, (plan, image) in enumerate(zip(missing, images, strict=True)):
-            write_picture(plan.path, image, plan.settings, provenance)
-            if with_masks:
-                write_picture(mask_path(plan.path), as_picture(method.pipeline.masks[i, 0]), plan.settings, provenance)
+        size = self.evaluation.config.batch_size
+        for batch in (missing[start : start + size] for start in range(0, len(missing), size)):
+            images = method.generate(subject, batch[0].reference, [plan.task for plan in batch])
+            for i, (plan, image) in enumerate(zip(batch, images, strict=True)):
+                write_picture(plan.path, image, plan.settings, provenance)
+                if with_masks:
+                    write_picture(mask_path(plan.path), as_picture(method.pipeline.masks[i, 0]), plan.settings, provenance)
 
     @staticmethod
     def is_done(plan: Planned, with_masks: bool) -> bool:

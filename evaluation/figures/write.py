@@ -15,6 +15,7 @@ from evaluation.figures.grids import Grid, draw_grid, from_json, to_json
 from evaluation.figures.names import method_name
 from evaluation.figures.style import colors_of, write_figure
 from evaluation.figures.tables import difference_rows, metrics_in, named_rows, read_scores, read_summary
+from evaluation.methods import Moma
 from evaluation.plan import Evaluation
 from evaluation.statistics import oracles
 from moma_lightning.files import write_bytes
@@ -33,7 +34,7 @@ def figures_folder(config: EvalConfig) -> Path:
 def write_figures(config: EvalConfig) -> list[Path]:
     """Write the paper's figures and a chart of every table as PNG and SVG; returns their paths.
 
-    Figures 8 to 10 sample pictures, once: they need the config's adapter and decoder and are left out without. Raises
+    Figures 8 to 10 sample pictures, once: they need the config's adapter and decoder, and MoMA among its methods, and are left out without. Raises
     FileNotFoundError before `score`.
     """
     folder, scores = figures_folder(config), read_scores(config)
@@ -63,8 +64,8 @@ def scored_grids(config: EvalConfig, scores: pd.DataFrame) -> list[Grid]:
 
 def made_grids(config: EvalConfig) -> Iterator[Grid]:
     """Figures 8, 9 and 10, their missing pictures made."""
-    if config.adapter is None or config.decoder is None:
-        logger.info("no adapter or decoder in the config: Figures 8 to 10 are left out")
+    if config.adapter is None or config.decoder is None or not any(isinstance(method, Moma) for method in config.methods.values()):
+        logger.info("no adapter, no decoder or no MoMA among the methods of the config: Figures 8 to 10 are left out")
         return
     studio = sampled.Studio(Evaluation.open(config, config.resolved_device()), figures_folder(config) / "pictures")
     yield sampled.beta_strip(studio)

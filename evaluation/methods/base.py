@@ -103,6 +103,9 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
 
+    def require(self, models: Models) -> None:  # noqa: B027 - not every method has conditions
+        """Raises ValueError for models that the method cannot work with; asked of all methods before the first one draws."""
+
     def weights(self, models: Models) -> dict[str, str | None]:
         """Digests of everything read from disk that the pictures depend on."""
         return {}

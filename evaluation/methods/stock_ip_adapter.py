@@ -42,7 +42,4 @@ class StockIpAdapter(IpAdapter):
     @torch.no_grad()
     def predicted(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> Float[Tensor, "tasks dim"]:
         """Stage 1's embedding for each prompt."""
-        # `prepared` is where the pipeline makes I_wb; its pass over the reference goes unused
-        white = self.prepared(subject, reference).white_background
-        prompts = [task.prompt for task in tasks]
-        return self.pipeline.decoder(white.expand(len(tasks), -1, -1, -1), [subject.label] * len(tasks), prompts)
+        return self.pipeline.context_embeds(self.prepared(subject, reference), [task.prompt for task in tasks])

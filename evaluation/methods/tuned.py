@@ -69,9 +69,12 @@ class TunedMethod(DiffusionMethod):
     def also_reads(self, subject: Subject) -> list[Path]:
         return subject.images if self.pictures == "all" else []
 
-    def setup(self, models: Models, sampler: Sampler) -> None:
+    def require(self, models: Models) -> None:
         if models.dtype != "float32":
             raise ValueError(f"{type(self).__name__} trains, which needs `dtype: float32`, not {models.dtype}")
+
+    def setup(self, models: Models, sampler: Sampler) -> None:
+        self.require(models)
         super().setup(models, sampler)
         self.identity = {"options": self.options(), "weights": self.weights(models), "size": self.size}
         self.held: tuple[str, Weights] | None = None

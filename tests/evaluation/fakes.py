@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -94,6 +95,15 @@ class Painter(Method):
                 with open(self.log, "a") as file:
                     file.write(json.dumps([subject.name, task.prompt, task.seed]) + "\n")
         return images
+
+
+class BlindPainter(Painter):
+    """Noise alone."""
+
+    uses_reference = False
+
+    def generate(self, subject, reference, tasks):
+        return super().generate(subject, SimpleNamespace(image=Image.new("RGB", (24, 24))), tasks)
 
 
 def made(log: str | None) -> list[list]:

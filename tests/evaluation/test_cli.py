@@ -43,7 +43,22 @@ def test_options_on_the_command_line_win():
     assert str(config.pictures) == "elsewhere/eval/pictures"
 
 
-@pytest.mark.parametrize("wrong", [["--stepz=3"], ["--report.stepz=3"], ["--methods.x=Nope"], ["--num_processes=many"]])
+def test_a_nested_override_changes_one_field_of_what_the_file_changes(tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("overrides: {sampler: {beta: 0.5}, pictures_per_prompt: 2}\n")
+    sdxl = MINI.parents[1] / "sdxl_llava7b" / "eval.yaml"
+    given = ["--config", str(sdxl), "--config", str(more), "--overrides.sampler.seed", "1", "--overrides.sampler.width=512"]
+    config = parse(["score", *given, "--overrides", '{"dino": {"dtype": "bfloat16"}}'])[1]
+    assert config.overrides == {"sampler": {"prompt_template": "photo of a {label}. {prompt}", "guidance_scale": 5.0, "seed": 1, "beta": 0.5, "width": 512},
+                                "pictures_per_prompt": 2, "dino": {"dtype": "bfloat16"}}  # fmt: skip
+    sampler = config.resolved_protocol().sampler
+    assert (sampler.guidance_scale, sampler.seed, sampler.num_inference_steps) == (5.0, 1, 50)
+    assert config.resolved_protocol().name == "moma-paper, modified"
+    assert parse(["score", "--config", str(MINI)])[1].overrides == {}
+
+
+@pytest.mark.parametrize("wrong", [["--stepz=3"], ["--report.stepz=3"], ["--methods.x=Nope"], ["--num_processes=many"], ["--overrides.stepz=3"],
+                                   ["--overrides.sampler.seed=many"], ["--overrides", '{"sampler": {"stepz": 3}}'], ["--protocol=nope"]])  # fmt: skip
 def test_unknown_keys_are_errors(wrong, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(["generate", "--config", str(MINI), *wrong])
@@ -83,7 +98,7 @@ def test_what_one_process_makes_is_not_made_by_the_others_of_torchrun(monkeypatc
 
 @pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with"])
 def test_method_names_must_be_folders(tmp_path, capsys, name):
-    (tmp_path / "eval.yaml").write_text(f"methods: {{{name}: TextOnly}}\n")
+    (tmp_path / "eval.yaml").write_text(f"run: runs/x\ndata: data\nmethods: {{{name}: TextOnly}}\n")
     with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
     assert f"cannot be called {name!r}" in capsys.readouterr().err.replace("\n", " ")
@@ -123,10 +138,22 @@ def test_what_a_process_of_several_says_is_one_clear_line_too(monkeypatch, told,
         main(["generate", "--config", str(MINI)])
 
 
+def test_the_traceback_behind_the_line_is_there_for_whoever_asks(monkeypatch, caplog):
+    def run(config):
+        raise ValueError("an empty mask")
+
+    monkeypatch.setitem(COMMANDS, "generate", (run, ""))
+    for level, told in (("INFO", False), ("debug", True)):
+        monkeypatch.setenv("LOGLEVEL", level)
+        with pytest.raises(SystemExit, match="an empty mask"):
+            main(["generate", "--config", str(MINI)])
+        assert ("in run\n" in caplog.text) is told
+
+
 def test_no_more_processes_than_subjects_and_gpus(monkeypatch):
-    assert EvalConfig(num_processes=8, device="cpu").processes(3) == 3
+    assert EvalConfig("run", "data", num_processes=8, device="cpu").processes(3) == 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert EvalConfig(num_processes=2, device="cuda").processes(30) == 1
+    assert EvalConfig("run", "data", num_processes=2, device="cuda").processes(30) == 1
 
 
 def test_wandb_never_asks(tmp_path, monkeypatch):

@@ -9,22 +9,24 @@ import pytest
 from PIL import Image
 
 from evaluation.dreambooth import write_tables
+from evaluation.figures import ablations as ablation_figures
 from evaluation.figures import write_figures
-from evaluation.figures.ablations import read_ablations, varying
+from evaluation.figures.ablations import read_ablation, read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
 from evaluation.figures.names import kind_name, method_name, methods_of, metric_name
 from evaluation.figures.scored import comparison, one_method, own_method
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
-from evaluation.figures.write import charts, read_grid, scored_grids
+from evaluation.figures.write import charts, made_grids, read_grid, scored_grids
 from evaluation.generation import generate
 from evaluation.made_with import changed_since, known_identity, made_with, same_judges
 from evaluation.methods import Moma, RealImages
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.statistics import by_subject, subject_means
-from tests.evaluation.fakes import Painter, fake_config, fake_encoders
+from moma_lightning.digests import content_digest
+from tests.evaluation.fakes import Painter, fake_config, fake_encoders, write_data
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,30 @@ def test_ablations_have_titles_labels_and_differences(evaluated):
     assert (noise.title, list(noise.rows), noise.values) == ("More or less noise", ["noise 1", "noise 0.5"], [1.0, 0.5])
     assert list(noise.differences) == ["noise 0.5 − noise 1"]  # noqa: RUF001
     assert (start.title, list(start.rows), start.values) == ("Start", ["MoMA, beta 1", "from scratch"], None)
+
+
+def test_two_rows_at_one_number_are_called_by_their_names(evaluated, tmp_path, monkeypatch):
+    """As a sweep over [null, 0.5, 1.0] leaves them, null being the protocol's 1."""
+    rows = {name: {"dino": {"mean": 0.1, "lo": 0, "hi": 0.2}} for name in ("beta_null", "beta_0.5", "beta_1")}
+    monkeypatch.setattr(ablation_figures, "options_of", lambda folder: {"beta": 0.5 if folder.name == "beta_0.5" else 1.0})
+    found = read_ablation("beta", rows, tmp_path)
+    assert len(found.rows) == 3 and found.values is None
+
+
+def test_figures_without_moma_among_the_methods_draw_no_moma(evaluated):
+    without = replace(evaluated, adapter="runs/mini/stage2/adapter", decoder="runs/mini/stage1/image_feature_decoder", methods={"real_images": RealImages()})
+    assert list(made_grids(without)) == []
+
+
+def test_hidden_files_beside_the_data_do_not_count(tmp_path):
+    data = write_data(tmp_path / "data")
+    before = content_digest(data)
+    (data / ".git").mkdir()
+    (data / ".git" / "index").write_text("a fetch changes it")
+    (data / "dataset" / ".DS_Store").write_text("a look changes it")
+    assert content_digest(data) == before
+    (data / "dataset" / "red_mug" / "09.png").write_bytes((data / "dataset" / "red_mug" / "00.png").read_bytes())
+    assert content_digest(data) != before
 
 
 def test_what_is_no_table_beside_the_ablations_is_passed_over(evaluated):

@@ -213,11 +213,11 @@ def test_stage_1_feeds_the_stock_ip_adapter(reference):
     base, seen = tiny_base(), []
     pipeline = MoMAPipeline.from_base(base, tiny_adapter(base))
     embeds = torch.randn(2, EMBED_DIM, generator=torch.Generator().manual_seed(0))
-    pipeline.decoder = lambda white, labels, prompts: seen.append((white, labels, prompts)) or embeds
+    pipeline.decoder = SimpleNamespace(read_picture=lambda white: white, predict=lambda *given: seen.append(given) or embeds)
     images = stock(pipeline).generate(SUBJECT, reference, TASKS)
-    ((white, labels, prompts),) = seen
-    assert (labels, prompts) == (["mug", "mug"], [t.prompt for t in TASKS])
-    assert white.shape == (2, 3, 64, 64)
+    ((white, label, prompts),) = seen
+    assert (label, prompts) == ("mug", [t.prompt for t in TASKS])
+    assert white.shape == (1, 3, 64, 64), "the picture is read once"
     generators = [torch.Generator().manual_seed(t.seed) for t in TASKS]
     expected = pipeline(prompts, image_embeds=embeds, context_scale=0.8, beta=0.0, generator=generators, guidance_scale=2.0, num_inference_steps=2).images
     assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
@@ -230,7 +230,7 @@ def test_stage_1_is_asked_for():
 
 def test_methods_in_a_yaml(tmp_path):
     (tmp_path / "eval.yaml").write_text(
-        "methods:\n"
+        "run: runs/x\ndata: data\nmethods:\n"
         "  ti: {class_path: TextualInversion, init_args: {steps: 7, pictures: all}}\n"
         "  lora: {class_path: DreamBoothLora, init_args: {rank: 2}}\n"
         "  stock: StockIpAdapter\n"

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from evaluation.generation import PictureMaker, batches, generate
-from evaluation.methods import RealImages
+from evaluation.generation import PictureMaker, batches, generate, shared
+from evaluation.methods import RealImages, TextualInversion
 from evaluation.plan import Evaluation
 from evaluation.processes import Progress, launch
 from evaluation.stamps import read_stamp, stamp_path
 from tests.evaluation import processes
-from tests.evaluation.fakes import Painter, fake_config, made
+from tests.evaluation.fakes import BlindPainter, Painter, fake_config, made
 from tests.forked import on_two_processes
 
 PICTURES = 3 * (2 + 1)
@@ -139,7 +140,7 @@ def share(config, rank: int, count: int) -> PictureMaker:
 def test_shares_are_all_pictures_once(tmp_path, count):
     """Nothing is padded to even shares, and a process may have none."""
     config = fake_config(tmp_path, {"a": Painter(0.3), "b": Painter(0.4), "real": RealImages()})
-    shares = [[plan.path for _, batch in share(config, rank, count).work for plan in batch] for rank in range(count)]
+    shares = [[plan.path for _, batch in share(config, rank, count).work for (plan,) in batch] for rank in range(count)]
     expected = [plan.path for name in "ab" for plan in Evaluation.open(config).planned(name, config.methods[name])]
     assert sorted(path for one in shares for path in one) == sorted(expected)
     assert [len({path.parent.name for path in one}) for one in shares] == {1: [3], 2: [2, 1], 3: [1] * 3, 5: [1, 1, 1, 0, 0]}[count]
@@ -220,7 +221,7 @@ def test_a_sweeps_point_on_two_processes_is_rank_0s(tmp_path):
     assert len({Path(f"{tmp_path / 'log'}.{subject}").read_text() for subject in drawn}) == 2  # processes
 
 
-def test_processes_are_the_launchers(monkeypatch):
+def test_processes_are_the_launchers(monkeypatch, caplog):
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     assert launch(1) == (1, 1, "auto")
@@ -231,7 +232,8 @@ def test_processes_are_the_launchers(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_NNODES", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "evaluation")
-    assert launch(3)[:2] == (2, 4)
+    assert launch(3)[:2] == (2, 4) and not caplog.records
+    assert launch(16)[:2] == (2, 4) and "8 processes work, as torchrun or the SLURM job has them (--ntasks), not the config's num_processes: 16" in caplog.text
     environment = {"RANK": "5", "GROUP_RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12", "TORCHELASTIC_RUN_ID": "x"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -257,9 +259,29 @@ def test_nothing_is_left_beside_the_pictures(tmp_path):
 
 def test_batches_never_mix_references(tmp_path):
     config = fake_config(tmp_path, {"a": Painter()}, {"references": "every"})
-    found = list(batches(Evaluation.open(config).planned("a", config.methods["a"]), 2))
+    found = list(batches(shared(config.methods["a"], Evaluation.open(config).planned("a", config.methods["a"])), 2))
     assert [len(batch) for batch in found] == [2, 1] * 9
-    assert all(len({plan.reference for plan in batch}) == 1 for batch in found)
+    assert all(len({plan.reference for (plan,) in batch}) == 1 for batch in found)
+
+
+def test_a_method_without_the_reference_draws_once_for_all_references(tmp_path, log):
+    config = fake_config(tmp_path, {"blind": BlindPainter(0.3, log)}, {"references": "every"})
+    generate(config)
+    assert len(made(log)) == PICTURES
+    plans = Evaluation.open(config).planned("blind", config.methods["blind"])
+    assert len(plans) == 3 * PICTURES and all(plan.is_done for plan in plans)
+    for _, same in groupby(sorted(plans, key=lambda plan: plan.task.seed), key=lambda plan: plan.task.seed):
+        assert len({plan.path.read_bytes() for plan in same}) == 1
+    plans[0].path.unlink()
+    generate(config)
+    assert len(made(log)) == PICTURES + 1 and plans[0].is_done
+
+
+def test_what_a_method_cannot_work_with_is_said_before_the_first_picture(tmp_path, log):
+    config = fake_config(tmp_path, {"a": Painter(0.3, log), "word": TextualInversion()}, dtype="bfloat16")
+    with pytest.raises(ValueError, match="TextualInversion trains, which needs `dtype: float32`"):
+        generate(config)
+    assert not made(log)
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def test_a_pinned_revision_is_of_its_own_model_alone(encoder, tmp_path):
 
 
 def test_unknown_preset_is_refused():
-    with pytest.raises(KeyError, match="dreambooth, moma-paper, dreambooth-mini"):
+    with pytest.raises(ValueError, match="dreambooth, moma-paper, dreambooth-mini"):
         named("dreambench")
 
 
@@ -117,6 +117,13 @@ def test_unknown_subjects_are_refused(data):
     with pytest.raises(ValueError, match="unicorn"):
         chosen_subjects(named("dreambooth-mini", {"subjects": ["tabby", "unicorn"]}), data)
     assert [s.name for s in chosen_subjects(named("dreambooth-mini", {"subjects": ["tabby"]}), data)] == ["tabby"]
+
+
+def test_a_subject_with_one_picture_cannot_be_compared_to_its_others(tmp_path):
+    data = DreamBooth(write_data(tmp_path / "alone", pictures=1))
+    with pytest.raises(ValueError, match="these have one alone: .*red_mug"):
+        chosen_subjects(named("dreambooth-all-refs"), data)
+    assert len(chosen_subjects(named("dreambooth"), data)) == 3
 
 
 def test_a_list_of_references_is_kept_to_and_checked(data):

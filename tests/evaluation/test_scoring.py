@@ -141,6 +141,7 @@ def test_markdown_keeps_the_papers_rows_apart(tmp_path):
     ours, paper = page.split("## The paper's Table 1")
     assert "| Method | DINO | CLIP-T(c) | CLIP-I | CLIP-T(t) |" in ours
     assert config.resolved_protocol().digest in ours
+    assert "; other than the preset's: `context_prompts: 2`, `texture_prompts: 1`, `extra_scores: []`. Brackets" in ours
     assert "**Warning:** copy passes real_images" in ours
     assert "MoMA | 0.618" not in ours
     assert published.NOTE in paper

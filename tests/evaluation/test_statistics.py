@@ -135,17 +135,6 @@ def test_scores_of_two_protocols_are_refused_by_name():
             refused()
 
 
-def test_protocols_kept_apart_have_rows_of_their_own():
-    parts = [of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2)]
-    found = summarise(pd.concat(parts), resamples=20, separate=True)
-    assert list(found) == ["weak @ mini", "strong @ mini", "weak @ moma-paper", "strong @ moma-paper", "differences"]
-    for part, name in zip(parts, ("mini", "moma-paper"), strict=True):
-        assert found[f"weak @ {name}"] == summarise(part, resamples=20)["weak"]
-    assert {(d["a"], d["b"]) for d in found["differences"]} == {(f"strong @ {p}", f"weak @ {p}") for p in ("mini", "moma-paper")}
-    same_name = summarise(pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("mini", "bbb", 0.2)]), resamples=20, separate=True)
-    assert list(same_name)[::2][:2] == ["weak @ mini (aaa)", "weak @ mini (bbb)"]
-
-
 def test_subjects_count_alike_where_the_protocol_says_so():
     scores = frame({"a": {"x": [0.1, 0.3], "y": [0.8]}})
     assert method_interval(by_subject(scores, "a", "dino"))["mean"] == pytest.approx(0.4)
