@@ -4,12 +4,17 @@ The same formulas as `moma_lightning.models.attention`, in the shape of the auth
 all keys, K' and V' doubled for guidance, the key mask as an additive -inf.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
+
+from moma_lightning.models import attention
 
 
 @dataclass
@@ -37,32 +42,50 @@ class ExplicitProcessor:
     def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, temb=None,
                  explicit: Explicit | None = None) -> Tensor:  # fmt: skip
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
-        probability = probabilities(query, key, attn.heads)
-        output = merge(probability, value, attn.heads)
+        query, key, value = (split_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))
+        probability = probabilities(query, key)
+        output = merge(probability, value)
         if explicit is not None:
-            generated = explicit.m_gen[query.shape[1]][..., None]
+            generated = explicit.m_gen[query.shape[2]][..., None]
             if encoder_hidden_states is None:
-                k, v = explicit.keys[self.layer]
-                added = merge(probabilities(query, k, attn.heads, explicit.m_ref[k.shape[1]].log()), v, attn.heads)
+                k, v = (split_heads(x, attn.heads) for x in explicit.keys[self.layer])
+                added = attend(query, k, v, explicit.m_ref[k.shape[2]].log()[:, None, None])
                 output = output + explicit.factors[self.layer] * generated * added
             else:
-                k, v = explicit.context[self.layer]
-                output = output + generated * merge(probabilities(query, k, attn.heads), v, attn.heads)
+                output = output + generated * attend(query, *(split_heads(x, attn.heads) for x in explicit.context[self.layer]))
                 rows = len(explicit.label_tokens)
                 explicit.maps[self.layer] = (probability[-rows:].mean(1) * explicit.label_tokens[:, None]).sum(-1)
         return attn.to_out[0](output)
 
 
-def probabilities(query: Tensor, key: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def probabilities(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(d) + bias), [batch, heads, queries, keys]."""
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (scores if bias is None else scores + bias[:, None, None]).softmax(-1)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias).softmax(-1)
 
 
-def merge(probability: Tensor, value: Tensor, heads: int) -> Tensor:
-    return (probability @ value.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+def merge(probability: Tensor, value: Tensor) -> Tensor:
+    return (probability @ value).transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `moma_lightning.models.attention.attend`, which has a kernel of its own for it."""
+    return merge(probabilities(query, key, bias), value)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """The project's processor in the released code's shape, for whole samplings: every matrix written out, all keys and values made anew in each step.
+
+    The subject attention stays between kept positions, where the released code has all: that is left to the baseline's advantage.
+    """
+    anew = mock.patch.object(attention.Conditioning, "once", lambda self, layer, name, make: make())
+    with mock.patch.object(attention, "attend", attend), anew:
+        yield
 
 
 def install(unet: UNet2DConditionModel) -> None:

@@ -13,6 +13,7 @@ from datamodules.mini import world
 from datamodules.mini.prompts import live_prompts
 from datamodules.mini.render import render
 from experiments.benchmarks.discs import disc
+from experiments.benchmarks.explicit import written_out
 from experiments.benchmarks.guided_step import COMPILE
 from experiments.benchmarks.timing import PRECISION, Case, dtype_of
 from experiments.benchmarks.true_models import LABEL, PLACES, SD15, random_stage
@@ -41,7 +42,7 @@ class Setting:
         return f"{len(self.prompts)} prompts x {self.seeds} seeds, {self.steps} steps, batches of {self.batch}"
 
 
-MINI_SETTING = Setting(ALL_PROMPTS, 12, 4, 25, 3.0)
+MINI_SETTING = Setting(ALL_PROMPTS, 12, 4, 50, 3.0)
 TRUE_SETTING = Setting(FEW_PROMPTS, 25, 2, 8, 7.5)
 
 
@@ -64,8 +65,13 @@ class Evaluation:
         return np.concatenate([self.draw(self.tasks[i : i + size], image=subject) for i in range(0, len(self.tasks), size)])
 
     def one_by_one(self) -> np.ndarray:
-        """The released code's loop: SAM, autoencoder, reference pass and MLLM anew for every picture, and a batch of one."""
+        """SAM, autoencoder, reference pass and MLLM anew for every picture, and a batch of one."""
         return np.concatenate([self.draw([task], image=self.image, label=LABEL) for task in self.tasks])
+
+    def as_released(self) -> np.ndarray:
+        """The released code's loop: one by one, its attention with it."""
+        with written_out():
+            return self.one_by_one()
 
 
 def mini_evaluation(device: torch.device, setting: Setting = MINI_SETTING) -> Evaluation:
@@ -73,11 +79,6 @@ def mini_evaluation(device: torch.device, setting: Setting = MINI_SETTING) -> Ev
     pipe = load_pipeline(FoundationConfig(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder").to(str(device))
     picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, LABEL))
     return Evaluation(pipe, Image.fromarray(render([picture])[0][0]), setting)
-
-
-def mini(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    evaluation = mini_evaluation(device)
-    return evaluation.one_by_one, evaluation.batched
 
 
 class BlindSam(SamMasker):
@@ -101,9 +102,13 @@ def true_evaluation(device: torch.device) -> Evaluation:
     return Evaluation(pipe, Image.fromarray(pixels), TRUE_SETTING)
 
 
-def true_size(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    evaluation = true_evaluation(device)
-    return evaluation.one_by_one, evaluation.batched
+def against_batched(build: Callable[[torch.device], Evaluation], released: bool) -> Callable[[torch.device], tuple[Callable[[], object], Callable[[], object]]]:
+    """One by one, as the released code has it or with the project's own attention, against a prepared subject in batches."""
+    def prepare(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+        evaluation = build(device)
+        return evaluation.as_released if released else evaluation.one_by_one, evaluation.batched
+
+    return prepare
 
 
 def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -114,10 +119,12 @@ def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], 
 
 
 def cases(full: bool, compiled: bool = False) -> list[Case]:
-    listed = [Case("one by one / a subject at once, mini", ">= 4.0", f"mini MoMA, {MINI_SETTING.shape}", mini, pairs=7)]
     shape = f"SD 1.5, LLaVA-1.5-7B and SAM ViT-H, random weights, 512 px, {TRUE_SETTING.shape}, {PRECISION}"
-    if full:
-        listed.append(Case("one by one / a subject at once, sd15", ">= 4.0", shape, true_size, pairs=3))
+    sizes = [("mini", f"mini MoMA, {MINI_SETTING.shape}", mini_evaluation, 7), *([("sd15", shape, true_evaluation, 3)] if full else [])]
+    listed = []
+    for name, told, build, pairs in sizes:
+        listed.append(Case(f"released code's loop / a subject at once, {name}", ">= 4.0", told, against_batched(build, released=True), pairs))
+        listed.append(Case(f"one by one / a subject at once, {name}", "", told, against_batched(build, released=False), pairs))
     if compiled:
         listed.append(Case("a subject at once, as it is / compiled, sd15", "", f"{shape}, {COMPILE}", eager_against_compiled))
     return listed

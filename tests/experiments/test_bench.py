@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.benchmarks import guided_step, loading, timing, training_step, whole_subject
+from experiments.benchmarks import explicit, guided_step, loading, timing, training_step, whole_subject
 from experiments.benchmarks.discs import disc
 from experiments.benchmarks.guided_step import Setting, Size
 from moma_lightning.models.mask_estimation import estimate_mask
@@ -30,6 +30,21 @@ def test_the_explicit_baseline_computes_the_same_step(share):
     torch.testing.assert_close(noise, explicit(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(estimated, estimate_mask(setting.given.maps, (8, 8)), atol=1e-3, rtol=1e-3)
     assert estimated.any() and not torch.allclose(noise, setting.plain()(), atol=1e-3)
+
+
+def test_in_the_released_codes_shape_every_matrix_is_written_and_nothing_is_kept(monkeypatch):
+    setting = Setting(tiny_unet().eval(), 8, 0.25, torch.device("cpu"))
+    plain, asked = setting.moma(), []
+    monkeypatch.setattr(explicit, "probabilities", lambda *given, whole=explicit.probabilities: asked.append(given) or whole(*given))
+    setting.made = {}
+    with explicit.written_out():
+        written = setting.moma()
+    layers = len(setting.unet.attn_processors)
+    assert len(asked) == 2 * layers and not setting.made, "text and image tokens, self and subject"
+    torch.testing.assert_close(written, plain, atol=1e-5, rtol=1e-4)
+    asked.clear()
+    setting.moma()
+    assert not asked and setting.made, "it ends with the baseline"
 
 
 def test_the_plain_side_is_the_same_unet_with_other_attention():
@@ -175,8 +190,9 @@ def test_random_models_train(small):
     assert all(torch.isfinite(grad).all() for grad in grads) and sum(bool(grad.any()) for grad in grads) > 0.9 * len(grads)
 
 
-def test_a_subject_at_once_draws_the_pictures_of_one_by_one(small):
+@pytest.mark.parametrize("released", [True, False])
+def test_a_subject_at_once_draws_the_pictures_of_one_by_one(small, released):
     torch.manual_seed(0)
-    one, both = (run() for run in whole_subject.true_size(small))
+    one, both = (run() for run in whole_subject.against_batched(whole_subject.true_evaluation, released)(small))
     assert one.shape == both.shape == (4, 64, 64, 3)
     assert abs(one - both).max() < 1e-4  # other prompts differ by .005
