@@ -22,7 +22,7 @@ from evaluation.figures import write_figures
 from evaluation.generation import generate
 from evaluation.mask_iou import run_mask_iou
 from evaluation.metrics.configs import hub_names
-from evaluation.protocols import PRESETS, Protocol, changes, preset
+from evaluation.protocols import Protocol, changes, preset
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
@@ -62,7 +62,7 @@ COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
 ALONE = ("masks", "figures", "models", "report")
 
 
-def build_parser(protocol: str = next(iter(PRESETS))) -> ArgumentParser:
+def build_parser(protocol: str = EvalConfig.protocol) -> ArgumentParser:
     """protocol: the preset that `overrides` are of, so that `--overrides.sampler.seed 1` changes one field of whatever a YAML has changed."""
     parser = ArgumentParser(prog="python -m evaluation", parser_mode="omegaconf", description="DreamBooth-style evaluation.")
     commands = parser.add_subcommands(required=True)
@@ -77,11 +77,11 @@ def build_parser(protocol: str = next(iter(PRESETS))) -> ArgumentParser:
 
 def parse(args: Sequence[str] | None = None) -> tuple[str, EvalConfig]:
     """The command and its config. Exits with a message for unknown keys and wrong types."""
-    parser = build_parser()
-    parsed = parser.parse_args(args)
+    words, parser = list(sys.argv[1:] if args is None else args), build_parser()
+    parsed = parser.parse_args([word for word in words if not word.startswith("--print_config")])  # which tells of the second parser
     try:
         parser = build_parser(parsed[parsed.subcommand].protocol)
-        parsed = parser.parse_args(args)
+        parsed = parser.parse_args(words)
         given = parser.instantiate(parsed)[parsed.subcommand]
         fields = {key: value for key, value in vars(given).items() if key != "config"}
         fields["overrides"] = changes(fields["overrides"], preset(given.protocol))
@@ -96,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Errors that a person can mend are one line, with LOGLEVEL=DEBUG in the environment their traceback too; everything else keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logger.setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
+    logger.setLevel("DEBUG" if os.environ.get("LOGLEVEL", "").upper() == "DEBUG" else "INFO")
     several = split_at(list(sys.argv[1:] if args is None else args), "then")
     for command, config in [parse(one) for one in several]:
         started = time.monotonic()

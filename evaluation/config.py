@@ -62,7 +62,8 @@ class EvalConfig:
     """An evaluation.
 
     run: folder that receives eval/, ablations/ and report/. data: folder in google/dreambooth's layout.
-    protocol: a preset's name; overrides: fields of it to change, nested like them. methods: name -> method, in the table's order.
+    protocol: a preset's name; overrides: fields of it to change, nested like them, each over what earlier files say of it.
+    methods: name -> method, in the table's order.
     adapter, decoder: what the two stages wrote, None where no method needs them. num_processes: workers, each with its share of the subjects and threads (on
     GPUs, one a device). dtype: of the weights that draw; scoring's are the protocol's. batch_size: pictures a pipeline call.
     ablation: the table that `ablate` makes. moma: the setting that `point` scores, one of a sweep.

@@ -1,6 +1,6 @@
 """Is M_gen where the subject is? IoU of the mask read off the label's attention with the subject that SAM finds in the picture.
 
-The number behind Figure 9: with masking the maps stay on the subject, without it they spread (paper section 5.2).
+The number behind Figure 9: with masking the maps stay on the subject, without it they spread (paper section 4.2).
 """
 
 import logging

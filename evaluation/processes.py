@@ -15,7 +15,6 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +23,8 @@ def run_processes(module: LightningModule, device: str, num_processes: int) -> N
     """`Trainer.predict` of `module` on every process; returns when all of them have done their share."""
     with lightning_quiet(), environment_kept():
         trainer = build_trainer(device, num_processes)
+        if trainer.world_size < num_processes and trainer.is_global_zero:
+            logger.warning("%d of the %d processes asked for: torchrun or the SLURM job (--ntasks) has no more", trainer.world_size, num_processes)
         trainer.predict(module, return_predictions=False)
         trainer.strategy.barrier("every process has made its share")
 
@@ -70,15 +71,11 @@ def launch(num_processes: int, device: str = "cpu") -> tuple[int, int, Any]:
     """
     patient: dict[str, Any] = {"timeout": timedelta(days=30)}
     if TorchElasticEnvironment.detect():
-        count, nodes = int(os.environ["WORLD_SIZE"]), int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        count, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
-    else:
-        count = nodes = 0
-    if count and rank_zero_only.rank == 0 and count < num_processes:
-        logger.warning("%d processes work, as torchrun or the SLURM job has them (--ntasks), not the config's num_processes: %d", count, num_processes)
-    if count:
-        return nodes, count // nodes, DDPStrategy(**patient)
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]) // local, local, DDPStrategy(**patient)
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return nodes, int(os.environ["SLURM_NTASKS"]) // nodes, DDPStrategy(**patient)
     return 1, max(1, num_processes), DDPStrategy(start_method=start_method(device), **patient) if num_processes > 1 else "auto"
 
 

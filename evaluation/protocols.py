@@ -142,7 +142,7 @@ MINI = Protocol(
 PRESETS = {
     # DreamBooth (Ruiz et al., CVPR 2023), section 4: 30 subjects x 25 prompts x 4 pictures = 3,000. Texture prompts are MoMA's addition.
     "dreambooth": Protocol("dreambooth"),
-    # MoMA, section 5, reports about 14 k pictures: one reference for every real picture, 158 x 25 x 4 = 15,800, texture prompts apart.
+    # MoMA, section 4.1, reports about 14 k pictures: one reference for every real picture, 158 x 25 x 4 = 15,800, texture prompts apart.
     "moma-paper": Protocol("moma-paper", references="every"),
     "dreambooth-mini": MINI,
     # DreamBooth's own prompts alone, every real picture a reference in turn: no luck of the one reference in the score. The input

@@ -21,9 +21,12 @@ def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
 
 
 def scaled_to_bytes(picture: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, where Pillow's own conversion clips at 255; any other picture as it is."""
+    """16-bit grey scaled to 8 bits, where Pillow's own conversion clips at 255; any other picture as it is, integers of mode "I" up to 255 too."""
     if not picture.mode.startswith("I"):
         return picture
-    grey = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    values = np.asarray(picture)
+    if picture.mode == "I" and values.max() <= 255:
+        return picture
+    grey = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
     grey.info = picture.info
     return grey

@@ -1,4 +1,4 @@
-"""The subject's mask by Segment Anything: what the paper's evaluation does ("SAM to extract main objects", section 5)."""
+"""The subject's mask by Segment Anything: what the paper's evaluation does ("SAM to extract main objects", section 4.1)."""
 
 import json
 import re

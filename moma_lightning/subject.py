@@ -25,7 +25,7 @@ class VariantSettings:
     white_reference: bool  # the reference pass sees I_wb (paper) or the whole picture
     mask_context: bool  # M_gen also multiplies the context attention
     subject_below: int  # subject attention acts at timesteps below this
-    wait_for_mask: bool  # and not before a first M_gen exists
+    wait_for_mask: bool  # and not before a first M_gen exists: ours, where the released code would act unmasked; it shows where the first t is below 950
 
 
 VARIANTS: dict[Variant, VariantSettings] = {

@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
     "clip_0": Moma(beta=0.0, context="image"),
     "textures": Moma(beta=1.0, texture_beta=0.4),
 }
-#: Part -> the trends that it makes, by name: metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3, section 5.1).
+#: Part -> the trends that it makes, by name: metric and the two methods whose means are subtracted (paper: Table 4, Table 1, Table 3, section 4.1).
 PARTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "subject": {"subject": ("dino", "beta_1", "beta_0"), "subject_clip_i": ("clip_i", "beta_1", "beta_0")},
     "baseline": {"baseline": ("dino", "beta_1", "ip_adapter")},

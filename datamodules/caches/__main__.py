@@ -1,6 +1,7 @@
 """`python -m datamodules.caches --config experiments/<experiment>/stage1.yaml` (or stage2.yaml): cache what the stage's frozen models make of its shards.
 
-Processes and devices are the YAML's trainer's. Run again, it makes what is missing or stale.
+Processes and devices are the YAML's trainer's; under srun say `--kill-on-bad-exit=1`, or the others wait for one that has failed. Run again, it makes
+what is missing or stale.
 """
 
 import logging
@@ -30,11 +31,11 @@ class CacheCLI(MoMACLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         told = {name: config[name] for name in ("accelerator", "devices", "num_nodes", "precision", "default_root_dir")}
-        # A process that has made its share waits for the others, however long they take.
-        alone = told["devices"] in (1, "1") and told["num_nodes"] == 1
-        strategy = "auto" if alone else DDPStrategy(timeout=timedelta(days=30))
-        return Trainer(**told, strategy=strategy, use_distributed_sampler=False, logger=False,
-                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        told |= {"use_distributed_sampler": False, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(**told, strategy="auto")
+        if trainer.world_size == 1:
+            return trainer
+        return Trainer(**told, strategy=DDPStrategy(timeout=timedelta(days=30)))  # who has made its share waits for the others, however long they take
 
 
 def main() -> None:

@@ -249,12 +249,20 @@ def versions() -> dict[str, str]:
 
 def _require_same_or_more(out: Path, split: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:
     """ValueError where the finished split would be replaced by anything but the same with a larger limit, or another answer to unreachable servers."""
-    others = {key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key)} - {"on_unreachable"}
+    before, now = flat(there), flat(wanted)
+    others = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - {"on_unreachable"}
     if there.get("limit") is not None and (wanted["limit"] is None or wanted["limit"] > there["limit"]):
         others -= {"limit"}
     if others:
-        raise ValueError(f"{out} holds the finished split {split} of other options ({', '.join(sorted(others))}): write elsewhere with --out, or replace it "
+        what = "by an older version" if "format" in others else f"of other options ({', '.join(sorted(others))})"
+        raise ValueError(f"{out} holds the finished split {split} {what}: write elsewhere with --out, or replace it "
                          "with --run.overwrite true")  # fmt: skip
+
+
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    parts = ({f"{name}.{key}": each for key, each in flat(value).items()} if isinstance(value, dict) else {name: value} for name, value in options.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _is_whole(out: Path, part: dict[str, Any]) -> bool:

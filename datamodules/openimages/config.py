@@ -133,13 +133,13 @@ class ShardConfig:
 
 @dataclass
 class RunConfig:
-    """How the work is spread; nothing here changes what is written (but batches of a captioner that rounds differ with `unit`).
+    """How the work is spread; nothing here but `overwrite` changes what is written (and batches of a captioner that rounds differ with `unit`).
 
     unit: pictures that are finished or not as one.
     address: an existing Ray cluster ("auto", "ray://host:10001"), all of whose cores are used; None starts Ray here. workers: of Ray
         here (None: every core); 0 works in this process, without Ray. captioners: captioning processes; gpus_each: GPUs of each (None: one each
-        where Ray has GPUs, else none). keep_work: keep the intermediate folder, from which a larger limit goes on. overwrite: begin anew where the
-        folder holds the finished split of other options, instead of a ValueError.
+        where Ray has GPUs, else none). keep_work: keep the intermediate folder, from which a larger limit goes on. overwrite: replace the
+        finished split of other options (what of its work still holds is used), instead of a ValueError.
     """
 
     address: str | None = None

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipMod
 
 from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, source_of
 from moma_lightning.hub import local_path, resolve
+from moma_lightning.pictures import to_rgb
 
 
 class ImageTextEncoder(nn.Module):
@@ -28,11 +29,6 @@ class ImageTextEncoder(nn.Module):
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
         raise NotImplementedError(f"{type(self).__name__} has no text tower")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself where it is RGB: `convert` would copy it."""
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class DinoEncoder(ImageTextEncoder):
@@ -49,7 +45,7 @@ class DinoEncoder(ImageTextEncoder):
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
-        return self.normalize(torch.stack([self._cut(to_rgb(image)) for image in images]))
+        return self.normalize(torch.stack([self._cut(to_rgb(image, turn=False)) for image in images]))
 
     def _cut(self, image: Image.Image) -> UInt8[Tensor, "3 crop crop"]:
         """By functions: transforms as modules take longer to call than a small picture does to cut."""
@@ -77,7 +73,7 @@ class TwoTowerEncoder(ImageTextEncoder):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
-        pixels = self.processor(images=[to_rgb(image) for image in images], return_tensors="pt").pixel_values
+        pixels = self.processor(images=[to_rgb(image, turn=False) for image in images], return_tensors="pt").pixel_values
         embeds = self.model.get_image_features(pixels.to(self.model.device, self.dtype)).pooler_output
         return F.normalize(embeds.float(), dim=-1)
 

@@ -5,8 +5,9 @@ all keys, K' and V' doubled for guidance, the key mask as an additive -inf.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import torch
@@ -79,12 +80,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """The project's processor in the released code's shape, for whole samplings: every matrix written out, all keys and values made anew in each step.
+    """The project's processor in the released code's shape, for whole samplings: every matrix written out, the text's keys and values made in each step.
 
-    The subject attention stays between kept positions, where the released code has all: that is left to the baseline's advantage.
+    The label's map is read off the text's matrix. To the baseline's advantage the subject attention stays between kept positions, and the
+    subject's and the image tokens' keys and values are made once a call.
     """
-    anew = mock.patch.object(attention.Conditioning, "once", lambda self, layer, name, make: make())
-    with mock.patch.object(attention, "attend", attend), anew:
+    kept, last = attention.Conditioning.once, []
+
+    def once(self, layer: int, name: str, make: Callable[[], Any]) -> Any:
+        return make() if name == "text" else kept(self, layer, name, make)
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        last[:] = [probabilities(query, key, bias)]
+        return merge(last[0], value)
+
+    def label_map(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (last[0][-len(key) :].mean(1) * value[:, :1, :, 0]).sum(-1)  # the layer's attention to the text has just been made
+
+    with mock.patch.object(attention, "attend", noted), mock.patch.object(attention, "label_map", label_map), \
+            mock.patch.object(attention.Conditioning, "once", once):  # fmt: skip
         yield
 
 

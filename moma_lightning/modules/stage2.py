@@ -208,7 +208,9 @@ class Stage2(TrainedPartModule):
             return
         with self.trainer.precision_plugin.forward_context():  # what is frozen may be of fewer bits than what is trained
             if self.device_mesh is not None:  # every rank holds a part of the models, so all draw, and the same pictures
-                self._log_grid(self.trainer.strategy.broadcast(self.grid_samples))
+                # By way of the CPU: tensors of a GPU would come to every rank on rank 0's.
+                samples = self.trainer.strategy.broadcast(self.transfer_batch_to_device(self.grid_samples, torch.device("cpu"), 0))
+                self._log_grid(self.transfer_batch_to_device(samples, self.device, 0))
             elif self.trainer.is_global_zero:
                 self._log_grid(self.grid_samples)
 

@@ -57,6 +57,13 @@ def test_a_nested_override_changes_one_field_of_what_the_file_changes(tmp_path):
     assert parse(["score", "--config", str(MINI)])[1].overrides == {}
 
 
+def test_a_printed_config_reads_back_as_itself(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(["score", "--config", str(MINI), "--overrides.sampler.seed=3", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse(["score", "--config", str(tmp_path / "printed.yaml")])[1] == parse(["score", "--config", str(MINI), "--overrides.sampler.seed=3"])[1]
+
+
 @pytest.mark.parametrize("wrong", [["--stepz=3"], ["--report.stepz=3"], ["--methods.x=Nope"], ["--num_processes=many"], ["--overrides.stepz=3"],
                                    ["--overrides.sampler.seed=many"], ["--overrides", '{"sampler": {"stepz": 3}}'], ["--protocol=nope"]])  # fmt: skip
 def test_unknown_keys_are_errors(wrong, capsys):

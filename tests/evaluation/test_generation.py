@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from evaluation import processes as evaluation_processes
 from evaluation.generation import PictureMaker, batches, generate, shared
 from evaluation.methods import RealImages, TextualInversion
 from evaluation.plan import Evaluation
@@ -221,7 +223,7 @@ def test_a_sweeps_point_on_two_processes_is_rank_0s(tmp_path):
     assert len({Path(f"{tmp_path / 'log'}.{subject}").read_text() for subject in drawn}) == 2  # processes
 
 
-def test_processes_are_the_launchers(monkeypatch, caplog):
+def test_processes_are_the_launchers(monkeypatch):
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     assert launch(1) == (1, 1, "auto")
@@ -232,12 +234,25 @@ def test_processes_are_the_launchers(monkeypatch, caplog):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_NNODES", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "evaluation")
-    assert launch(3)[:2] == (2, 4) and not caplog.records
-    assert launch(16)[:2] == (2, 4) and "8 processes work, as torchrun or the SLURM job has them (--ntasks), not the config's num_processes: 16" in caplog.text
+    assert launch(3)[:2] == (2, 4)
     environment = {"RANK": "5", "GROUP_RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12", "TORCHELASTIC_RUN_ID": "x"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launch(3)[:2] == (3, 4)
+
+
+def test_fewer_processes_than_asked_for_are_told(monkeypatch, caplog):
+    class Few:
+        world_size, is_global_zero, strategy = 2, True, SimpleNamespace(barrier=lambda name: None)
+
+        def predict(self, *given, **options):
+            pass
+
+    monkeypatch.setattr(evaluation_processes, "build_trainer", lambda device, count: Few())
+    evaluation_processes.run_processes(LightningModule(), "cpu", 2)
+    assert not caplog.records
+    evaluation_processes.run_processes(LightningModule(), "cpu", 8)
+    assert "2 of the 8 processes asked for: torchrun or the SLURM job (--ntasks) has no more" in caplog.text
 
 
 def test_progress_tells_rate_and_time_left():

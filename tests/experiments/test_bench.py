@@ -34,14 +34,16 @@ def test_the_explicit_baseline_computes_the_same_step(share):
 
 def test_in_the_released_codes_shape_every_matrix_is_written_and_nothing_is_kept(monkeypatch):
     setting = Setting(tiny_unet().eval(), 8, 0.25, torch.device("cpu"))
-    plain, asked = setting.moma(), []
+    plain, estimated, asked = setting.moma(), setting.guide.generated_mask, []
     monkeypatch.setattr(explicit, "probabilities", lambda *given, whole=explicit.probabilities: asked.append(given) or whole(*given))
     setting.made = {}
     with explicit.written_out():
         written = setting.moma()
     layers = len(setting.unet.attn_processors)
-    assert len(asked) == 2 * layers and not setting.made, "text and image tokens, self and subject"
+    assert len(asked) == 2 * layers, "text and image tokens, self and subject"
+    assert "text" not in {name for _, name in setting.made}
     torch.testing.assert_close(written, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(setting.guide.generated_mask, estimated, atol=1e-3, rtol=1e-3)
     asked.clear()
     setting.moma()
     assert not asked and setting.made, "it ends with the baseline"

@@ -1,5 +1,6 @@
 """A released checkpoint through the whole pipeline, against a plain re-implementation: explicit attention matrices, DDIM by its
-formula, masks by hand. Written from the description of the method, and sharing no code with the pipeline."""
+formula, masks by hand. Written from the description of the method, with nothing of the pipeline's but what the MLLM's picture goes through
+(`preprocess`). Without a mask the subject attention does not act, which is this project's rule where the first step lies below t = 950."""
 
 import math
 

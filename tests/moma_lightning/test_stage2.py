@@ -1,5 +1,7 @@
 import csv
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -8,6 +10,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -214,6 +217,20 @@ def test_the_picture_grid_of_validation_is_written(build, tmp_path):
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"]
     trainer(tmp_path, 1, limit_val_batches=1).validate(module, loader(1))
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"], "a validation by itself is not part of the run"
+
+
+def test_the_grids_samples_come_to_each_rank_by_way_of_the_cpu(build, monkeypatch):
+    """Pickled tensors of a GPU are unpickled on the GPU that they were on, rank 0's."""
+    module, told = build(), []
+    module.grid, module.grid_samples, module._device_mesh = GridConfig(pictures=1), batch(1), object()
+    monkeypatch.setattr(module, "transfer_batch_to_device", lambda samples, device, _: told.append(f"to {device}") or samples)
+    monkeypatch.setattr(module, "_log_grid", lambda samples: told.append("drawn"))
+    monkeypatch.setattr(type(module), "device", torch.device("cuda:3"))
+    strategy = SimpleNamespace(broadcast=lambda samples: told.append("broadcast") or samples)
+    module._trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), sanity_checking=False, strategy=strategy,
+                                      precision_plugin=SimpleNamespace(forward_context=nullcontext))  # fmt: skip
+    module.on_validation_epoch_end()
+    assert told == ["to cpu", "broadcast", "to cuda:3", "drawn"]
 
 
 def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):

@@ -1,7 +1,9 @@
 """Caches of the mini world's own models: the same training as online, and nothing stale or foreign accepted."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from dataclasses import asdict, replace
@@ -256,3 +258,14 @@ def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, 
     cached = [f"{shards}.train", f"{tmp_path}/cache/train-*.tar", f"{shards}.val", f"{tmp_path}/cache/val-*.tar", "--trainer.fast_dev_run", "true"]
     monkeypatch.setattr(sys, "argv", ["moma_lightning", "fit", *arguments, "--config", str(folder / "cached/stage2.yaml"), *cached])
     assert main(sys.argv[1:]) == 0
+
+
+def test_the_first_process_tells_of_all_shards_when_the_others_are_done(data, decoder, tmp_path):
+    shards = "--data.init_args.config"
+    arguments = ["--config", "experiments/mini/stage2.yaml", "--model.init_args.decoder", decoder, "--trainer.default_root_dir", str(tmp_path),
+                 "--trainer.accelerator", "cpu", "--trainer.devices", "2", f"{shards}.batch_size", "2",
+                 f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "datamodules.caches", *arguments], capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'shards': 7, 'samples': 32, 'left_out': 0") == 1

@@ -190,7 +190,7 @@ def test_another_seed_is_another_order_and_leaves_no_old_shard(plain_bucket, con
     build(config)
     first = pd.read_parquet(f"{config.out}/train-index.parquet").key.tolist()
     other = replace(config, seed=1, shards=ShardConfig(samples_per_shard=40))
-    with pytest.raises(ValueError, match=r"holds the finished split train of other options \(seed, shards\)"):
+    with pytest.raises(ValueError, match=r"holds the finished split train of other options \(seed, shards.samples_per_shard\)"):
         build(other)
     with pytest.raises(ValueError, match=r"other options \(limit\)"):
         build(replace(config, limit=1))

@@ -75,6 +75,14 @@ def test_a_checkpoint_goes_on_with_the_same_losses(foundation, decoder_folder, t
     assert run(resume=path) == pytest.approx(whole[HALF : HALF + AFTER], rel=1e-4)
 
 
+def test_after_ddp_the_last_checkpoint_can_be_saved(foundation, decoder_folder, tmp_path):
+    """The Trainer has put the module back onto the CPU by then, and NCCL adds up on GPUs alone."""
+    module = build("stage1", foundation, decoder_folder)
+    train(module, tmp_path, 1, "ddp", steps=2, accelerator="gpu")
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["target_count"] > 0
+
+
 def test_random_numbers_of_the_gpu_are_kept(foundation, decoder_folder, tmp_path):
     train(build("stage2", foundation, decoder_folder), tmp_path, 1, "auto", [tmp_path / "full.ckpt"], callbacks=[RandomStates()], accelerator="gpu")
     (state,) = torch.load(tmp_path / "full.ckpt", weights_only=True)["callbacks"]["RandomStates"]["ranks"]
