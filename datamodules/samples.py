@@ -68,8 +68,9 @@ class BadSamples:
         return set(self.path.read_text().splitlines()) if self.path.exists() else set()
 
     def counts(self) -> Counter[str]:
-        """How many samples (and shards) were left out, by the reason's first words."""
-        return Counter(line.split("\t")[2].split(":")[0] for line in self.lines())
+        """How many samples (and shards) were left out, by the reason's first words. Lines that two nodes have written into each other do not count."""
+        fields = [line.split("\t") for line in self.lines()]
+        return Counter(parts[2].split(":")[0] for parts in fields if len(parts) == 3)
 
 
 def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from datamodules.caches.stamp import read_stamps
 from datamodules.samples import BadSamples
 from datamodules.shards import expand_shards, require_a_shard_each
 from datamodules.streams import Batch, Position, TrainStream, TripletConfig, ValStream
+from datamodules.worker_signals import ignore_requests_of_others
 from moma_lightning.training.sharding import over_ranks
 
 __all__ = ["TripletConfig", "TripletDataModule"]
@@ -170,7 +171,8 @@ class TrainLoader:
 def _loader(stream: IterableDataset, config: TripletConfig, persistent: bool = True) -> DataLoader:
     # Workers live on between epochs: a training worker keeps its place in the shards.
     workers = config.num_workers
-    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent and workers > 0, collate_fn=_as_it_is)
+    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent and workers > 0, collate_fn=_as_it_is,
+                      worker_init_fn=ignore_requests_of_others)  # fmt: skip
 
 
 def _as_it_is(batch: Any) -> Any:

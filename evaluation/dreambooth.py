@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from evaluation.config import EvalConfig
 from evaluation.generation import generate
 from evaluation.made_with import made_with, options_of
+from evaluation.metrics.configs import hub_names
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
@@ -21,6 +22,7 @@ from evaluation.stamps import git_revision
 from evaluation.statistics import METRICS, above_oracle, prompt_intervals, subject_means, summarise
 from evaluation.tables import method_table, score_page
 from moma_lightning.files import write_bytes
+from moma_lightning.hub import require_cached
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ def write_json(path, content) -> None:
 
 
 def run_dreambooth(config: EvalConfig) -> None:
-    """Generate what is missing, then score everything."""
+    """Generate what is missing, then score everything. Raises FileNotFoundError before the first picture where a judge is missing."""
+    for name in hub_names(config.resolved_protocol().encoders.values()):
+        require_cached(name)
     generate(config)
     run_scoring(config)

@@ -8,7 +8,7 @@ from typing import Any
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.methods import Method
-from evaluation.metrics.configs import DreamsimConfig, EncoderConfig, hub_name_of
+from evaluation.metrics.configs import name_of
 from evaluation.protocols import Protocol
 from moma_lightning.digests import content_digest, identity
 from moma_lightning.hub import cached_commit, local_path
@@ -61,14 +61,6 @@ def weights_of(protocol: Protocol) -> dict[str, str]:
     if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
         models["segmenter"] = protocol.segmenter
     return {name: content_digest(found) if (found := local_path(model)) else at_commit(model) for name, model in models.items()}
-
-
-def name_of(config: EncoderConfig) -> str:
-    """Where the encoder's weights are. DreamSim's are names of its package's own; a path that is not there is an error elsewhere."""
-    try:
-        return config.model if isinstance(config, DreamsimConfig) or local_path(config.model) else hub_name_of(config)
-    except FileNotFoundError:
-        return config.model
 
 
 def at_commit(model: str) -> str:

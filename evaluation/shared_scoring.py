@@ -6,6 +6,7 @@ nothing else, and a killed run goes on from what it had written.
 
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from evaluation.config import EvalConfig
@@ -58,6 +59,9 @@ class CacheFiller(LightningModule):
         return method.is_oracle or all(plan.is_done for plan in self.evaluation.planned(name, method, [subject]))
 
     def predict_step(self, position: int, batch_idx: int) -> int:
+        if self.trainer.received_sigterm:
+            self.judges.save()
+            raise SIGTERMException
         name, subject = self.work[position]
         rows = subject_rows(self.evaluation, name, self.methods[name], subject, self.judges)
         self.judges.save_when_due()

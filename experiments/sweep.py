@@ -50,10 +50,15 @@ def points(sweep: dict[str, Any], extra: list[str]) -> Iterator[list[str]]:
 
 
 def run_grid(sweep: dict[str, Any], extra: list[str]) -> None:
-    """Every point in turn, then `<run>/ablations/<name>.{json,md}` of all of them."""
-    commands = list(points(sweep, extra))
-    for arguments in commands:
+    """Every point in turn, then the table of all of them."""
+    for arguments in points(sweep, extra):
         evaluation(arguments)
+    write_table(sweep, extra)
+
+
+def write_table(sweep: dict[str, Any], extra: list[str]) -> None:
+    """`<run>/ablations/<name>.{json,md}` of a grid's points; pictures that are not there yet are made."""
+    commands = list(points(sweep, extra))
     configs = [parse(arguments)[1] for arguments in commands]
     config = configs[0]
     methods: dict[str, Method] = {point_name(c.moma): c.moma for c in configs}
@@ -69,6 +74,8 @@ def main() -> None:
         sweep["command"] += extra
         project = sweep.get("project", "moma-lightning")
         subprocess.run(["wandb", "agent", "--project", project, wandb.sweep(sweep, project=project)], check=True)
+        if sweep.get("method") == "grid":
+            write_table(read(path), extra)
     else:
         run_grid(read(path), extra)
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from moma_lightning.files import write_beside
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 from moma_lightning.training.data_wait import DataWait
-from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal
+from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal, ended_together
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.strategy import ShardedStrategy
 from moma_lightning.wandb_mode import wandb_mode
@@ -55,7 +55,7 @@ class MoMACLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults({
             "checkpoint.save_last": True,
             "checkpoint.save_top_k": 0,
@@ -86,7 +86,7 @@ class MoMACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         loggers = config["logger"]
         if loggers in (None, True):
-            loggers = run_loggers(self.run.folder) if self.subcommand == "fit" and not config["fast_dev_run"] else False
+            loggers = run_loggers(self.run) if self.subcommand == "fit" and not config["fast_dev_run"] else False
         callbacks: list[Callback] = [*(config["callbacks"] or []), RandomStates(), StopOnNonFinite()]
         if not config["fast_dev_run"]:
             callbacks.append(StopOnSignal(self.run.last_checkpoint))
@@ -109,15 +109,23 @@ class MoMACLI(LightningCLI):
             rank_zero_info(f"going on from {ckpt_path}")
         elif ckpt_path is None:
             self.run.forget()
-        self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
-        if self.trainer.checkpoint_callback is not None:
-            self.trainer.save_checkpoint(self.run.last_checkpoint)
-            self.run.mark_finished(self.trainer.global_step)
-
+        with ended_together(self.trainer):
+            self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
+            if self.trainer.checkpoint_callback is not None:
+                self.trainer.save_checkpoint(self.run.last_checkpoint)
+                self.run.mark_finished(self.trainer.global_step)
 
     def validate(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.validate` of `ckpt_path`, else of the run's last checkpoint. Prints; the run's own records stay as they are."""
         self.trainer.validate(model, ckpt_path=ckpt_path or str(self.run.last_checkpoint), **kwargs)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that does not save a resumed step once more in its next micro-batch, whose gradients would be lost."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
 
 
 class Run:
@@ -126,7 +134,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.last_checkpoint = folder / CHECKPOINTS / "last.ckpt"
-        self._finished = folder / "finished.json"
+        self._finished, self._wandb_id = folder / "finished.json", folder / "wandb_id"
 
     def is_finished(self, max_steps: int) -> bool:
         """Whether `max_steps` steps were trained to the end, what is exported at the end included."""
@@ -137,6 +145,15 @@ class Run:
     @rank_zero_only
     def mark_finished(self, step: int) -> None:
         write_beside(self._finished, lambda path: path.write_text(json.dumps({"step": step}) + "\n"))
+
+    @rank_zero_only
+    def wandb_id(self) -> str:
+        """The id of the wandb run that this one goes on with, else a new one."""
+        from wandb.sdk.lib.runid import generate_id  # as late as Lightning's own logger imports it
+
+        if not (self._wandb_id.exists() and self.last_checkpoint.exists()):
+            write_beside(self._wandb_id, lambda path: path.write_text(generate_id()))
+        return self._wandb_id.read_text()
 
     @rank_zero_only
     def forget(self) -> None:
@@ -185,9 +202,11 @@ def checkpoint_folder(root: str | None) -> str | None:
     return root and str(Path(root) / CHECKPOINTS)
 
 
-def run_loggers(folder: Path) -> list[Logger]:
-    """metrics.csv in the run's folder, and wandb, online or not as `wandb_mode` says."""
-    os.environ["WANDB_MODE"] = wandb_mode()
+def run_loggers(run: Run) -> list[Logger]:
+    """metrics.csv in the run's folder, and wandb, online or not as `wandb_mode` says: online a resumed training goes on with its run there."""
+    folder, mode = run.folder, wandb_mode()
+    os.environ["WANDB_MODE"] = mode
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
-    wandb = WandbLogger(project="moma-lightning", name="/".join(folder.parts[-2:]), save_dir=folder)
+    known = run.wandb_id() if mode == "online" else None  # parts of a run that were written offline would replace each other when they are sent
+    wandb = WandbLogger(project="moma-lightning", name="/".join(folder.parts[-2:]), save_dir=folder, id=known)
     return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]

@@ -17,7 +17,7 @@ from moma_lightning.hub import HubName, hub_name, loading, local_path
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 #: What the libraries read besides weights; everything else in a repository (pictures, other frameworks' weights) is left there.
 READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.yaml")
-NOT_READ = ("safety_checker/*", "*.fp16.*", "*non_ema*", "*onnx*", "*openvino*", "*open_clip*")
+NOT_READ = ("safety_checker/*", "vae_encoder/*", "vae_decoder/*", "*.fp16.*", "*non_ema*", "*onnx*", "*openvino*", "*open_clip*")
 
 
 @dataclass(frozen=True)

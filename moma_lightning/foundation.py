@@ -40,7 +40,7 @@ class FoundationConfig:
     base: Stable Diffusion or SDXL (unet, vae, text encoders and tokenizers, scheduler), or a community checkpoint in one `.safetensors` file, which
     takes configs and tokenizer from base_config, and where it is a LoRA the weights that it changes. vae: another autoencoder instead of the base's.
     image_encoder: CLIP vision tower of the image embeddings. mllm: multimodal LLM of a family in docs/mllms.md. ip_adapter: start of the
-    context attention.
+    context attention, a MoMA adapter in its place of the subject attention too.
     sam: segmenter for pictures that come without a mask. mllm_dtype: of the MLLM where it is frozen (stage 2, sampling); stage 1
     trains it in float32. (With `precision: bf16-mixed` whatever is frozen is in bfloat16.) mllm_quantization: language model in 8 or 4
     bits, frozen (stage 1 then trains LoRA alone); needs a CUDA GPU.

@@ -25,6 +25,7 @@ def generate(
     beta: float = 1.0,
     mask_strength: float = 1.0,
     guide_subject: bool = False,
+    context_scale: float = 1.0,
     prompt_template: str = "{prompt}",
     guidance_scale: float = 3.0,
     num_inference_steps: int = 25,
@@ -42,11 +43,12 @@ def generate(
         mask: The subject's mask (white on black); without it SAM finds the main object.
         label: The word for the subject, e.g. "cat".
         out: Folder for the pictures.
-        adapter: Folder of stage 2 (runs/mini/stage2/adapter; here the shipped one), or an IP-Adapter file.
+        adapter: Folder of stage 2 (runs/mini/stage2/adapter; here the shipped one), or an IP-Adapter file, which draws as an IP-Adapter.
         decoder: Folder of stage 1 (runs/mini/stage1/image_feature_decoder); null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
         beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 full masking, 0 none.
         guide_subject: Let guidance amplify the subject too (not the paper's): truer colours, at a beta of about 0.5.
+        context_scale: Weight of the image tokens, IP-Adapter's `scale`.
         prompt_template: What the base model reads; the released code's is "photo of a {label}. {prompt}".
         guidance_scale: Classifier-free guidance.
         num_inference_steps: Denoising steps.
@@ -62,7 +64,8 @@ def generate(
     adapter, decoder = (adapter, decoder) if image else (None, None)
     pipe = load_pipeline(foundation, adapter, decoder, dtype).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
-    settings = dict(beta=beta, mask_strength=mask_strength, guide_subject=guide_subject, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
+    settings = dict(beta=beta, mask_strength=mask_strength, guide_subject=guide_subject, context_scale=context_scale,
+                    guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     worded = [prompt_template.format(prompt=text, label=label) for text in prompts]
     output = pipe(worded, read_picture(image), read_picture(mask), label, num_images_per_prompt=num_images_per_prompt,
                   generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], mllm_prompt=prompts, **settings)

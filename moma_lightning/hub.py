@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import httpx
 
 REPOSITORY = Path(__file__).parents[1]
 _HUB_NAME = re.compile(r"(?P<repo_id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.-]+)(/(?P<path>.+))?)?")
@@ -101,12 +102,24 @@ def cached_commit(name: str) -> str | None:
     return reference.read_text().strip() if reference.is_file() else None
 
 
+def require_cached(name: str) -> None:
+    """Where the hub may not be asked: raises FileNotFoundError, as `loading`, for a name of which nothing is in the cache."""
+    if not constants.HF_HUB_OFFLINE or local_path(name) is not None:
+        return
+    hub = hub_name(name)
+    commit = cached_commit(name) or hub.revision or "main"
+    snapshot = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo_id, repo_type="model") / "snapshots" / commit
+    with loading(name):
+        if not snapshot.is_dir():
+            raise FileNotFoundError(snapshot)
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Whatever a library raises while it reads `name` from the hub becomes an error that names it and the command to fetch it."""
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, httpx.TransportError) as error:
         if local_path(name) is not None:
             raise
         why = "it is not in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())[:300]

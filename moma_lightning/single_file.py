@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moma_lightning.families import family_of, load_folder
+from moma_lightning.fetch import NOT_READ
 from moma_lightning.hub import find_file, hub_name, loading, local_path
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -99,4 +100,4 @@ def config_folder(config: str) -> Path:
         return found
     hub = hub_name(config)
     with loading(config):
-        return Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=["*.json", "*.txt"]))
+        return Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=["*.json", "*.txt"], ignore_patterns=list(NOT_READ)))

@@ -75,7 +75,8 @@ class SubjectGuide:
         self.subject = adapter.subject_conditioning(subject.features, reference_mask)
         self.label_tokens = label_tokens.repeat_interleave(repeats, 0)
         self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
-        self.is_silent = not self.beta.any()
+        self.is_silent = not adapter.has_subject or not self.beta.any()
+        self.mask_context = self.variant.mask_context and adapter.has_subject
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
         self.resolutions: set[int] = set()  # of the UNet's attention layers, in positions, as the first step has shown them
 
@@ -87,7 +88,7 @@ class SubjectGuide:
             mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
             pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
         subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided), resolutions=self.resolutions) if acts else None
-        if context is not None and self.variant.mask_context:
+        if context is not None and self.mask_context:
             context.generated_mask = pyramid
         return Conditioning(subject, context, recorder)
 

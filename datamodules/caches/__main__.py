@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from moma_lightning.cli import MoMACLI
+from moma_lightning.training.guards import ended_together
 
 
 class CacheCLI(MoMACLI):
@@ -43,8 +44,9 @@ def main() -> None:
     cli = CacheCLI(run=False)
     config, data = cli._get(cli.config_init, "cache"), cli.datamodule.config
     out = Path(config.out or Path(cli.trainer.default_root_dir) / "cache")
-    cli.trainer.predict(CacheMaker(cli.model, data, config, out), return_predictions=False)
-    cli.trainer.strategy.barrier("every process has made its share")
+    with ended_together(cli.trainer):
+        cli.trainer.predict(CacheMaker(cli.model, data, config, out), return_predictions=False)
+        cli.trainer.strategy.barrier("every process has made its share")
     if cli.trainer.is_global_zero:
         print(f"{out}: {finished(data, out)}")
 

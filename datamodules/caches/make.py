@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import webdataset as wds
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -71,6 +72,8 @@ class CacheMaker(LightningModule):
 
     def predict_step(self, number: int, batch_idx: int) -> int:
         """Make one shard, unless it is there already. Returns its number of samples."""
+        if self.trainer.received_sigterm:  # what is there is found by the next run
+            raise SIGTERMException
         source = self.shards[number]
         shard = self.out / source.name
         there = CacheStamp.read(shard)

@@ -109,3 +109,11 @@ def hub_name_of(config: DinoConfig | ClipConfig | SiglipConfig) -> str:
     owner = "timm/" if isinstance(config, DinoConfig) and "/" not in config.model else ""
     hub = hub_name(owner + config.model)
     return str(replace(hub, revision=config.revision or hub.revision or "main"))
+
+
+def name_of(config: EncoderConfig) -> str:
+    """Where the encoder's weights are. DreamSim's are names of its package's own; a path that is not there is an error elsewhere."""
+    try:
+        return config.model if isinstance(config, DreamsimConfig) or local_path(config.model) else hub_name_of(config)
+    except FileNotFoundError:
+        return config.model

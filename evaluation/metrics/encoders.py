@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transform
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
-from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, source_of
-from moma_lightning.hub import local_path, resolve
+from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, name_of, source_of
+from moma_lightning.hub import loading, local_path, resolve
 from moma_lightning.pictures import to_rgb
 
 
@@ -41,7 +41,7 @@ class DinoEncoder(ImageTextEncoder):
         super().__init__()
         self.config = config
         self.dtype = getattr(torch, config.dtype)
-        self.model = at_size(model or load_timm(config.model, config.revision), config.crop).to(self.dtype).eval().requires_grad_(False)
+        self.model = at_size(model or load_dino(config), config.crop).to(self.dtype).eval().requires_grad_(False)
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
@@ -67,9 +67,10 @@ class TwoTowerEncoder(ImageTextEncoder):
         super().__init__()
         self.dtype = getattr(torch, config.dtype)
         source = source_of(config)
-        self.model = model_class.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
-        self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
-        self.tokenizer = AutoTokenizer.from_pretrained(**source, **tokenizer)
+        with loading(name_of(config)):
+            self.model = model_class.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
+            self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
+            self.tokenizer = AutoTokenizer.from_pretrained(**source, **tokenizer)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
@@ -129,6 +130,11 @@ class DreamsimEncoder(ImageTextEncoder):
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
         device = next(self.model.parameters()).device
         return F.normalize(self.model.embed(torch.cat([self.transform(image) for image in images]).to(device)).float(), dim=-1)
+
+
+def load_dino(config: DinoConfig) -> nn.Module:
+    with loading(name_of(config)):
+        return load_timm(config.model, config.revision)
 
 
 def load_timm(name: str, revision: str | None = None) -> nn.Module:

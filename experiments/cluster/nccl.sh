@@ -1,10 +1,8 @@
 # shellcheck shell=bash
 # NCCL and CUDA settings that both launchers source; a value from outside counts.
 
-# A rank that died or hangs ends the others with an error instead of a silent wait; the launcher then restarts all of them.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# Long validations are no hang; a hang is then found after 30 minutes, and the last collectives of each rank are written down.
-export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-1800}"
+# PyTorch ends a rank that has waited for the others too long (the strategy's timeout, 30 minutes; within HSDP's mesh NCCL's 10), and the launcher then
+# restarts all of them; the last collectives of each rank are written down.
 export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
 # Only warnings. INFO tells which network NCCL found: look for "NET/IB" on InfiniBand; "NET/Socket" is ten times slower.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

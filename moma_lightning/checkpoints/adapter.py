@@ -5,7 +5,7 @@ The native file's `image_proj.` and `ip_adapter.` entries are IP-Adapter's layou
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +42,7 @@ def write_native(folder: Path, state: Mapping[str, Tensor], variant: str, card: 
     """The native folder of entries under native names. Raises CheckpointError for a projector that is not the plain IP-Adapter's."""
     if lacking := {"image_proj.proj.weight", "image_proj.norm.weight"} - state.keys():
         raise CheckpointError(f"{folder}: the source holds no {' and no '.join(sorted(lacking))}: not an IP-Adapter (the plain one) or MoMA adapter file")
-    subject = any(name.startswith("subject_adapter.") for name in state)
+    subject = holds_subject(state)
     num_tokens = len(state["image_proj.proj.weight"]) // len(state["image_proj.norm.weight"])
     written = {"variant": variant, "num_tokens": num_tokens, "subject": subject} | (card or {})
     write_safetensors(folder / ADAPTER_FILE, state, {"moma_variant": variant})
@@ -65,7 +65,13 @@ def load_adapter(path: str | Path, unet: UNet2DConditionModel, variant: Variant 
     variant = variant or cast(Variant, metadata.get("moma_variant", "released"))
     adapter = MoMAAdapter.for_unet(unet, weight.shape[1], num_tokens=num_tokens, variant=variant)
     load_into(adapter, state, path)
+    adapter.has_subject = holds_subject(state)
     return adapter
+
+
+def holds_subject(names: Iterable[str]) -> bool:
+    """Whether a file's entries have the subject side among them."""
+    return any(name.startswith("subject_adapter.") for name in names)
 
 
 def load_into(adapter: MoMAAdapter, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -73,7 +79,7 @@ def load_into(adapter: MoMAAdapter, state: Mapping[str, Tensor], path: str | Pat
 
     Logs what was read. Raises CheckpointError that lists missing, unexpected and wrongly shaped entries by name.
     """
-    has_subject = any(name.startswith("subject_adapter.") for name in state)
+    has_subject = holds_subject(state)
     expected = adapter_state(adapter, subject=has_subject)
     try:
         logger.info("%s", check_fit(str(path), state, expected))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
 from moma_lightning.foundation import frozen
-from moma_lightning.hub import resolve
+from moma_lightning.hub import loading, resolve
 
 
 class CaptionEncoder(nn.Module):
@@ -21,7 +21,8 @@ class CaptionEncoder(nn.Module):
     def from_pretrained(cls, path_or_id: str) -> "CaptionEncoder":
         """The text tower of a whole CLIP model's folder or hub id."""
         location = resolve(path_or_id)
-        return cls(CLIPModel.from_pretrained(**location), AutoTokenizer.from_pretrained(**location))
+        with loading(path_or_id):
+            return cls(CLIPModel.from_pretrained(**location), AutoTokenizer.from_pretrained(**location))
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Float[Tensor, "batch embed_dim"]:

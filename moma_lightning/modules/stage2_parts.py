@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moma_lightning.checkpoints import load_into, read_adapter_file
+from moma_lightning.checkpoints import holds_subject, load_into, read_adapter_file
 from moma_lightning.foundation import Base, FoundationConfig
 from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter, Variant
@@ -47,11 +47,20 @@ def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: in
 
 
 def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config, image_embed_dim: int) -> MoMAAdapter:
-    """A fresh adapter; its context side and projector start from `foundation.ip_adapter` where one is named (section 4.1)."""
+    """A fresh adapter; its context side and projector start from `foundation.ip_adapter` where one is named (section 4.1).
+
+    From a MoMA adapter in its place the subject side starts too. Raises ValueError for one of another variant.
+    """
     adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=config.num_tokens, variant=config.variant)
     if foundation.ip_adapter:
         path = local_path(foundation.ip_adapter) or Path(foundation.ip_adapter)
-        state, _ = read_adapter_file(path)
-        load_into(adapter, {n: v for n, v in state.items() if not n.startswith(("subject_adapter.", "mapping."))}, path)
+        state, metadata = read_adapter_file(path)
+        others = ("mapping.",) if config.subject else ("mapping.", "subject_adapter.")
+        state = {name: value for name, value in state.items() if not name.startswith(others)}
+        variant = metadata.get("moma_variant", "released")
+        if holds_subject(state) and variant != config.variant:
+            raise ValueError(f"foundation.ip_adapter {path} is a MoMA adapter of the variant {variant!r}, and stage2.variant is {config.variant!r}")
+        load_into(adapter, state, path)
+    adapter.has_subject = config.subject
     adapter.subject.requires_grad_(config.subject)
     return adapter

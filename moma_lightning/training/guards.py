@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from moma_lightning.training.later import Later
@@ -19,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(SystemExit):
-    """Raised after the checkpoint is written. The exit code is 128 + the signal, as shells report it: 143 or 138."""
+    """Raised after the checkpoint is written. The exit code is 128 + the signal, as shells report it: 143 or 138 (0 of what Lightning's launcher started)."""
 
 
 class StopOnSignal(Callback):
@@ -38,8 +41,14 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._asked = trainer.global_step, None
-        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
             signal.signal(number, self._request)  # Lightning puts back what was there before `fit`
+        if trainer.received_sigterm:
+            self.requested = signal.SIGTERM
+        # Lightning's own agreement, which its handlers fed, makes every rank wait for its GPU before every batch.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = number
@@ -51,7 +60,12 @@ class StopOnSignal(Callback):
         if self._is_agreed(trainer):
             trainer.save_checkpoint(self.last)
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
-            raise Preempted(128 + (self.requested or signal.SIGTERM))
+            raise Preempted(0 if self._is_anothers_child(trainer) else 128 + (self.requested or signal.SIGTERM))
+
+    @staticmethod
+    def _is_anothers_child(trainer: Trainer) -> bool:
+        """Whether Lightning's launcher, in the first process, kills that one for an exit code of this one's."""
+        return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank > 0
 
     def _is_agreed(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
@@ -64,6 +78,19 @@ class StopOnSignal(Callback):
         agreed = int(before.read())
         self.requested = max(self.requested, agreed)  # so that all exit alike
         return agreed > 0
+
+
+@contextmanager
+def ended_together(trainer: Trainer) -> Iterator[None]:
+    """Where the first process fails, end those that Lightning's launcher has started: it does so only where one of theirs fails, and they would wait."""
+    try:
+        yield
+    except Preempted:
+        raise
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
 
 
 @dataclass

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from torch.multiprocessing import ProcessRaisedException
 
 from evaluation import cli
@@ -123,6 +124,17 @@ def test_missing_data_and_weights_are_one_clear_line(tmp_path):
         main(["generate", "--config", str(MINI), f"--data={data}", "--adapter=no/such/adapter/here", f"--run={tmp_path}",
               f"--foundation.base={data}", f"--foundation.sam={data}", f"--foundation.mllm={data}", f"--decoder={data}",
               f"--foundation.ip_adapter={data}", f"--foundation.image_encoder={data}"])  # fmt: skip
+
+
+def test_a_judge_that_is_not_in_the_cache_is_missed_before_the_first_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("evaluation.dreambooth.generate", lambda config: 1 / 0)
+    with pytest.raises(SystemExit, match=r"(?s)evaluation dreambooth: timm/vit_small_patch14_dinov2.lvd142m@main could not be loaded.*fetch --models"):
+        main(["dreambooth", "--config", str(MINI), "--overrides.extra_scores", "[dinov2]"])
+    (tmp_path / "cache/models--timm--vit_small_patch14_dinov2.lvd142m/snapshots/main").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError):
+        main(["dreambooth", "--config", str(MINI), "--overrides.extra_scores", "[dinov2]"])
 
 
 def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):

@@ -1,5 +1,7 @@
 """A sweep file's grid, point by point; running one is in test_yamls.py."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -45,3 +47,9 @@ def test_with_a_key_the_file_goes_to_the_server_with_the_points_arguments(tmp_pa
     ((sweep, project),) = sent
     assert project == "mine" and sweep["command"] == [*COMMAND, "--run=x"] and sweep["method"] == "bayes"
     assert ran == [(["wandb", "agent", "--project", "mine", "abc123"], True)]
+    monkeypatch.setattr(module, "run_ablation", lambda config: tables.append((config.ablation.name, list(config.ablation.methods), config.run)))
+    tables = []
+    monkeypatch.setattr(module.sys, "argv", ["sweep", str(Path("experiments/sweeps/beta.yaml")), "--run=x"])
+    module.main()
+    ((name, methods, folder),) = tables
+    assert (name, folder) == ("moma-beta", "x") and "moma_beta0.5" in methods, "a grid ends in its table, as without a key"

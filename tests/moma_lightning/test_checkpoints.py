@@ -18,7 +18,7 @@ def test_round_trip_keeps_every_bit_and_the_variant(base, tmp_path, variant):
     adapter = tiny_adapter(base, variant)
     save_adapter(adapter, tmp_path, {"steps": 3})
     loaded = load_adapter(tmp_path, base.unet)
-    assert loaded.variant == variant
+    assert loaded.variant == variant and loaded.has_subject
     assert all(torch.equal(a, b) for a, b in zip(adapter.state_dict().values(), loaded.state_dict().values(), strict=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "moma.safetensors"]
 
@@ -36,7 +36,7 @@ def test_ip_adapter_files_of_both_kinds(base, tmp_path, suffix):
     loaded = load_adapter(path, base.unet)
     assert torch.equal(loaded.image_proj.proj.weight, adapter.image_proj.proj.weight)
     assert all(torch.equal(loaded.context[i].to_k_ip.weight, layer.to_k_ip.weight) for i, layer in adapter.context.items())
-    assert all(layer.lambda_ == 0 for layer in loaded.subject.values())
+    assert all(layer.lambda_ == 0 for layer in loaded.subject.values()) and not loaded.has_subject
 
 
 def test_wrong_shape_missing_and_unexpected_entries_are_named(base, tmp_path):

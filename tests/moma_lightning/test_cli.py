@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
 from moma_lightning import __main__ as entry
-from moma_lightning.cli import MoMACLI, Run
+from moma_lightning.cli import MoMACLI, Run, run_loggers
 from moma_lightning.training.data_wait import DataWait
 from tests.forked import Forked
 
@@ -172,6 +172,23 @@ def test_wandb_is_offline_without_a_key_and_knows_the_config(run, tmp_path, monk
     assert experiment.offline and experiment.config["model"]["class_path"].endswith("OneWeight")
     experiment.finish()
     assert list((tmp_path / "runs/tiny/stage1/wandb").glob("offline-run-*"))
+
+
+def test_online_a_resumed_training_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
+    """Offline parts would replace each other when they are sent, so each is a run of its own."""
+    monkeypatch.setattr("moma_lightning.cli.wandb_mode", lambda: "online")
+    monkeypatch.setenv("WANDB_MODE", "online")
+
+    def number() -> str:
+        return run_loggers(Run(tmp_path))[1]._wandb_init["id"]
+
+    begun, anew = number(), number()
+    assert begun != anew, "nothing was saved: it begins anew"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    assert number() == anew
+    monkeypatch.setattr("moma_lightning.cli.wandb_mode", lambda: "offline")
+    assert number() is None
 
 
 def test_interpolation_is_resolved(run):

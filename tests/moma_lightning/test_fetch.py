@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import httpx
 
 from evaluation.cli import main as evaluation
 from evaluation.made_with import weights_of
@@ -105,6 +106,7 @@ def test_of_each_folders_weights_one_format_is_fetched():
     pipeline = ["model_index.json", "v1-5.safetensors", "v1-5.ckpt", "unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors",
                 "vae/config.json", "vae/model.bin", "safety_checker/model.safetensors", "tokenizer/merges.txt"]  # fmt: skip
     assert wanted(pipeline) == ["model_index.json", "tokenizer/merges.txt", "unet/config.json", "unet/model.safetensors", "vae/config.json", "vae/model.bin"]
+    assert wanted([*pipeline, "vae_decoder/config.json", "vae_decoder/model.onnx", "vae_encoder/config.json"]) == wanted(pipeline)  # as SDXL's repository
     ip_adapter = ["models/ip.bin", "models/ip.safetensors", "models/image_encoder/config.json", "models/image_encoder/model.safetensors", "sdxl/ip.bin"]
     assert wanted(ip_adapter, "models/ip.bin") == ["models/ip.bin"]
     assert wanted(ip_adapter, "models/image_encoder") == ["models/image_encoder/config.json", "models/image_encoder/model.safetensors"]
@@ -135,6 +137,15 @@ def test_small_files_are_known_by_gits_own_digest(tmp_path):
     (tmp_path / "a").write_bytes(b"what is up, doc?")
     told = subprocess.run(["git", "hash-object", "--no-filters", tmp_path / "a"], capture_output=True, text=True, check=True).stdout.strip()
     assert git_digest(tmp_path / "a") == told
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch):
+    def unreachable(*_, **__):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr("moma_lightning.fetch.HfApi.model_info", unreachable)
+    with pytest.raises(SystemExit, match=r"(?s)fetch: o/m@main could not be loaded \(Name or service not known\).*Fetch it where the hub can be reached"):
+        main(["fetch", "--models", "o/m@main"])
 
 
 @pytest.mark.parametrize("options, message", [

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from moma_lightning.fetch import fetch_model
 from moma_lightning.foundation import FoundationConfig, load_base
 from tests.fake_hub import fake_hub
 from tests.tiny import TEXT_DIM, tiny_base
@@ -129,6 +131,16 @@ def test_file_and_configs_may_come_from_the_hub(model, configs, tmp_path):
         hub.add_folder("o/sd", model / "folder")
         one = load_base(FoundationConfig(base="o/community@main/v1.safetensors", base_config="o/sd@main"))
         assert not any(path.endswith(".safetensors") and "o/sd" in path for _, path in hub.requests), "weights of the config's model were fetched"
+    assert same(one.unet, load_base(FoundationConfig(base=str(model / "folder"))).unet)
+
+
+def test_configs_that_were_fetched_are_enough_offline(model, tmp_path, monkeypatch):
+    with fake_hub(tmp_path / "cache") as hub:
+        hub.add_folder("o/sd", model / "folder")
+        hub.repositories["o/sd"]["safety_checker/config.json"] = b"{}"
+        fetch_model("o/sd@main")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        one = load_base(FoundationConfig(base=str(model / "community.safetensors"), base_config="o/sd@main"))
     assert same(one.unet, load_base(FoundationConfig(base=str(model / "folder"))).unet)
 
 

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch
-from moma_lightning.checkpoints import load_adapter
+from moma_lightning.checkpoints import load_adapter, save_adapter
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
+from moma_lightning.modules.stage2_parts import build_adapter
 from moma_lightning.optim import OptimizerConfig
 
 EMBED = 12
@@ -261,6 +262,22 @@ def test_lightnings_own_fsdp_strategy_is_refused(build):
     module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
     with pytest.raises(ValueError, match="fsdp` is the supported variant"):
         module.setup("fit")
+
+
+def test_stage_2_may_start_from_a_moma_adapter(build, foundation, tmp_path):
+    """On another data set, say: its subject side too, unless an IP-Adapter is trained; never of the other variant."""
+    trained = build(variant="paper")
+    with torch.no_grad():
+        for parameter in trained.adapter.parameters():
+            parameter.add_(0.1)
+    save_adapter(trained.adapter, tmp_path)
+    started = replace(foundation, ip_adapter=str(tmp_path))
+    adapter, ip_adapter = (build_adapter(trained.base, started, Stage2Config(variant="paper", subject=subject), EMBED) for subject in (True, False))
+    same = {n for n, p in adapter.named_parameters() if torch.equal(p, trained.adapter.get_parameter(n))}
+    assert same == {n for n, _ in adapter.named_parameters()} and adapter.has_subject
+    assert all(not layer.lambda_ for layer in ip_adapter.subject.values()) and not ip_adapter.has_subject
+    with pytest.raises(ValueError, match="is a MoMA adapter of the variant 'paper', and stage2.variant is 'released'"):
+        build_adapter(trained.base, started, Stage2Config(variant="released"), EMBED)
 
 
 def test_decoder_context_without_a_decoder_says_what_to_set(foundation):

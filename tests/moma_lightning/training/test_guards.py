@@ -11,11 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
+from moma_lightning.cli import StepCheckpoint
 from moma_lightning.training import checkpoint_io
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
-from moma_lightning.training.guards import Preempted, StopOnNonFinite, StopOnSignal
+from moma_lightning.training.guards import Preempted, StopOnNonFinite, StopOnSignal, ended_together
 from moma_lightning.training.random_states import RandomStates, collect, restore
 from tests.moma_lightning.training.sharded_run import global_batch
 
@@ -125,6 +128,55 @@ def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
     with pytest.raises(Preempted):
         train(3)
     assert saved_at == [3]
+
+
+def test_lightnings_own_agreement_makes_no_rank_wait_for_its_gpu(tmp_path):
+    """And a signal before the handlers were there counts."""
+    stop, loop = StopOnSignal(tmp_path / "last.ckpt"), Mock()
+    loop.epoch_loop._broadcast_sigterm_tensor = lambda: pytest.fail("waited")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        stop.on_train_start(Mock(spec=Trainer, global_step=0, received_sigterm=True, fit_loop=loop), Poisoned())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor"), "Lightning calls it otherwise now: look whether it still waits"
+    loop.epoch_loop._broadcast_sigterm_tensor()
+    assert stop.requested == signal.SIGTERM
+
+
+@pytest.mark.parametrize("environment, rank, code", [(LightningEnvironment, 0, 143), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 143)])
+def test_what_lightnings_launcher_started_exits_with_0(tmp_path, environment, rank, code):
+    """It kills the first process where another one's exit code is not."""
+    strategy = Mock(cluster_environment=Mock(spec=environment))
+    stop = StopOnSignal(tmp_path / "last.ckpt")
+    stop.requested = signal.SIGTERM
+    with pytest.raises(Preempted) as raised:
+        stop.on_train_batch_end(Mock(spec=Trainer, world_size=1, global_step=1, local_rank=rank, strategy=strategy), Poisoned(), None, None, 0)
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize("error, killed", [(OSError("disk full"), [signal.SIGKILL]), (KeyboardInterrupt(), [signal.SIGKILL]), (Preempted(143), [])])
+def test_where_the_first_process_fails_the_others_do_not_wait(error, killed):
+    told = []
+    trainer = Mock(spec=Trainer, strategy=Mock(launcher=Mock(kill=told.append)))
+    with pytest.raises(type(error)), ended_together(trainer):
+        raise error
+    assert told == killed
+    with ended_together(trainer):
+        pass
+    assert told == killed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_saves_nothing_within_an_accumulation(tmp_path):
+    fit(tmp_path, Poisoned(), steps=1)
+    saver, module, at = StepCheckpoint(tmp_path / "again", save_last=True, save_top_k=0, every_n_train_steps=1), Poisoned(), []
+    module.on_save_checkpoint = lambda checkpoint: at.append((checkpoint["global_step"], len(module.drawn)))
+    trainer = Trainer(accelerator="cpu", max_steps=3, callbacks=[saver], logger=False, enable_progress_bar=False, enable_model_summary=False,
+                      accumulate_grad_batches=2, default_root_dir=tmp_path)
+    trainer.fit(module, DataLoader([global_batch(seed, 0, 1) for seed in range(6)], batch_size=None), ckpt_path=tmp_path / "last.ckpt")
+    assert at[0][0] == 2 and [step for step, _ in at] == [2, 3], "and not step 1 again, after the first batch of step 2"
 
 
 @pytest.mark.filterwarnings("ignore")
