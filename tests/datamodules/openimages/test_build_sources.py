@@ -97,6 +97,7 @@ def test_another_servers_files_are_not_taken_for_the_first_ones(undisturbed, pla
     other = Miniature.drawn(6, first=100).write(tmp_path / "other")
     first, second = (config_of(root, url=serve(root).url) for root in (other, plain_bucket))
     build(first)
+    second.run.overwrite = True
     build(second)
     assert_same(second, undisturbed)
 
