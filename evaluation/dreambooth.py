@@ -11,6 +11,7 @@ import pandas as pd
 from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.config import EvalConfig
+from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.generation import generate
 from evaluation.made_with import made_with, options_of
 from evaluation.metrics.configs import hub_names
@@ -80,7 +81,9 @@ def write_json(path, content) -> None:
 
 def run_dreambooth(config: EvalConfig) -> None:
     """Generate what is missing, then score everything. Raises FileNotFoundError before the first picture where a judge is missing."""
-    for name in hub_names(config.resolved_protocol().encoders.values()):
+    protocol = config.resolved_protocol()
+    masker = [] if NEEDS_MASKS.isdisjoint(protocol.extra_scores) else [protocol.segmenter]
+    for name in [*hub_names(protocol.encoders.values()), *masker]:
         require_cached(name)
     generate(config)
     run_scoring(config)

@@ -70,12 +70,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path, extra = Path(sys.argv[1]), sys.argv[2:]
     if wandb_mode() == "online":
-        sweep = yaml.safe_load(path.read_text())
+        sweep, table = yaml.safe_load(path.read_text()), None
+        try:
+            table = read(path)
+        except ValueError as error:
+            logging.info("wandb runs this sweep, and no table is made of it: %s", error)
         sweep["command"] += extra
         project = sweep.get("project", "moma-lightning")
         subprocess.run(["wandb", "agent", "--project", project, wandb.sweep(sweep, project=project)], check=True)
-        if sweep.get("method") == "grid":
-            write_table(read(path), extra)
+        if table is not None:
+            logging.info("the sweep's agent has ended; the table of its points, whose missing pictures are made here:")
+            write_table(table, extra)
     else:
         run_grid(read(path), extra)
 

@@ -102,7 +102,8 @@ class MoMACLI(LightningCLI):
     def fit(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.fit` from `ckpt_path`, else from the run's own last checkpoint, else from the start."""
         if self.trainer.fast_dev_run:
-            self.trainer.fit(model, **kwargs)
+            with ended_together(self.trainer):
+                self.trainer.fit(model, **kwargs)
             return
         if ckpt_path is None and self.run.last_checkpoint.exists():
             ckpt_path = str(self.run.last_checkpoint)
@@ -117,7 +118,8 @@ class MoMACLI(LightningCLI):
 
     def validate(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.validate` of `ckpt_path`, else of the run's last checkpoint. Prints; the run's own records stay as they are."""
-        self.trainer.validate(model, ckpt_path=ckpt_path or str(self.run.last_checkpoint), **kwargs)
+        with ended_together(self.trainer):
+            self.trainer.validate(model, ckpt_path=ckpt_path or str(self.run.last_checkpoint), **kwargs)
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -207,6 +209,7 @@ def run_loggers(run: Run) -> list[Logger]:
     folder, mode = run.folder, wandb_mode()
     os.environ["WANDB_MODE"] = mode
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
-    known = run.wandb_id() if mode == "online" else None  # parts of a run that were written offline would replace each other when they are sent
+    # Parts of a run that were written offline would replace each other when they are sent.
+    known = run.wandb_id() if mode == "online" and "WANDB_RUN_ID" not in os.environ else None
     wandb = WandbLogger(project="moma-lightning", name="/".join(folder.parts[-2:]), save_dir=folder, id=known)
     return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]

@@ -33,9 +33,12 @@ def adapter_state(adapter: MoMAAdapter, *, subject: bool = True) -> State:
     return state
 
 
-def save_adapter(adapter: MoMAAdapter, folder: str | Path, card: dict[str, Any] | None = None, *, subject: bool = True) -> Path:
-    """Write `moma.safetensors` and `card.json` into `folder`, each beside and renamed. Returns the weights' path."""
-    return write_native(Path(folder), adapter_state(adapter, subject=subject), adapter.variant, card)
+def save_adapter(adapter: MoMAAdapter, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
+    """Write `moma.safetensors`, with the subject side where the adapter has one, and `card.json` into `folder`, each beside and renamed.
+
+    Returns the weights' path.
+    """
+    return write_native(Path(folder), adapter_state(adapter, subject=adapter.has_subject), adapter.variant, card)
 
 
 def write_native(folder: Path, state: Mapping[str, Tensor], variant: str, card: dict[str, Any] | None = None) -> Path:

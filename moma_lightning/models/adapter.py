@@ -107,9 +107,10 @@ class MoMAAdapter(nn.Module, PublishedModel):
 
     def describe(self) -> dict[str, str]:
         millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in self.named_children()}
-        sides = f"Subject attention ({millions['subject']:.2f} M parameters), context attention ({millions['context']:.2f} M) and projector to "
+        subject = f"Subject attention ({millions['subject']:.2f} M parameters), c" if self.has_subject else "C"
+        sides = f"{subject}ontext attention ({millions['context']:.2f} M) and projector to "
         return {
-            "title": "MoMA adapter",
+            "title": "MoMA adapter" if self.has_subject else "IP-Adapter",
             "details": f"{sides}{self.image_proj.num_tokens} tokens ({millions['image_proj']:.2f} M); variant `{self.variant}`. `moma.safetensors` is a "
                        "valid IP-Adapter file too: diffusers' `load_ip_adapter` reads its `image_proj.` and `ip_adapter.` entries.",
             "usage": 'MoMAAdapter.from_pretrained("owner/name@revision", unet)  # or adapter: owner/name@revision in a YAML',

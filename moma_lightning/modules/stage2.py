@@ -245,4 +245,4 @@ class Stage2(TrainedPartModule):
         with whole_parameters(self.adapter, dict(self.adapter.named_parameters())):
             if self.trainer.is_global_zero:
                 card = {"steps": self.global_step, "context": self.config.context}
-                save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card, subject=self.config.subject)
+                save_adapter(self.adapter, Path(self.trainer.default_root_dir) / "adapter", card)

@@ -45,8 +45,8 @@ class StopOnSignal(Callback):
             return
         for number in SIGNALS:
             signal.signal(number, self._request)  # Lightning puts back what was there before `fit`
-        if trainer.received_sigterm:
-            self.requested = signal.SIGTERM
+        if trainer.received_sigterm:  # before these handlers were there; Lightning would end after the next batch, without saving
+            self.requested, trainer._signal_connector.received_sigterm = signal.SIGTERM, False
         # Lightning's own agreement, which its handlers fed, makes every rank wait for its GPU before every batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 

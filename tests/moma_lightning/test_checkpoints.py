@@ -37,6 +37,8 @@ def test_ip_adapter_files_of_both_kinds(base, tmp_path, suffix):
     assert torch.equal(loaded.image_proj.proj.weight, adapter.image_proj.proj.weight)
     assert all(torch.equal(loaded.context[i].to_k_ip.weight, layer.to_k_ip.weight) for i, layer in adapter.context.items())
     assert all(layer.lambda_ == 0 for layer in loaded.subject.values()) and not loaded.has_subject
+    loaded.save_pretrained(tmp_path / "again")
+    assert not load_adapter(tmp_path / "again", base.unet).has_subject and "# IP-Adapter" in (tmp_path / "again/README.md").read_text()
 
 
 def test_wrong_shape_missing_and_unexpected_entries_are_named(base, tmp_path):

@@ -131,18 +131,26 @@ def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
 
 
 def test_lightnings_own_agreement_makes_no_rank_wait_for_its_gpu(tmp_path):
-    """And a signal before the handlers were there counts."""
     stop, loop = StopOnSignal(tmp_path / "last.ckpt"), Mock()
     loop.epoch_loop._broadcast_sigterm_tensor = lambda: pytest.fail("waited")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        stop.on_train_start(Mock(spec=Trainer, global_step=0, received_sigterm=True, fit_loop=loop), Poisoned())
+        stop.on_train_start(Mock(spec=Trainer, global_step=0, received_sigterm=False, fit_loop=loop), Poisoned())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor"), "Lightning calls it otherwise now: look whether it still waits"
     loop.epoch_loop._broadcast_sigterm_tensor()
-    assert stop.requested == signal.SIGTERM
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_signal_before_training_saves_the_first_whole_step(tmp_path):
+    """Lightning's own handler takes it, and would end after the first of the step's batches."""
+    module = Poisoned()
+    module.on_fit_start = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted) as stop:
+        fit(tmp_path, module, StopOnSignal(tmp_path / "last.ckpt"), accumulate_grad_batches=3, every=100)
+    assert stop.value.code == 143 and saved(tmp_path)["global_step"] == 1 and len(module.drawn) == 3
 
 
 @pytest.mark.parametrize("environment, rank, code", [(LightningEnvironment, 0, 143), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 143)])
