@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
@@ -146,10 +146,10 @@ def test_lightnings_own_agreement_makes_no_rank_wait_for_its_gpu(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_signal_before_training_saves_the_first_whole_step(tmp_path):
     """Lightning's own handler takes it, and would end after the first of the step's batches."""
-    module = Poisoned()
-    module.on_fit_start = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    module, early = Poisoned(), Callback()
+    early.on_train_start = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted) as stop:
-        fit(tmp_path, module, StopOnSignal(tmp_path / "last.ckpt"), accumulate_grad_batches=3, every=100)
+        fit(tmp_path, module, early, StopOnSignal(tmp_path / "last.ckpt"), accumulate_grad_batches=3, every=100)
     assert stop.value.code == 143 and saved(tmp_path)["global_step"] == 1 and len(module.drawn) == 3
 
 
