@@ -82,8 +82,8 @@ def write_json(path, content) -> None:
 def run_dreambooth(config: EvalConfig) -> None:
     """Generate what is missing, then score everything. Raises FileNotFoundError before the first picture where a judge is missing."""
     protocol = config.resolved_protocol()
-    masker = [] if NEEDS_MASKS.isdisjoint(protocol.extra_scores) else [protocol.segmenter]
-    for name in [*hub_names(protocol.encoders.values()), *masker]:
+    segmenter = [] if NEEDS_MASKS.isdisjoint(protocol.extra_scores) else [protocol.segmenter]
+    for name in [*hub_names(protocol.encoders.values()), *segmenter]:
         require_cached(name)
     generate(config)
     run_scoring(config)
