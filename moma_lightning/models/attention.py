@@ -2,7 +2,7 @@
 
 Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...}`: keys and values made once by
 `MoMAAdapter`, masks, beta, and a place for what the steps of a sampling share. Without conditioning it computes what diffusers'
-AttnProcessor2_0 computes, bit for bit.
+AttnProcessor2_0 computes, bit for bit. A GPU that samples in 16 bits computes the same by the kernels of `kernels.py`.
 """
 
 from collections.abc import Callable, Collection
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from moma_lightning.models import kernels
 from moma_lightning.models.masks import MaskPyramid, keeps_all, kept_positions
 
 KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch positions channels"]]
@@ -34,6 +35,10 @@ class SubjectKeys(NamedTuple):
         """Key, value and bias as `attend` takes them."""
         return split_heads(self.key.to(dtype), heads), split_heads(self.value.to(dtype), heads), self.bias.to(dtype)
 
+    def only(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Key, value and bias of the one subject as `kernels.add_subject_attention_` takes them."""
+        return self.key[0].to(dtype).contiguous(), self.value[0].to(dtype).contiguous(), self.bias.flatten().float()
+
 
 @dataclass
 class SubjectConditioning:
@@ -51,6 +56,7 @@ class SubjectConditioning:
     beta: float | Float[Tensor, "batch 1"] = 1.0
     resolutions: Collection[int] = ()
     _queries: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def queries(self, rows: int, positions: int, subjects: int) -> tuple[Int[Tensor, " all_kept"] | None, Float[Tensor, "subjects kept 1"]]:
         """Where the term is not zero, counted through all rows, and beta * M_gen there; rows that share a subject are one long row.
@@ -61,10 +67,22 @@ class SubjectConditioning:
             self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions} - self._queries.keys()}
         return self._queries[positions]
 
-    def _find(self, rows: int, positions: int, subjects: int) -> tuple[Tensor | None, Tensor]:
+    def places(self, rows: int, positions: int) -> tuple[Int[Tensor, " all_positions"], Float[Tensor, " all_positions"]]:
+        """As `queries` has it for one subject, without waiting for the GPU: the places come first, -1 fills up, and the weight is every position's."""
+        if positions not in self._places:
+            weight = self._weight(rows, positions).flatten()
+            self._places[positions] = torch.nonzero_static(weight, size=len(weight)).flatten(), weight
+        return self._places[positions]
+
+    def _weight(self, rows: int, positions: int) -> Float[Tensor, "rows positions"]:
+        """beta * M_gen."""
         key = next(iter(self.keys.values())).key
         mask = torch.ones((), device=key.device) if self.generated_mask is None else self.generated_mask.weight(positions)
-        weight = (mask * self.beta).expand(rows, positions).reshape(subjects, -1)
+        return (mask * self.beta).expand(rows, positions)
+
+    def _find(self, rows: int, positions: int, subjects: int) -> tuple[Tensor | None, Tensor]:
+        key = next(iter(self.keys.values())).key
+        weight = self._weight(rows, positions).reshape(subjects, -1)
         if keeps_all(weight):
             return None, weight[..., None].to(key.dtype)
         index = kept_positions(weight)
@@ -136,36 +154,68 @@ class MoMAAttnProcessor:
         conditioning: Conditioning | None = None,
     ) -> Float[Tensor, "batch positions channels"]:
         given = conditioning or Conditioning()
-        asked = attn.to_q(hidden_states)
-        query = split_heads(asked, attn.heads)
+        query = attn.to_q(hidden_states)
         if encoder_hidden_states is None:
-            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
-            if given.recorder is not None and given.recorder.keep_reference:
-                given.recorder.reference[self.layer] = (hidden_states, key, value)
-            key, value = split_heads(key, attn.heads), split_heads(value, attn.heads)
+            output = self._self_attention(attn, given, hidden_states, query, attention_mask)
         else:
-            key, value = given.once(self.layer, "text", lambda: tuple(split_heads(x(encoder_hidden_states), attn.heads) for x in (attn.to_k, attn.to_v)))
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key)).unflatten(0, (len(key), attn.heads))
-        output = attend(query, key, value, attention_mask)
-        if encoder_hidden_states is not None:
-            output = self._with_image_tokens(output, given, query, key)
-        elif given.subject is not None:
-            keys = given.subject.keys[self.layer]
-            output = add_subject_attention(output, given.subject, asked, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
+            output = self._cross_attention(attn, given, encoder_hidden_states, query, attention_mask)
         output = attn.to_out[1](attn.to_out[0](output.to(query.dtype)))
         return output / attn.rescale_output_factor
 
-    def _with_image_tokens(self, output: Tensor, given: Conditioning, query: Tensor, key: Tensor) -> Tensor:
-        """A cross-attention layer's output with the context attention added; the label's map is written down."""
+    def _self_attention(self, attn: Attention, given: Conditioning, hidden_states: Tensor, query: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """With the subject attention added; what is asked of the reference is written down."""
+        key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if given.recorder is not None and given.recorder.keep_reference:
+            given.recorder.reference[self.layer] = (hidden_states, key, value)
+        split = [split_heads(x, attn.heads) for x in (query, key, value)]
+        output = attend(*split, as_bias(attn, attention_mask, split[1]))
+        if given.subject is None:
+            return output
+        keys = given.subject.keys[self.layer]
+        if len(keys.key) == 1 and kernels.fit(query, attn.heads):
+            only = given.once(self.layer, "subject", lambda: keys.only(query.dtype))
+            kernels.add_subject_attention_(output, query, *only, *given.subject.places(*query.shape[:2]), attn.heads)
+            return output
+        return add_subject_attention(output, given.subject, query, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
+
+    def _cross_attention(self, attn: Attention, given: Conditioning, text: Tensor, query: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """With the context attention added; the label's map is written down."""
         recorder, context = given.recorder, given.context
-        if recorder is not None and recorder.label_tokens is not None:
-            labels = recorder.label_tokens
-            recorder.label_maps[self.layer] = label_map(query, *given.once(self.layer, "label", lambda: label_key_value(key, labels)))
+        labels = None if recorder is None else recorder.label_tokens
+        if attention_mask is None and not (labels is None and context is None) and kernels.fit(query, attn.heads):
+            return self._cross_attention_by_kernel(attn, given, text, query)
+
+        def split(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(split_heads(x.to(query.dtype), attn.heads) for x in tensors)
+
+        (asked,) = split(query)
+        key, value = given.once(self.layer, "text", lambda: split(attn.to_k(text), attn.to_v(text)))
+        output = attend(asked, key, value, as_bias(attn, attention_mask, key))
+        if recorder is not None and labels is not None:
+            recorder.label_maps[self.layer] = label_map(asked, *given.once(self.layer, "label", lambda: label_key_value(key, labels)))
         if context is None:
             return output
-        image = given.once(self.layer, "context", lambda: tuple(split_heads(x.to(query.dtype), query.shape[1]) for x in context.key_values[self.layer]))
-        return add_context_attention(output, context, query, *image)
+        return add_context_attention(output, context, asked, *given.once(self.layer, "context", lambda: split(*context.key_values[self.layer])))
+
+    def _cross_attention_by_kernel(self, attn: Attention, given: Conditioning, text: Tensor, query: Tensor) -> Tensor:
+        recorder, context = given.recorder, given.context
+        key_value = given.once(self.layer, "text", lambda: (attn.to_k(text), attn.to_v(text)))
+        image, scale, weight = None, 1.0, None
+        if context is not None:
+            image = given.once(self.layer, "context", lambda: tuple(x.to(query.dtype) for x in context.key_values[self.layer]))
+            scale, weight = context.scale, None if context.generated_mask is None else context.generated_mask.weight(query.shape[1])
+        labels = None if recorder is None else recorder.label_tokens
+        output, label_map = kernels.cross_attention(query, key_value, image, labels, attn.heads, scale, weight)
+        if recorder is not None and label_map is not None:
+            recorder.label_maps[self.layer] = label_map
+        return output
+
+
+def as_bias(attn: Attention, attention_mask: Tensor | None, key: Float[Tensor, "batch heads keys dim"]) -> Tensor | None:
+    """diffusers' mask of keys as `attend` takes it."""
+    if attention_mask is None:
+        return None
+    return attn.prepare_attention_mask(attention_mask, key.shape[2], len(key)).unflatten(0, (len(key), attn.heads))
 
 
 def split_heads(x: Float[Tensor, "batch positions channels"], heads: int) -> Float[Tensor, "batch heads positions dim"]:

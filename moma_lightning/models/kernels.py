@@ -1,0 +1,162 @@
+"""The two attentions that MoMA adds, as one Triton kernel a layer: for sampling on a GPU in 16 bits.
+
+With PyTorch's own operations each takes five or more small launches a layer, for which a GPU that draws few pictures waits, and reads queries and
+output several times. The formulas are those of `attention.py`, which serves everywhere else: on CPUs, in float32, and wherever gradients are asked for.
+Nothing here waits for the GPU and no shape depends on a mask, so that the kernels can be captured in CUDA graphs (`torch.compile`).
+"""
+
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows have no Triton
+    triton = None
+
+#: Channels of a head beyond which a kernel's blocks would not fit a GPU's shared memory.
+MOST_CHANNELS = 256
+
+
+def fit(query: Float[Tensor, "batch positions channels"], heads: int) -> bool:
+    """Whether the kernels can and should compute for these queries. Triton launches on the current GPU only."""
+    return (
+        triton is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled()
+        and query.shape[2] <= heads * MOST_CHANNELS and not isinstance(query, FakeTensor) and query.device.index == torch.cuda.current_device()
+    )  # fmt: skip
+
+
+def blocks(channels: int, queries: int) -> dict[str, Any]:
+    """A launch's block sizes for heads of so many channels: smaller ones where these are many, or queries few."""
+    block_channels = max(16, triton.next_power_of_2(channels))
+    block, keys, warps = {True: (128, 64, 4), False: (64, 32, 8)}[block_channels <= 64] if block_channels != 128 else (128, 64, 8)
+    return {"BLOCK": block if queries >= 2**15 else block // 2, "BLOCK_KEYS": keys, "BLOCK_CHANNELS": block_channels, "num_warps": warps, "num_stages": 2}
+
+
+def cross_attention(
+    query: Float[Tensor, "batch positions channels"],
+    text: tuple[Float[Tensor, "batch text channels"], Float[Tensor, "batch text channels"]],
+    image: tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens channels"]] | None,
+    labels: Float[Tensor, "rows text"] | None,
+    heads: int,
+    scale: float = 1.0,
+    weight: Float[Tensor, "batch positions"] | None = None,
+) -> tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "rows positions"] | None]:
+    """softmax(Q K^T / sqrt(d)) V over the text, plus scale * weight times the same over the image tokens; and the label's map.
+
+    The map is the text's probabilities summed over the label's tokens, averaged over heads, of the last `rows` of the batch; float32.
+    """
+    batch, positions, channels = query.shape
+    rows = 0 if labels is None else len(labels)
+    query, (key, value) = query.contiguous(), (x.contiguous() for x in text)
+    image_key, image_value = (key, value) if image is None else (x.contiguous() for x in image)
+    output = torch.empty_like(query)
+    probability = torch.empty(rows, heads, positions, device=query.device)
+    sizes = blocks(channels // heads, query.numel() // channels)
+    _cross_attention[(triton.cdiv(positions, sizes["BLOCK"]), heads, batch)](
+        query, key, value, image_key, image_value, output if labels is None else labels.float().contiguous(), output if weight is None else weight.float().contiguous(),
+        output, probability, positions, key.shape[1], image_key.shape[1], batch - rows, scale, LABELLED=rows > 0, IMAGE=image is not None,
+        WEIGHTED=weight is not None, HEADS=heads, CHANNELS=channels // heads, **sizes,
+    )  # fmt: skip
+    return output, probability.mean(1) if rows else None
+
+
+def add_subject_attention_(
+    output: Float[Tensor, "batch positions channels"],
+    query: Float[Tensor, "batch positions channels"],
+    key: Float[Tensor, "kept channels"],
+    value: Float[Tensor, "kept channels"],
+    bias: Float[Tensor, " kept"],
+    places: Int[Tensor, " all_positions"],
+    weight: Float[Tensor, " all_positions"],
+    heads: int,
+) -> None:
+    """`output` += weight * (softmax(Q K^T / sqrt(d) + bias) V), in place, at `places` of all rows' positions; places of -1 end the list."""
+    channels = query.shape[2] // heads
+    sizes = blocks(channels, len(places))
+    _add_subject_attention[(triton.cdiv(len(places), sizes["BLOCK"]), heads)](
+        output, query.contiguous(), key, value, bias, places, weight, len(places), len(key), HEADS=heads, CHANNELS=channels, **sizes
+    )
+
+
+if triton is not None:
+    LOG2E = tl.constexpr(1.4426950408889634)
+
+    @triton.jit
+    @no_type_check
+    def _attend(query, key, value, bias, labels, tokens, channel, BIASED: tl.constexpr, LABELLED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+                BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+        """One head: attention to `tokens` keys, a block of them after the other, and the probability of the label's. key, value: the first token's channels."""
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        label = tl.zeros([BLOCK], tl.float32)
+        attended = tl.zeros([BLOCK, BLOCK_CHANNELS], tl.float32)
+        for first in range(0, tokens, BLOCK_KEYS):
+            token = first + tl.arange(0, BLOCK_KEYS)
+            place = token[:, None] * WIDTH + channel[None, :]
+            there = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
+            k = tl.load(key + place, there, 0.0)
+            scores = tl.dot(query, tl.trans(k), input_precision="ieee") * (LOG2E / tl.sqrt(float(CHANNELS)))
+            if BIASED:
+                scores += tl.load(bias + token, token < tokens, float("-inf")).to(tl.float32)[None, :] * LOG2E
+            else:
+                scores = tl.where((token < tokens)[None, :], scores, float("-inf"))
+            above = tl.maximum(highest, tl.max(scores, 1))
+            shrink = tl.exp2(highest - above)
+            weight = tl.exp2(scores - above[:, None])
+            total = total * shrink + tl.sum(weight, 1)
+            if LABELLED:
+                label = label * shrink + tl.sum(weight * tl.load(labels + token, token < tokens, 0.0)[None, :], 1)
+            v = tl.load(value + place, there, 0.0)
+            attended = attended * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            highest = above
+        return attended / total[:, None], label / total
+
+    @triton.jit
+    @no_type_check
+    def _cross_attention(query, key, value, image_key, image_value, labels, weight, output, probability, positions, tokens, image_tokens, unlabelled, scale,
+                         LABELLED: tl.constexpr, IMAGE: tl.constexpr, WEIGHTED: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+                         BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+        position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        channel = tl.arange(0, BLOCK_CHANNELS)
+        width: tl.constexpr = HEADS * CHANNELS
+        there = (position < positions)[:, None] & (channel < CHANNELS)[None, :]
+        place = (row * positions + position)[:, None] * width + head * CHANNELS + channel[None, :]
+        q = tl.load(query + place, there, 0.0)
+        first = row * tokens * width + head * CHANNELS
+        its_labels = labels + tl.maximum(row - unlabelled, 0) * tokens
+        result, label = _attend(q, key + first, value + first, key, its_labels, tokens, channel, False, LABELLED, width, CHANNELS, BLOCK, BLOCK_KEYS, BLOCK_CHANNELS)
+        if LABELLED:
+            asked = (position < positions) & (row >= unlabelled)
+            tl.store(probability + ((row - unlabelled) * HEADS + head) * positions + position, label, asked)
+        if IMAGE:
+            first = row * image_tokens * width + head * CHANNELS
+            added, _ = _attend(q, image_key + first, image_value + first, key, labels, image_tokens, channel, False, False, width, CHANNELS,
+                               BLOCK, 16, BLOCK_CHANNELS)  # fmt: skip
+            if WEIGHTED:
+                added *= tl.load(weight + row * positions + position, position < positions, 0.0)[:, None]
+            result += scale * added
+        tl.store(output + place, result.to(output.dtype.element_ty), there)
+
+    @triton.jit
+    @no_type_check
+    def _add_subject_attention(output, query, key, value, bias, places, weight, asked, kept, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+                               BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+        number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        head, channel = tl.program_id(1), tl.arange(0, BLOCK_CHANNELS)
+        width: tl.constexpr = HEADS * CHANNELS
+        at = tl.load(places + number, number < asked, -1)
+        if tl.max(at, 0) >= 0:
+            there = (at >= 0)[:, None] & (channel < CHANNELS)[None, :]
+            place = at[:, None] * width + head * CHANNELS + channel[None, :]
+            q = tl.load(query + place, there, 0.0)
+            first = head * CHANNELS
+            added, _ = _attend(q, key + first, value + first, bias, bias, kept, channel, True, False, width, CHANNELS, BLOCK, BLOCK_KEYS, BLOCK_CHANNELS)
+            added *= tl.load(weight + at, at >= 0, 0.0)[:, None]
+            before = tl.load(output + place, there, 0.0).to(tl.float32)
+            tl.store(output + place, (before + added).to(output.dtype.element_ty), there)

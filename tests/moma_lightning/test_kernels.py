@@ -1,0 +1,68 @@
+"""The Triton kernels against explicit matrices: compiled where there is a GPU, else run by Triton's interpreter (tests/conftest.py)."""
+
+import math
+
+import pytest
+import torch
+
+from moma_lightning.models import kernels
+
+pytest.importorskip("triton")
+HEADS, DEVICE = 3, "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def device():
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
+
+
+def explicit(query, key, value, bias=0.0):
+    """Probabilities [batch, heads, queries, keys] and what is attended to [batch, queries, channels], in float64."""
+    q, k, v = (x.double().unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
+    probability = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+    return probability, (probability @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("channels", [8, 40, 160])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_attention(channels, weighted):
+    """More positions and tokens than one block, and not its multiples; labels of the last rows alone; label weights other than 0 and 1."""
+    width = HEADS * channels
+    query, text, image = torch.randn(3, 70, width), torch.randn(2, 3, 77, width), torch.randn(2, 3, 4, width)
+    labels, weight = torch.rand(2, 77), torch.rand(3, 70) if weighted else None
+    output, label = kernels.cross_attention(query, tuple(text), tuple(image), labels, HEADS, 0.7, weight)
+    probability, expected = explicit(query, *text)
+    expected += 0.7 * (1 if weight is None else weight[..., None]) * explicit(query, *image)[1]
+    torch.testing.assert_close(output.double(), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(label.double(), (probability[1:].mean(1) * labels[:, None]).sum(-1), atol=2e-6, rtol=1e-5)
+
+
+def test_cross_attention_to_the_text_alone():
+    query, text = torch.randn(2, 20, 24), torch.randn(2, 2, 7, 24)
+    output, label = kernels.cross_attention(query, tuple(text), None, None, HEADS)
+    torch.testing.assert_close(output.double(), explicit(query, *text)[1], atol=2e-6, rtol=1e-5)
+    assert label is None
+
+
+@pytest.mark.parametrize("channels", [8, 40])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 1.0])
+def test_subject_attention(channels, share):
+    """Any number of places, a whole block without one among them; keys of any weight."""
+    width = HEADS * channels
+    query, before = torch.randn(2, 2, 150, width)
+    key, value = torch.randn(2, 70, width)
+    bias, weight = torch.rand(70).log(), torch.rand(300) * (torch.rand(300) < share)
+    places, output = torch.nonzero_static(weight, size=300).flatten(), before.clone()
+    kernels.add_subject_attention_(output, query, key, value, bias, places, weight, HEADS)
+    _, attended = explicit(query.flatten(0, 1)[None], key[None], value[None], bias.double())
+    torch.testing.assert_close(output.double(), before.double() + (weight[:, None] * attended[0]).view_as(before), atol=2e-6, rtol=1e-5)
+    assert torch.equal(output.flatten(0, 1)[weight == 0], before.flatten(0, 1)[weight == 0])
+
+
+def test_they_are_for_gpus_in_16_bits_without_gradients():
+    query = torch.zeros(1, 4, 24, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert kernels.fit(query, HEADS) == query.is_cuda and not kernels.fit(query.float(), HEADS) and not kernels.fit(query.cpu(), HEADS)
+    assert not kernels.fit(query, HEADS)
