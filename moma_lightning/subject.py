@@ -100,7 +100,7 @@ class SubjectGuide:
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         layers = self.settings.mask_layers
         maps = recorder.label_maps
-        self.resolutions = {m.shape[1] for m in maps.values()}
+        self.resolutions = {m.shape[-1] for m in maps.values()}
         if layers is not None:
             if unknown := sorted(set(layers) - set(maps)):
                 raise ValueError(f"mask_layers {unknown} are no cross-attention layers: choose among {sorted(maps)}")

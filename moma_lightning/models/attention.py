@@ -5,6 +5,7 @@ Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...
 AttnProcessor2_0 computes, bit for bit. A GPU that samples in 16 bits computes the same by the kernels of `kernels.py`.
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -107,13 +108,14 @@ class Recorder:
 
     reference: the self-attention layers' inputs [batch, positions, channels] and their frozen keys and values.
     label_tokens: weights [batch, text length] that pick the label's tokens; when given, `label_maps` receives each
-    cross-attention layer's probability of the label, summed over its tokens and averaged over heads [batch, positions].
+    cross-attention layer's probability of the label, summed over its tokens: [batch, positions], averaged over heads, or
+    [batch, heads, positions] where a kernel made it, to be averaged for all layers at once.
     """
 
     keep_reference: bool = False
     label_tokens: Float[Tensor, "batch text"] | None = None
     reference: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    label_maps: dict[int, Float[Tensor, "batch positions"]] = field(default_factory=dict)
+    label_maps: dict[int, Float[Tensor, "batch *heads positions"]] = field(default_factory=dict)
 
 
 @dataclass
@@ -159,8 +161,10 @@ class MoMAAttnProcessor:
             output = self._self_attention(attn, given, hidden_states, query, attention_mask)
         else:
             output = self._cross_attention(attn, given, encoder_hidden_states, query, attention_mask)
-        output = attn.to_out[1](attn.to_out[0](output.to(query.dtype)))
-        return output / attn.rescale_output_factor
+        output = attn.to_out[0](output.to(query.dtype))
+        if attn.training:
+            output = attn.to_out[1](output)  # dropout
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
     def _self_attention(self, attn: Attention, given: Conditioning, hidden_states: Tensor, query: Tensor, attention_mask: Tensor | None) -> Tensor:
         """With the subject attention added; what is asked of the reference is written down."""
@@ -199,16 +203,20 @@ class MoMAAttnProcessor:
 
     def _cross_attention_by_kernel(self, attn: Attention, given: Conditioning, text: Tensor, query: Tensor) -> Tensor:
         recorder, context = given.recorder, given.context
-        key_value = given.once(self.layer, "text", lambda: (attn.to_k(text), attn.to_v(text)))
+        key_value = given.once(self.layer, "text", lambda: (attn.to_k(text).contiguous(), attn.to_v(text).contiguous()))
         image, scale, weight = None, 1.0, None
         if context is not None:
-            image = given.once(self.layer, "context", lambda: tuple(x.to(query.dtype) for x in context.key_values[self.layer]))
+            image = given.once(self.layer, "context", lambda: tuple(x.to(query.dtype).contiguous() for x in context.key_values[self.layer]))
             scale, weight = context.scale, None if context.generated_mask is None else context.generated_mask.weight(query.shape[1])
         labels = None if recorder is None else recorder.label_tokens
-        output, label_map = kernels.cross_attention(query, key_value, image, labels, attn.heads, scale, weight)
-        if recorder is not None and label_map is not None:
-            recorder.label_maps[self.layer] = label_map
+        output, label_maps = kernels.cross_attention(query, key_value, image, labels, attn.heads, scale, weight)
+        if recorder is not None and label_maps is not None:
+            recorder.label_maps[self.layer] = label_maps
         return output
+
+
+# diffusers asks for it at every call of a layer, and finding it out takes as long as a small matrix product.
+setattr(MoMAAttnProcessor.__call__, "__signature__", inspect.signature(MoMAAttnProcessor.__call__))
 
 
 def as_bias(attn: Attention, attention_mask: Tensor | None, key: Float[Tensor, "batch heads keys dim"]) -> Tensor | None:

@@ -12,25 +12,27 @@ from moma_lightning.models.masks import layer_size
 
 def min_max(maps: Float[Tensor, "batch maps h w"]) -> Float[Tensor, "batch maps h w"]:
     """Each map scaled to [0, 1]; a constant one becomes 0."""
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    low, high = (x[..., None, None] for x in maps.flatten(2).aminmax(dim=2))
     return (maps - low) / (high - low).clamp(min=1e-8)
 
 
-def average_maps(label_maps: Mapping[int, Float[Tensor, "batch positions"]], latent_size: tuple[int, int]) -> Float[Tensor, "batch 1 h w"]:
-    """Per-layer maps, each scaled to [0, 1], resized to the latents' size and averaged, then scaled again.
+def average_maps(label_maps: Mapping[int, Float[Tensor, "batch *heads positions"]], latent_size: tuple[int, int]) -> Float[Tensor, "batch 1 h w"]:
+    """Per-layer maps (of each head, or averaged over heads), each scaled to [0, 1], resized to the latents' size and averaged, then scaled again.
 
     Resizing is linear, so maps of one size are averaged before it.
     """
     total: Tensor | float = 0.0
-    for positions in sorted({m.shape[1] for m in label_maps.values()}):
-        alike = torch.stack([m for m in label_maps.values() if m.shape[1] == positions], 1)
+    for positions in sorted({m.shape[-1] for m in label_maps.values()}):
+        alike = torch.stack([m for m in label_maps.values() if m.shape[-1] == positions], 1)
+        if alike.dim() == 4:
+            alike = alike.mean(2)  # over heads
         summed = min_max(alike.unflatten(2, layer_size(positions, *latent_size))).sum(1, keepdim=True)
         total = total + F.interpolate(summed, latent_size, mode="bilinear", align_corners=False)
     return min_max(total / len(label_maps))
 
 
 def estimate_mask(
-    label_maps: Mapping[int, Float[Tensor, "batch positions"]], latent_size: tuple[int, int], threshold: float = 0.2
+    label_maps: Mapping[int, Float[Tensor, "batch *heads positions"]], latent_size: tuple[int, int], threshold: float = 0.2
 ) -> Float[Tensor, "batch 1 h w"]:
     """M_gen(t) in [0, 1] at the latents' size: averaged maps, values <= threshold set to 0, scaled again, per sample."""
     maps = average_maps(label_maps, latent_size)
