@@ -8,11 +8,11 @@ if not torch.cuda.is_available():  # Triton decides when it is imported, which d
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Here, and not from within a package that the type checks' import hook looks after: it compiles what is imported there anew.
-import diffusers  # noqa: E402, F401
-import lightning.pytorch  # noqa: E402, F401
-import pytest  # noqa: E402
-import timm  # noqa: E402, F401
-import transformers  # noqa: E402, F401
+import diffusers  # noqa: F401
+import lightning.pytorch  # noqa: F401
+import pytest
+import timm  # noqa: F401
+import transformers  # noqa: F401
 
 #: Files of long tests, which begin first: `make test` hands out files as they stand, and none of these must be left to one process at the end.
 LONG = ("training/test_sharding", "experiments/test_yamls", "openimages/test_build_processes", "plan/test_plan", "tests/test_trends", "test_kill_drill",

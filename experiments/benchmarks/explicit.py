@@ -95,10 +95,10 @@ def written_out() -> Iterator[None]:
         return merge(last[0], value)
 
     def label_map(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (last[0][-len(key) :].mean(1) * value[:, :1, :, 0]).sum(-1)  # the layer's attention to the text has just been made
+        return (last[0][-len(key) :].sum(1) * value[:, :1, :, 0]).sum(-1)  # the layer's attention to the text has just been made
 
     with mock.patch.object(attention, "attend", noted), mock.patch.object(attention, "label_map", label_map), \
-            mock.patch.object(attention.Conditioning, "once", once), mock.patch.object(attention.kernels, "fit", lambda *_: False):  # fmt: skip
+            mock.patch.object(attention.Conditioning, "once", once), mock.patch.object(attention.kernels, "fit", return_value=False):  # fmt: skip
         yield
 
 

@@ -57,8 +57,8 @@ class Size:
 SIZES = [Size("mini", 8, steps=10), Size("sd15", 64, 1.0, pairs=3)]
 #: Many minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
 FULL = [Size("sd15 16 pictures", 64, 1.0, pictures=16)]
-#: For a GPU: each mask and the plain UNet take a minute or more to compile.
-COMPILED = [replace(SIZES[1], name="sd15 compiled", compiled=True), replace(FULL[0], name="sd15 16 pictures compiled", compiled=True)]
+#: For a GPU: each mask and the plain UNet take a minute or more to compile. A graph's steps follow one another without the GPU being waited for.
+COMPILED = [replace(size, name=f"{size.name} compiled", compiled=True, steps=10) for size in (SIZES[1], FULL[0])]
 
 
 class Setting:

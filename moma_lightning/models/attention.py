@@ -6,7 +6,7 @@ AttnProcessor2_0 computes, bit for bit. A GPU that samples in 16 bits computes t
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -171,15 +171,15 @@ class MoMAAttnProcessor:
         key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
         if given.recorder is not None and given.recorder.keep_reference:
             given.recorder.reference[self.layer] = (hidden_states, key, value)
-        split = [split_heads(x, attn.heads) for x in (query, key, value)]
-        output = attend(*split, as_bias(attn, attention_mask, split[1]))
+        asked, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
+        output = attend(asked, key, value, as_bias(attn, attention_mask, key))
         if given.subject is None:
             return output
         keys = given.subject.keys[self.layer]
         if len(keys.key) == 1 and kernels.fit(query, attn.heads):
-            only = given.once(self.layer, "subject", lambda: keys.only(query.dtype))
-            kernels.add_subject_attention_(output, query, *only, *given.subject.places(*query.shape[:2]), attn.heads)
-            return output
+            key, value, bias = given.once(self.layer, "subject", lambda: keys.only(query.dtype))
+            places, weight = given.subject.places(*query.shape[:2])
+            return kernels.add_subject_attention_(output, query, key, value, bias, places, weight, attn.heads)
         return add_subject_attention(output, given.subject, query, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
 
     def _cross_attention(self, attn: Attention, given: Conditioning, text: Tensor, query: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -215,8 +215,22 @@ class MoMAAttnProcessor:
         return output
 
 
-# diffusers asks for it at every call of a layer, and finding it out takes as long as a small matrix product.
-setattr(MoMAAttnProcessor.__call__, "__signature__", inspect.signature(MoMAAttnProcessor.__call__))
+class KnownSignature(inspect.Signature):
+    """What `inspect.signature` finds at once: diffusers asks at every call of a layer, and working it out takes as long as a small matrix product.
+
+    Its parameters are a plain dict, since torch.compile does not read on in a mapping proxy.
+    """
+
+    def __init__(self, parameters: Sequence[inspect.Parameter], **options: Any):
+        super().__init__(parameters, **options)
+        self.known = {parameter.name: parameter for parameter in parameters}
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:  # type: ignore[override]
+        return self.known
+
+
+MoMAAttnProcessor.__call__.__signature__ = KnownSignature(list(inspect.signature(MoMAAttnProcessor.__call__).parameters.values()))  # type: ignore[attr-defined]
 
 
 def as_bias(attn: Attention, attention_mask: Tensor | None, key: Float[Tensor, "batch heads keys dim"]) -> Tensor | None:
@@ -280,13 +294,13 @@ def add_context_attention(
 def label_key_value(
     key: Float[Tensor, "batch heads text dim"], label_tokens: Float[Tensor, "rows text"]
 ) -> tuple[Float[Tensor, "rows heads text dim"], Float[Tensor, "rows heads text dim"]]:
-    """What `label_map` reads: the text's keys, and values that are 1 at the label's tokens, in the first channel.
+    """What `label_map` reads: the text's keys, and values that are 1 / heads at the label's tokens, in the first channel.
 
     Under classifier-free guidance the conditional half comes last: of it are the `rows` with a label.
     """
     key = key[-len(label_tokens) :]
     value = torch.zeros_like(key)
-    value[..., 0] = label_tokens[:, None]
+    value[..., 0] = label_tokens[:, None] / key.shape[1]
     return key, value
 
 
@@ -297,4 +311,4 @@ def label_map(
 
     By the kernel that attends to the text: the matrix of probabilities, which takes a GPU three to six times as long, is never there.
     """
-    return F.scaled_dot_product_attention(query[-len(key) :], key, value)[..., 0].mean(1, dtype=torch.float32)
+    return F.scaled_dot_product_attention(query[-len(key) :], key, value)[..., 0].sum(1, dtype=torch.float32)

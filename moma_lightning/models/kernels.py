@@ -80,13 +80,14 @@ def add_subject_attention_(
     places: Int[Tensor, " all_positions"],
     weight: Float[Tensor, " all_positions"],
     heads: int,
-) -> None:
+) -> Float[Tensor, "batch positions channels"]:
     """`output` += weight * (softmax(Q K^T / sqrt(d) + bias) V), in place, at `places` of all rows' positions; places of -1 end the list."""
     channels = query.shape[2] // heads
     sizes = blocks(channels, len(places), SUBJECT)
     _add_subject_attention[(triton.cdiv(len(places), sizes["BLOCK"]), heads)](
         output, query.contiguous(), key, value, bias, places, weight, len(places), len(key), HEADS=heads, CHANNELS=channels, **sizes
     )
+    return output
 
 
 if triton is not None:
@@ -136,7 +137,8 @@ if triton is not None:
         q = tl.load(query + place, there, 0.0)
         first = row * tokens * width + head * CHANNELS
         its_labels = labels + tl.maximum(row - unlabelled, 0) * tokens
-        result, label = _attend(q, key + first, value + first, key, its_labels, tokens, channel, False, LABELLED, width, CHANNELS, BLOCK, BLOCK_KEYS, BLOCK_CHANNELS)
+        result, label = _attend(q, key + first, value + first, key, its_labels, tokens, channel, False, LABELLED, width, CHANNELS,
+                                BLOCK, BLOCK_KEYS, BLOCK_CHANNELS)  # fmt: skip
         if LABELLED:
             asked = (position < positions) & (row >= unlabelled)
             tl.store(probability + ((row - unlabelled) * HEADS + head) * positions + position, label, asked)
