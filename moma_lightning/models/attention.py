@@ -65,7 +65,7 @@ class SubjectConditioning:
         None: everywhere, where `keeps_all`. Found once for all layers of a resolution.
         """
         if positions not in self._queries:
-            self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions} - self._queries.keys()}
+            self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions} if each not in self._queries}
         return self._queries[positions]
 
     def places(self, rows: int, positions: int) -> tuple[Int[Tensor, " all_positions"], Float[Tensor, " all_positions"]]:
