@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+#: Features of this name are as long as the subject: a shorter one of a batch is filled up with zeros.
+OF_THE_SUBJECT = "of_the_subject."
+
 
 @dataclass
 class TripletBatch:
@@ -37,7 +40,7 @@ class TripletBatch:
 class CachedBatch:
     """Triplets whose frozen models have run before: in the picture's place stands what they made of it (`datamodules/caches`).
 
-    features: by name, [batch, ...] each: what the stage's own `features` gave when the cache was made.
+    features: by name, [batch, ...] each: what the stage's own `features` gave when the cache was made (`OF_THE_SUBJECT`: its beginning).
     The other fields are TripletBatch's.
     """
 

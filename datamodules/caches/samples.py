@@ -1,4 +1,7 @@
-"""A cached sample: `<key>.safetensors` with every feature as [views, ...], `<key>.mask.png` and `<key>.json`."""
+"""A cached sample: `<key>.safetensors` with every feature as [views, ...], `<key>.mask.png` and `<key>.json`.
+
+Of a feature that is as long as the subject (`OF_THE_SUBJECT`, [views, positions, channels]) the zeros at its end are not kept.
+"""
 
 import io
 import json
@@ -12,10 +15,11 @@ from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from datamodules import pictures
 from datamodules.samples import BadSampleError, Triplet, to_subject_mask
-from moma_lightning.batch import CachedBatch
+from moma_lightning.batch import OF_THE_SUBJECT, CachedBatch
 
 FEATURES = "safetensors"
 
@@ -37,9 +41,20 @@ def encode(triplet: Triplet, features: dict[str, Tensor]) -> dict[str, Any]:
     mask = io.BytesIO()
     Image.fromarray(triplet.subject_mask[0].mul(255).byte().numpy()).save(mask, "PNG")
     texts = {"caption": triplet.caption, "label": triplet.label, "caption_full": triplet.full_caption}
-    content = safetensors.torch.save({name: feature.contiguous() for name, feature in features.items()})
+    content = safetensors.torch.save({name: trimmed(name, feature).contiguous() for name, feature in features.items()})
     text = json.dumps(texts, ensure_ascii=False, sort_keys=True).encode()
     return {"__key__": triplet.key, FEATURES: content, "mask.png": mask.getvalue(), "json": text}
+
+
+def trimmed(name: str, feature: Tensor) -> Tensor:
+    if not name.startswith(OF_THE_SUBJECT):
+        return feature
+    filled = feature.any(-1).any(0).nonzero()
+    return feature[:, : int(filled[-1]) + 1 if len(filled) else 0]
+
+
+def stacked(name: str, features: list[Tensor]) -> Tensor:
+    return pad_sequence(features, batch_first=True) if name.startswith(OF_THE_SUBJECT) else torch.stack(features)
 
 
 def decode(sample: dict[str, Any], rng: np.random.Generator | None = None, flip: bool = False) -> CachedTriplet:
@@ -61,7 +76,7 @@ def decode(sample: dict[str, Any], rng: np.random.Generator | None = None, flip:
 
 def collate(triplets: list[CachedTriplet]) -> CachedBatch:
     return CachedBatch(
-        features={name: torch.stack([t.features[name] for t in triplets]) for name in triplets[0].features},
+        features={name: stacked(name, [t.features[name] for t in triplets]) for name in triplets[0].features},
         subject_mask=torch.stack([t.subject_mask for t in triplets]),
         caption=[t.caption for t in triplets],
         label=[t.label for t in triplets],

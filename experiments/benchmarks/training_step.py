@@ -86,9 +86,10 @@ def against_ip_adapter(from_cache: bool = False, **options) -> Callable[[torch.d
     return prepare
 
 
-def online_against_cached(device: torch.device) -> tuple[Run, Run]:
-    module, batch = stage2(device), batch_of(BATCH, device)
-    return stage2_step(module, batch), stage2_step(module, cached(module, batch))
+def online_against_cached(device: torch.device, reference: bool = False) -> tuple[Run, Run]:
+    """reference: the cache holds the reference pass's features too."""
+    module, offline, batch = stage2(device), stage2(device, cache_reference=reference), batch_of(BATCH, device)
+    return stage2_step(module, batch), stage2_step(offline, cached(offline, batch))
 
 
 def stage1_against_bare_mllm(device: torch.device, target: bool = False, from_cache: bool = False) -> tuple[Run, Run]:
@@ -159,8 +160,8 @@ def true_subject_side(device: torch.device) -> tuple[Run, Run]:
     return run(module.config), run(replace(module.config, subject=False))
 
 
-def true_online_against_cached(device: torch.device) -> tuple[Run, Run]:
-    module, batch = true_stage2(device)
+def true_online_against_cached(device: torch.device, reference: bool = False) -> tuple[Run, Run]:
+    module, batch = true_stage2(device, cache_reference=reference)
     return tuple(stage2_step(module, read, bf16=device.type != "cpu") for read in (batch, cached(module, batch)))  # type: ignore[return-value]
 
 
@@ -203,6 +204,7 @@ def cases(full: bool) -> list[Case]:
         Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(from_cache=True)),
         Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, mini", "", shape, against_ip_adapter(context="image_encoder")),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
+        Case("stage 2 step online / from a cache with the reference, mini", ">= 2.0", shape, functools.partial(online_against_cached, reference=True)),
         Case("stage 1 step / bare MLLM, mini", "<= 1.02", shape, stage1_against_bare_mllm),
         Case("stage 1 step from a cache / bare MLLM, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, from_cache=True)),
         Case("stage 1 step / bare MLLM and target, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, target=True)),
@@ -215,6 +217,7 @@ def cases(full: bool) -> list[Case]:
                  f"SD 1.5 and CLIP ViT-H/14, random weights, batch of 8, on a CPU 1, at 512 px, {PRECISION}, AdamW", true_subject_side),
             Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", shape, functools.partial(true_against_ip_adapter, from_cache=True)),
             Case("stage 2 step online / from a cache, sd15", ">= 2.0", shape, true_online_against_cached),
+            Case("stage 2 step online / from a cache with the reference, sd15", ">= 2.0", shape, functools.partial(true_online_against_cached, reference=True)),
             Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, no optimizer",
                  true_stage1_against_bare_mllm),
             *(Case(f"stage 1 step / bare MLLM, {layers} of LLaVA-1.5-7B's 32 layers", "", f"random weights, a picture of 512 px, {PRECISION}, no optimizer",

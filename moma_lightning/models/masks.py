@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
@@ -50,9 +50,15 @@ def kept_positions(weight: Float[Tensor, "batch positions"]) -> Int[Tensor, "bat
         return torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
     if len(weight) == 1 and len(index := (weight[0] > 0).nonzero()):
         return index.T
+    order, kept = kept_first(weight)
+    return order[:, : max(1, int(kept.sum(1).max()))]
+
+
+def kept_first(weight: Float[Tensor, "batch positions"]) -> tuple[Int[Tensor, "batch positions"], Bool[Tensor, "batch positions"]]:
+    """All positions, those of any weight first and both in order, and which of them have weight."""
     kept = weight > 0
-    count = max(1, int(kept.sum(1).max()))
-    return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    order = kept.byte().argsort(dim=1, descending=True, stable=True)
+    return order, kept.take_along_dim(order, 1)
 
 
 def log_bias(weight: Float[Tensor, "batch keys"]) -> tuple[Float[Tensor, "batch 1 1 keys"], Float[Tensor, "batch 1 1"]]:

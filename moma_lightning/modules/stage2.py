@@ -24,9 +24,10 @@ from moma_lightning.foundation import (
     load_image_encoder,
     vae_name,
 )
-from moma_lightning.models.adapter import MoMAAdapter
+from moma_lightning.models.adapter import MoMAAdapter, Reference
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
+from moma_lightning.models.kept_reference import kept_reference, whole_reference
 from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
@@ -78,14 +79,18 @@ class Stage2(TrainedPartModule):
         context, subject = self.adapter.context_conditioning(image_embeds), None
         if self.config.subject:
             mask = MaskPyramid(batch.subject_mask, latent_size)
-            subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch), mask, mask)
+            if isinstance(batch, CachedBatch) and self.config.cache_reference:
+                reference = whole_reference(batch.features, mask)
+            else:
+                reference = self.reference_features(reference_latents, batch)
+            subject = self.adapter.subject_conditioning(reference, mask, mask)
             if VARIANTS[self.config.variant].mask_context:
                 context.generated_mask = mask
         conditioning = Conditioning(subject, context)
         text = self.encode_text(captions, batch)
         return self.unet(noisy_latents, timesteps, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}).sample
 
-    def reference_features(self, latents: Float[Tensor, "batch c h w"], batch: TripletBatch | CachedBatch):
+    def reference_features(self, latents: Float[Tensor, "batch c h w"], batch: TripletBatch | CachedBatch) -> Reference:
         """The frozen UNet's own features of the clean reference, with the label as text."""
         return self.adapter.reference_features(self.unet, latents, *self.encode_text(batch.label, batch))
 
@@ -101,7 +106,7 @@ class Stage2(TrainedPartModule):
         """Mean and log-variance, in one, of the autoencoder's posterior of both pictures."""
         if isinstance(batch, CachedBatch):
             target = batch.features["moments"]
-            return target, batch.features["white_moments"] if self.white_reference else target
+            return target, batch.features["white_moments"] if self.white_reference and not self.config.cache_reference else target
         target = self.vae.encode(batch.pixel_values).latent_dist.parameters
         if not self.white_reference:
             return target, target
@@ -113,10 +118,19 @@ class Stage2(TrainedPartModule):
 
     @torch.no_grad()
     def features(self, batch: TripletBatch) -> dict[str, Tensor]:
-        """`moments`, `white_moments` where the variant's reference is on white, and `image_embeds`."""
+        """`moments`, `white_moments` where the variant's reference is on white, `image_embeds`, and where asked for `kept_reference`'s.
+
+        The reference pass sees the posterior's mean there, as in sampling, in place of a new sample each time.
+        """
         target, seen = self.moments(batch)
-        white = {"white_moments": seen} if self.white_reference else {}
-        return {"moments": target, **white, "image_embeds": self.context_embeds(batch)}
+        features = {"moments": target, "image_embeds": self.context_embeds(batch)}
+        if self.config.cache_reference:
+            latents = scaled(self.vae, DiagonalGaussianDistribution(seen.float()).mode())
+            mask = MaskPyramid(batch.subject_mask, tuple(latents.shape[-2:]))
+            features |= kept_reference(self.reference_features(latents, batch), mask)
+        elif self.white_reference:
+            features["white_moments"] = seen
+        return features
 
     def cache_identity(self) -> dict[str, str]:
         models = {"vae": vae_name(self.foundation)}
@@ -126,8 +140,11 @@ class Stage2(TrainedPartModule):
             models |= {"decoder": str(self.decoder_name), "mllm": self.foundation.mllm}
         else:
             models["image_encoder"] = self.foundation.image_encoder
+        if self.config.cache_reference:
+            models["base"] = self.foundation.base
         options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype,
-                   "mllm_quantization": self.foundation.mllm_quantization}  # fmt: skip
+                   "mllm_quantization": self.foundation.mllm_quantization,
+                   "reference_features": self.config.variant if self.config.cache_reference else None}  # fmt: skip
         return {name: identity(model) for name, model in models.items()} | stated(options)
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ class Stage2Config:
     subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
     min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
     cached: the shards are a cache's (`make cache-stage2`), so the MLLM and the image encoder are not loaded at all.
+    cache_reference: the cache holds what the UNet makes of the reference as well, so that training runs no reference pass (docs/data.md).
     """
 
     variant: Variant = "released"
@@ -35,6 +36,7 @@ class Stage2Config:
     subject_weight: float = 0.0
     min_snr_gamma: float | None = None
     cached: bool = False
+    cache_reference: bool = False
 
 
 def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: int) -> ImageFeatureDecoder:

@@ -10,17 +10,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from lightning.pytorch import seed_everything
 
 from datamodules.caches import __main__ as command
 from datamodules.caches import stamp
 from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from datamodules.caches.stamp import CacheStamp
+from datamodules.pictures import open_mask
+from datamodules.samples import BadSamples, read_shards, to_subject_mask
 from datamodules.triplets import TripletDataModule
 from moma_lightning.__main__ import main
+from moma_lightning.batch import OF_THE_SUBJECT
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.models.latents import scaled
+from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
 from tests.datamodules.caches.running import config, copied, losses, make
@@ -54,6 +61,43 @@ def test_training_from_the_cache_is_the_training_online(data, decoder, cache, tm
     unmirrored = losses(stage2(decoder, cached=True), cache, tmp_path / "unmirrored", flip=False)
     assert max(abs(a - b) for a, b in zip(unmirrored, online, strict=True)) > 1e-3, "the mirrored views count"
     assert list((tmp_path / "offline/pictures").glob("*.png")), "validation draws its grid from a cache too"
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_training_from_a_cache_with_the_reference_is_the_training_online_on_its_mean(data, decoder, tmp_path, monkeypatch, variant):
+    """No reference pass is run; the random numbers that its latents took online are drawn all the same."""
+    offline = tmp_path / "cache"
+    make(data, offline, stage2(decoder, variant=variant, cache_reference=True))
+    latents = Stage2.latents
+
+    def of_the_mean(self, batch, generator=None):
+        target, _ = latents(self, batch, generator)
+        return target, scaled(self.vae, DiagonalGaussianDistribution(self.moments(batch)[1].float()).mode())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage2, "latents", of_the_mean)
+        online = losses(stage2(decoder, variant=variant), data, tmp_path / "online")
+    module = stage2(decoder, variant=variant, cached=True, cache_reference=True)
+    monkeypatch.setattr(module.adapter, "reference_features", lambda *_: pytest.fail("a reference pass"))
+    module.grid.pictures = 0  # validation's pictures are drawn with one
+    torch.testing.assert_close(torch.tensor(losses(module, offline, tmp_path / "offline")), torch.tensor(online), rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_is_kept_where_the_subject_is(data, decoder, cache, tmp_path):
+    with_reference = make(data, tmp_path / "cache", stage2(decoder, cache_reference=True), dtype="float16")
+    sizes = []
+    for sample in read_shards([str(with_reference / "val-00000.tar")], BadSamples(tmp_path / "bad", "raise")):
+        features = safetensors.torch.load(sample["safetensors"])
+        mask = MaskPyramid(to_subject_mask(open_mask(sample["mask.png"]))[None], (8, 8))
+        kept = {name: feature.shape for name, feature in features.items() if name.startswith(OF_THE_SUBJECT)}
+        assert len(kept) == 7 * 2
+        for name, (views, positions, _) in kept.items():
+            layer_positions = int(name.split(".")[2])
+            assert (views, positions) == (2, int((mask.weight(layer_positions) > 0).sum())) and positions < layer_positions
+        sizes.append(sum(shape.numel() for shape in kept.values()))
+    assert len(set(sizes)) > 1, "subjects of different sizes"
+    with pytest.raises(ValueError, match=r"another base .*, reference_features \(none, not released\)"):
+        losses(stage2(decoder, cached=True, cache_reference=True), cache, tmp_path / "without")
 
 
 def test_half_precision_stays_near(data, decoder, tmp_path):
