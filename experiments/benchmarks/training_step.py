@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datamodules.caches.samples import trimmed
 from datamodules.mini import world
 from datamodules.mini.render import render
 from datamodules.samples import to_pixel_values, to_subject_mask
@@ -74,7 +75,8 @@ def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch, bf16: bool = 
 
 
 def cached(module: Stage1 | Stage2, batch: TripletBatch) -> CachedBatch:
-    return CachedBatch(module.features(batch), batch.subject_mask, batch.caption, batch.label, batch.key, batch.full_caption)
+    features = {name: trimmed(name, feature) for name, feature in module.features(batch).items()}  # as the loader has them
+    return CachedBatch(features, batch.subject_mask, batch.caption, batch.label, batch.key, batch.full_caption)
 
 
 def against_ip_adapter(from_cache: bool = False, **options) -> Callable[[torch.device], tuple[Run, Run]]:

@@ -13,10 +13,10 @@ from moma_lightning.models.masks import MaskPyramid, kept_first
 
 def kept_reference(reference: Reference, mask: MaskPyramid) -> dict[str, Float[Tensor, "batch positions channels"]]:
     """By name: the kept positions' features in order, then zeros. A layer whose two are the same (the paper's variant) has one."""
-    named = {}
+    named, orders = {}, {key.shape[1]: kept_first(mask.weight(key.shape[1])) for key, _ in reference.values()}
     for layer, (key, value) in reference.items():
         positions = key.shape[1]
-        order, kept = kept_first(mask.weight(positions))
+        order, kept = orders[positions]
         for part, x in {"key": key, **({} if value is key else {"value": value})}.items():
             named[f"{OF_THE_SUBJECT}{layer}.{positions}.{part}"] = x.take_along_dim(order[..., None], 1) * kept[..., None]
     return named
@@ -28,12 +28,15 @@ def whole_reference(features: Mapping[str, Tensor], mask: MaskPyramid) -> Refere
     Raises ValueError where there are none.
     """
     found: dict[int, dict[str, Tensor]] = {}
+    orders: dict[int, Tensor] = {}
     for name, kept in features.items():
         if name.startswith(OF_THE_SUBJECT):
-            layer, positions, part = name.removeprefix(OF_THE_SUBJECT).split(".")
-            order, _ = kept_first(mask.weight(int(positions)))
-            whole = torch.zeros(len(kept), int(positions), kept.shape[2], device=kept.device)
-            found.setdefault(int(layer), {})[part] = whole.scatter(1, order[:, : kept.shape[1], None].expand_as(kept), kept.float())
+            numbers, part = name.removeprefix(OF_THE_SUBJECT).rsplit(".", 1)
+            layer, positions = map(int, numbers.split("."))
+            if positions not in orders:
+                orders[positions], _ = kept_first(mask.weight(positions))
+            whole = torch.zeros(len(kept), positions, kept.shape[2], device=kept.device)
+            found.setdefault(layer, {})[part] = whole.scatter_(1, orders[positions][:, : kept.shape[1], None].expand_as(kept), kept.float())
     if not found:
         raise ValueError("stage2.cache_reference is true, but the cache holds no features of a reference: make it again with the option, or leave it out")
     return {layer: (parts["key"], parts.get("value", parts["key"])) for layer, parts in found.items()}
