@@ -1,6 +1,6 @@
 """The typed batch: what shards become and what both training stages eat."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,9 @@ class CachedBatch:
 
     def __len__(self) -> int:
         return len(self.key)
+
+    def without_reference(self) -> "CachedBatch":
+        return replace(self, features={name: feature for name, feature in self.features.items() if not name.startswith(OF_THE_SUBJECT)})
 
 
 def white_background(

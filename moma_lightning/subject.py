@@ -47,6 +47,8 @@ class SubjectSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.mask_strength <= 1:
             raise ValueError(f"mask_strength {self.mask_strength}: 1 masks fully, 0 not at all; give a number from 0 to 1")
+        if np.min(self.beta) < 0:
+            raise ValueError(f"beta {self.beta}: the subject attention's strength is 0 or more")
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """MoMA's trained part of the diffusion side: subject attention, context attention and the image projector."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,6 +25,14 @@ Variant = Literal["paper", "released"]
 Reference = dict[int, tuple[Tensor, Tensor]]
 
 
+class KeptFeatures(NamedTuple):
+    """What K' and V' are made from at the positions that M_ref keeps, as `MaskPyramid.kept` orders them, of a layer of so many `positions`."""
+
+    key: Float[Tensor, "batch kept channels"]
+    value: Float[Tensor, "batch kept channels"]
+    positions: int
+
+
 class SubjectAttention(nn.Module):
     """W'_k, W'_v and lambda of one self-attention layer (Eq. 3). Identity at first, silent until lambda leaves 0."""
 
@@ -40,10 +49,16 @@ def subject_keys(
     layer: SubjectAttention, key: Float[Tensor, "batch positions channels"], value: Float[Tensor, "batch positions channels"], mask: MaskPyramid
 ) -> SubjectKeys:
     """K' and lambda V' of one layer, made at the kept positions only: W'_k and W'_v act on each position by itself."""
-    index, weight = mask.kept(key.shape[1])
+    index, _ = mask.kept(key.shape[1])
+    kept_key, kept_value = (x.take_along_dim(index[..., None], 1) for x in (key, value))
+    return kept_keys(layer, KeptFeatures(kept_key, kept_value, key.shape[1]), mask)
+
+
+def kept_keys(layer: SubjectAttention, features: KeptFeatures, mask: MaskPyramid) -> SubjectKeys:
+    """The same of features that are at the kept positions already."""
+    _, weight = mask.kept(features.positions)
     bias, alive = log_bias(weight)
-    key, value = (x.take_along_dim(index[..., None], 1) for x in (key, value))
-    key, value = layer.to_k(key), layer.to_v(value)
+    key, value = layer.to_k(features.key), layer.to_v(features.value)
     return SubjectKeys(key, (layer.lambda_ * alive * value).to(key.dtype), bias.to(key.dtype))
 
 
@@ -122,10 +137,16 @@ class MoMAAdapter(nn.Module, PublishedModel):
         return ContextConditioning({int(i): (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for i, layer in self.context.items()}, scale)
 
     def subject_conditioning(
-        self, reference: Reference, reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None, beta: float = 1.0
+        self, reference: Reference | Mapping[int, KeptFeatures], reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None, beta: float = 1.0
     ) -> SubjectConditioning:
         """K' and lambda V' of every self-attention layer from the reference pass's features (Eq. 3), at the positions that `reference_mask` keeps."""
-        keys = {int(i): subject_keys(layer, *reference[int(i)], reference_mask) for i, layer in self.subject.items()}
+        keys = {}
+        for name, layer in self.subject.items():
+            found = reference[int(name)]
+            if isinstance(found, KeptFeatures):
+                keys[int(name)] = kept_keys(layer, found, reference_mask)
+            else:
+                keys[int(name)] = subject_keys(layer, found[0], found[1], reference_mask)
         return SubjectConditioning(keys, generated_mask, beta)
 
     @torch.no_grad()

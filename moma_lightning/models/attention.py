@@ -2,7 +2,7 @@
 
 Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...}`: keys and values made once by
 `MoMAAdapter`, masks, beta, and a place for what the steps of a sampling share. Without conditioning it computes what diffusers'
-AttnProcessor2_0 computes, bit for bit. A GPU that samples in 16 bits computes the same by the kernels of `kernels.py`.
+AttnProcessor2_0 computes, bit for bit. On a GPU in 16 bits, without gradients, the kernels of `kernels.py` compute the same to rounding.
 """
 
 import inspect
@@ -71,8 +71,8 @@ class SubjectConditioning:
     def places(self, rows: int, positions: int) -> tuple[Int[Tensor, " all_positions"], Float[Tensor, " all_positions"]]:
         """As `queries` has it for one subject, without waiting for the GPU: the places come first, -1 fills up, and the weight is every position's."""
         if positions not in self._places:
-            weight = self._weight(rows, positions).flatten()
-            self._places[positions] = torch.nonzero_static(weight, size=len(weight)).flatten(), weight
+            weight = self._weight(rows, positions).flatten().contiguous()  # one number for all would be a view of it
+            self._places[positions] = torch.nonzero_static(weight > 0, size=len(weight)).flatten(), weight
         return self._places[positions]
 
     def _weight(self, rows: int, positions: int) -> Float[Tensor, "rows positions"]:
@@ -122,9 +122,9 @@ class Recorder:
 class Conditioning:
     """The one entry MoMA adds to `cross_attention_kwargs`.
 
-    made: what the steps of one sampling share (the text's, the subject's and the image tokens' keys and values, split into heads, and the
-    label's values): the first forward pass writes it down, the others read it. None: made in each pass, as in training, where all of it
-    changes. So it is under torch.compile, which would compile the UNet once more for a pass that writes.
+    made: what the steps of one sampling share (the text's, the subject's and the image tokens' keys and values, split into heads or as a kernel
+    takes them, and the label's values): the first forward pass writes it down, the others read it. None: made in each pass, as in training,
+    where all of it changes. So it is under torch.compile, which would compile the UNet once more for a pass that writes.
     """
 
     subject: SubjectConditioning | None = None
@@ -177,9 +177,9 @@ class MoMAAttnProcessor:
             return output
         keys = given.subject.keys[self.layer]
         if len(keys.key) == 1 and kernels.fit(query, attn.heads):
-            key, value, bias = given.once(self.layer, "subject", lambda: keys.only(query.dtype))
+            its_key, its_value, bias = given.once(self.layer, "subject, for a kernel", lambda: keys.only(query.dtype))
             places, weight = given.subject.places(*query.shape[:2])
-            return kernels.add_subject_attention_(output, query, key, value, bias, places, weight, attn.heads)
+            return kernels.add_subject_attention_(output, query, its_key, its_value, bias, places, weight, attn.heads)
         return add_subject_attention(output, given.subject, query, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))
 
     def _cross_attention(self, attn: Attention, given: Conditioning, text: Tensor, query: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -203,10 +203,10 @@ class MoMAAttnProcessor:
 
     def _cross_attention_by_kernel(self, attn: Attention, given: Conditioning, text: Tensor, query: Tensor) -> Tensor:
         recorder, context = given.recorder, given.context
-        key_value = given.once(self.layer, "text", lambda: (attn.to_k(text).contiguous(), attn.to_v(text).contiguous()))
+        key_value = given.once(self.layer, "text, for a kernel", lambda: (attn.to_k(text).contiguous(), attn.to_v(text).contiguous()))
         image, scale, weight = None, 1.0, None
         if context is not None:
-            image = given.once(self.layer, "context", lambda: tuple(x.to(query.dtype).contiguous() for x in context.key_values[self.layer]))
+            image = given.once(self.layer, "context, for a kernel", lambda: tuple(x.to(query.dtype).contiguous() for x in context.key_values[self.layer]))
             scale, weight = context.scale, None if context.generated_mask is None else context.generated_mask.weight(query.shape[1])
         labels = None if recorder is None else recorder.label_tokens
         output, label_maps = kernels.cross_attention(query, key_value, image, labels, attn.heads, scale, weight)
@@ -286,7 +286,7 @@ def add_context_attention(
     value: Float[Tensor, "batch heads tokens dim"],
 ) -> Float[Tensor, "batch positions channels"]:
     added = attend(query, key, value)
-    if context.generated_mask is None:  # in the operations of diffusers' IP-Adapter, so that the bits are its own
+    if context.generated_mask is None:  # in the operations of diffusers' IP-Adapter, so that the bits are its own (where no kernel serves)
         return output + (added if context.scale == 1 else context.scale * added)
     return output.addcmul(added, context.generated_mask.weight(query.shape[2], output.dtype)[..., None], value=context.scale)
 

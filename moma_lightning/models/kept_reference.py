@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from moma_lightning.batch import OF_THE_SUBJECT
-from moma_lightning.models.adapter import Reference
+from moma_lightning.models.adapter import KeptFeatures, MoMAAdapter, Reference
 from moma_lightning.models.masks import MaskPyramid, kept_first
 
 
@@ -22,21 +22,24 @@ def kept_reference(reference: Reference, mask: MaskPyramid) -> dict[str, Float[T
     return named
 
 
-def whole_reference(features: Mapping[str, Tensor], mask: MaskPyramid) -> Reference:
-    """Back at their places, with zeros at the others. features: of those named by `kept_reference` at least the kept positions.
+def read_reference(features: Mapping[str, Tensor], mask: MaskPyramid, adapter: MoMAAdapter) -> dict[int, KeptFeatures]:
+    """As `MoMAAdapter.subject_conditioning` takes them, in the type of the adapter's weights. features: `kept_reference`'s, with or without the zeros.
 
-    Raises ValueError where there are none.
+    Raises ValueError where there are none, or those of the other variant.
     """
-    found: dict[int, dict[str, Tensor]] = {}
-    orders: dict[int, Tensor] = {}
-    for name, kept in features.items():
+    dtype, named = next(adapter.subject.parameters()).dtype, {}
+    for name, feature in features.items():
         if name.startswith(OF_THE_SUBJECT):
             numbers, part = name.removeprefix(OF_THE_SUBJECT).rsplit(".", 1)
             layer, positions = map(int, numbers.split("."))
-            if positions not in orders:
-                orders[positions], _ = kept_first(mask.weight(positions))
-            whole = torch.zeros(len(kept), positions, kept.shape[2], device=kept.device)
-            found.setdefault(layer, {})[part] = whole.scatter_(1, orders[positions][:, : kept.shape[1], None].expand_as(kept), kept.float())
-    if not found:
-        raise ValueError("stage2.cache_reference is true, but the cache holds no features of a reference: make it again with the option, or leave it out")
-    return {layer: (parts["key"], parts.get("value", parts["key"])) for layer, parts in found.items()}
+            missing = mask.kept(positions)[0].shape[1] - feature.shape[1]  # of a batch without a subject: the one that `kept` has at least
+            named[layer, part] = positions, F.pad(feature, (0, 0, 0, missing)).to(dtype)
+    wanted = {(int(layer), part) for layer in adapter.subject for part in (("key",) if adapter.variant == "paper" else ("key", "value"))}
+    if named.keys() != wanted:
+        raise ValueError(f"stage2.cache_reference is true, but the cache holds no features of a reference for the {adapter.variant} variant: "
+                         "make it again with both options, or leave this one out")  # fmt: skip
+    found = {}
+    for layer in {layer for layer, _ in wanted}:
+        positions, key = named[layer, "key"]
+        found[layer] = KeptFeatures(key, key if adapter.variant == "paper" else named[layer, "value"][1], positions)
+    return found

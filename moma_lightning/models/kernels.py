@@ -1,10 +1,13 @@
-"""The two attentions that MoMA adds, as one Triton kernel a layer: for sampling on a GPU in 16 bits.
+"""The two attentions that MoMA adds, as one Triton kernel a layer: on a GPU in 16 bits, wherever no gradients are asked for (sampling, validation).
 
 With PyTorch's own operations each takes five or more small launches a layer, for which a GPU that draws few pictures waits, and reads queries and
-output several times. The formulas are those of `attention.py`, which serves everywhere else: on CPUs, in float32, and wherever gradients are asked for.
-Nothing here waits for the GPU and no shape depends on a mask, so that the kernels can be captured in CUDA graphs (`torch.compile`).
+output several times. The formulas are those of `attention.py`, which serves everywhere else. Nothing here waits for the GPU and no shape depends on
+M_gen, so that the kernels can be captured in CUDA graphs (`torch.compile`). MOMA_KERNELS=0 in the environment leaves them out.
 """
 
+import functools
+import os
+import warnings
 from typing import no_type_check
 
 import torch
@@ -20,6 +23,8 @@ except ImportError:  # macOS and Windows have no Triton
 
 #: Channels of a head beyond which a kernel's blocks would not fit a GPU's shared memory.
 MOST_CHANNELS = 256
+#: From so many queries on a launch fills the GPU with blocks of full size.
+MANY_QUERIES = 2**15
 
 
 def fit(query: Float[Tensor, "batch positions channels"], heads: int) -> bool:
@@ -27,7 +32,35 @@ def fit(query: Float[Tensor, "batch positions channels"], heads: int) -> bool:
     return (
         triton is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled()
         and query.shape[2] <= heads * MOST_CHANNELS and not isinstance(query, FakeTensor) and query.device.index == torch.cuda.current_device()
+        and usable(query.device.index, query.dtype, heads, query.shape[2])
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def usable(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
+    """Whether both kernels have run there once, at their largest blocks; a warning says why not."""
+    return _tried(device, dtype, heads, width)
+
+
+@functools.cache
+def _tried(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
+    if os.environ.get("MOMA_KERNELS") == "0":
+        return False
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return False  # no bfloat16, and Triton supports later ones
+    try:
+        with torch.no_grad():
+            there = {"device": f"cuda:{device}", "dtype": dtype}
+            query, text, image = (torch.zeros(1, n, width, **there) for n in (MANY_QUERIES, 77, 4))
+            output, _ = cross_attention(query, (text, text), (image, image), torch.zeros(1, 77, device=query.device), heads)
+            places, weight, bias = torch.arange(MANY_QUERIES, device=query.device), torch.ones(MANY_QUERIES, device=query.device), text.new_zeros(77).float()
+            add_subject_attention_(output, query, text[0], text[0], bias, places, weight, heads)
+            torch.cuda.synchronize(device)
+    except Exception as error:  # of many kinds: no compiler, no room in shared memory, a folder that cannot be written
+        warnings.warn(f"Triton's kernels for {heads} heads of {width // heads} channels do not run on {torch.cuda.get_device_name(device)} ({error}): "
+                      "PyTorch's operations serve, which take longer", stacklevel=2)  # fmt: skip
+        return False
+    return True
 
 
 #: Up to so many channels of a head: queries and keys of a block, warps, stages. The fastest of some dozens on an H200, SD 1.5 at 512 pixels.
@@ -39,7 +72,8 @@ def blocks(channels: int, queries: int, chosen: dict[int, tuple[int, int, int, i
     """A launch's block sizes for heads of so many channels. Few queries are cut into smaller blocks, so that more of the GPU takes part."""
     width = max(16, triton.next_power_of_2(channels))
     block, keys, warps, stages = chosen[max(64, width)]
-    return {"BLOCK": block if queries >= 2**15 else max(32, block // 2), "BLOCK_KEYS": keys, "BLOCK_CHANNELS": width, "num_warps": warps, "num_stages": stages}
+    block = block if queries >= MANY_QUERIES else max(32, block // 2)
+    return {"BLOCK": block, "BLOCK_KEYS": keys, "BLOCK_CHANNELS": width, "num_warps": warps, "num_stages": stages}
 
 
 def cross_attention(
@@ -49,24 +83,30 @@ def cross_attention(
     labels: Float[Tensor, "rows text"] | None,
     heads: int,
     scale: float = 1.0,
-    weight: Float[Tensor, "batch positions"] | None = None,
+    weight: Float[Tensor, "#batch positions"] | None = None,
 ) -> tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "rows heads positions"] | None]:
     """softmax(Q K^T / sqrt(d)) V over the text, plus scale * weight times the same over the image tokens; and the label's map by each head.
 
-    The map is the text's probabilities summed over the label's tokens, of the last `rows` of the batch. Everything is to be contiguous, labels and
-    weight in float32.
+    The map is the text's probabilities summed over the label's tokens, of the last `rows` of the batch. Keys and values are to be contiguous.
+
+    Raises ValueError where text or image tokens are of another number of rows than the queries, or the labels of another length than the text:
+    a kernel would read what is not theirs.
     """
     batch, positions, width = query.shape
     rows = 0 if labels is None else len(labels)
     query, (key, value) = query.contiguous(), text
-    image_key, image_value = text if image is None else image
+    image_key, image_value = text if image is None else image  # what is not there is not read, but something has to be handed over
+    if not len(key) == len(image_key) == batch or (labels is not None and labels.shape[1] != key.shape[1]):
+        raise ValueError(f"text of {tuple(key.shape[:2])}, image tokens of {tuple(image_key.shape[:2])} and labels of "
+                         f"{None if labels is None else tuple(labels.shape)} do not fit {batch} rows of queries")  # fmt: skip
     output = torch.empty_like(query)
-    probability = torch.empty(rows, heads, positions, device=query.device)
+    probability = torch.empty(rows, heads, positions, device=query.device, dtype=torch.float32)
+    labels = output if labels is None else labels.float().contiguous()
+    weight, weighted = (output, False) if weight is None else (weight.float().expand(batch, positions).contiguous(), True)
     sizes = blocks(width // heads, batch * positions, CROSS)
     _cross_attention[(triton.cdiv(positions, sizes["BLOCK"]), heads, batch)](
-        query, key, value, image_key, image_value, output if labels is None else labels, output if weight is None else weight, output, probability,
-        positions, key.shape[1], image_key.shape[1], batch - rows, scale, LABELLED=rows > 0, IMAGE=image is not None, WEIGHTED=weight is not None,
-        HEADS=heads, CHANNELS=width // heads, **sizes,
+        query, key, value, image_key, image_value, labels, weight, output, probability, positions, key.shape[1], image_key.shape[1], batch - rows, scale,
+        LABELLED=rows > 0, IMAGE=image is not None, WEIGHTED=weighted, HEADS=heads, CHANNELS=width // heads, **sizes,
     )  # fmt: skip
     return output, probability if rows else None
 
@@ -83,7 +123,7 @@ def add_subject_attention_(
 ) -> Float[Tensor, "batch positions channels"]:
     """`output` += weight * (softmax(Q K^T / sqrt(d) + bias) V), in place, at `places` of all rows' positions; places of -1 end the list."""
     channels = query.shape[2] // heads
-    sizes = blocks(channels, len(places), SUBJECT)
+    sizes, output = blocks(channels, len(places), SUBJECT), output.contiguous()
     _add_subject_attention[(triton.cdiv(len(places), sizes["BLOCK"]), heads)](
         output, query.contiguous(), key, value, bias, places, weight, len(places), len(key), HEADS=heads, CHANNELS=channels, **sizes
     )

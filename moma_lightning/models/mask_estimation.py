@@ -23,9 +23,12 @@ def average_maps(label_maps: Mapping[int, Float[Tensor, "batch *heads positions"
     """
     total: Tensor | float = 0.0
     for positions in sorted({m.shape[-1] for m in label_maps.values()}):
-        alike = torch.stack([m for m in label_maps.values() if m.shape[-1] == positions], 1)
+        maps = [m for m in label_maps.values() if m.shape[-1] == positions]
+        if len({m.shape for m in maps}) > 1:  # of other numbers of heads
+            maps = [m.mean(1) if m.dim() == 3 else m for m in maps]
+        alike = torch.stack(maps, 1)
         if alike.dim() == 4:
-            alike = alike.mean(2)  # over heads
+            alike = alike.mean(2)
         summed = min_max(alike.unflatten(2, layer_size(positions, *latent_size))).sum(1, keepdim=True)
         total = total + F.interpolate(summed, latent_size, mode="bilinear", align_corners=False)
     return min_max(total / len(label_maps))

@@ -27,7 +27,7 @@ from moma_lightning.foundation import (
 from moma_lightning.models.adapter import MoMAAdapter, Reference
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
-from moma_lightning.models.kept_reference import kept_reference, whole_reference
+from moma_lightning.models.kept_reference import kept_reference, read_reference
 from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid, resize_mask
 from moma_lightning.models.text import TextConditioning
@@ -80,10 +80,9 @@ class Stage2(TrainedPartModule):
         if self.config.subject:
             mask = MaskPyramid(batch.subject_mask, latent_size)
             if isinstance(batch, CachedBatch) and self.config.cache_reference:
-                reference = whole_reference(batch.features, mask)
+                subject = self.adapter.subject_conditioning(read_reference(batch.features, mask, self.adapter), mask, mask)
             else:
-                reference = self.reference_features(reference_latents, batch)
-            subject = self.adapter.subject_conditioning(reference, mask, mask)
+                subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch), mask, mask)
             if VARIANTS[self.config.variant].mask_context:
                 context.generated_mask = mask
         conditioning = Conditioning(subject, context)
@@ -142,6 +141,8 @@ class Stage2(TrainedPartModule):
             models["image_encoder"] = self.foundation.image_encoder
         if self.config.cache_reference:
             models["base"] = self.foundation.base
+            if self.foundation.base_config is not None:  # of a LoRA all that it changes
+                models["base_config"] = self.foundation.base_config
         options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype,
                    "mllm_quantization": self.foundation.mllm_quantization,
                    "reference_features": self.config.variant if self.config.cache_reference else None}  # fmt: skip
@@ -212,7 +213,7 @@ class Stage2(TrainedPartModule):
         values, _ = self.sample_losses(batch, generator, drop=False)
         self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
         if batch_idx == 0:
-            self.grid_samples = batch
+            self.grid_samples = batch if isinstance(batch, TripletBatch) else batch.without_reference()
 
     def _log_bands(self, split: str, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> None:
         """Loss by quarter of the noise schedule: `train/loss_t0` is the least noisy."""
@@ -251,6 +252,11 @@ class Stage2(TrainedPartModule):
 
     def compile_parts(self) -> None:
         self.unet.compile()
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict" and self.config.cache_reference and not self.config.cached:
+            raise ValueError("stage2.cache_reference is for making a cache and, with stage2.cached, for training from one: set both, or neither")
+        super().setup(stage)
 
     def kept_options(self) -> dict[str, Any]:
         """W' of one variant fits the other's in name and shape; the context side was trained on one source of embeddings."""

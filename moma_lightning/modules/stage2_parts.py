@@ -38,6 +38,10 @@ class Stage2Config:
     cached: bool = False
     cache_reference: bool = False
 
+    def __post_init__(self) -> None:
+        if self.cache_reference and not self.subject:
+            raise ValueError("stage2.cache_reference keeps what the subject attention reads, and stage2.subject is false: leave one of them out")
+
 
 def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: int) -> ImageFeatureDecoder:
     """Stage 1's result. ValueError for none, and for one whose embeddings are not as wide as `embed_dim`, the image encoder's."""

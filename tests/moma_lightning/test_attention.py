@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from moma_lightning.models import attention
+from moma_lightning.models import attention, kernels
 from moma_lightning.models.adapter import SubjectAttention, subject_keys
 from moma_lightning.models.attention import (
     Conditioning,
@@ -98,6 +98,20 @@ def named_masks(names):
     return mask.view(-1, 1, 4, 6)
 
 
+@pytest.fixture(params=["operations", "kernels"])
+def way(request, monkeypatch):
+    """By PyTorch's operations, and by the kernels of a GPU, which Triton's interpreter runs where there is none (gpu/test_sampling.py where there is)."""
+    if request.param == "operations":
+        yield
+        return
+    if kernels.triton is None or torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter")
+    monkeypatch.setattr(kernels, "fit", lambda *_: True)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("generated", CELLS)
 @pytest.mark.parametrize("kept", CELLS)
 def test_one_subject_for_all_rows_under_any_mask(kept, generated):
@@ -179,10 +193,13 @@ def test_what_steps_share_is_made_once(monkeypatch):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_no_generated_mask_means_no_masking():
-    attn, x, key_value = self_attention(), torch.randn(2, 24, CHANNELS), reference()
-    m_ref = random_mask(2, (4, 6))
-    expected = equation_3(attn, x, key_value, m_ref.flatten(1), torch.ones(2, 24), 0.8 * 0.6)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("subjects", [1, 2])
+def test_no_generated_mask_means_no_masking(subjects):
+    attn, x, key_value = self_attention(), torch.randn(2, 24, CHANNELS), reference(subjects)
+    m_ref = random_mask(subjects, (4, 6))
+    every = [t.expand(2, -1, -1) for t in key_value]
+    expected = equation_3(attn, x, every, m_ref.flatten(1).expand(2, -1), torch.ones(2, 24), 0.8 * 0.6)
     torch.testing.assert_close(run(attn, x, subject(key_value, m_ref)), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -204,6 +221,7 @@ def test_refuses_subjects_that_are_neither_one_nor_one_a_row():
         run(self_attention(), torch.randn(4, 24, CHANNELS), subject(reference(), named_masks(["some", "some"])))
 
 
+@pytest.mark.usefixtures("way")
 def test_context_attention():
     attn, x, text = cross_attention(), torch.randn(2, 24, CHANNELS), torch.randn(2, 7, TEXT)
     key, value = torch.randn(2, 4, CHANNELS), torch.randn(2, 4, CHANNELS)
@@ -213,21 +231,25 @@ def test_context_attention():
     torch.testing.assert_close(out, expected @ attn.to_out[0].weight.T + attn.to_out[0].bias, atol=2e-6, rtol=1e-5)
 
 
-def test_label_map():
-    """Head-mean probability of the label's tokens, summed over them, for the conditional (last) rows."""
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("context", [False, True])
+def test_label_map(rows, context):
+    """Head-mean probability of the label's tokens, summed over them, for the conditional (last) rows, or all without guidance."""
     attn, x, text = cross_attention(), torch.randn(4, 24, CHANNELS), torch.randn(4, 7, TEXT)
-    tokens = torch.zeros(2, 7)
+    tokens = torch.zeros(rows, 7)
     tokens[0, 2], tokens[1, 3:5] = 1, 1
-    recorder = Recorder(label_tokens=tokens)
-    attn(x, text, conditioning=Conditioning(recorder=recorder))
+    recorder, image = Recorder(label_tokens=tokens), tuple(torch.randn(4, 4, CHANNELS) for _ in range(2))
+    attn(x, text, conditioning=Conditioning(context=ContextConditioning({5: image}) if context else None, recorder=recorder))
+    found = recorder.label_maps[5]
     query, key, d = x @ attn.to_q.weight.T, text @ attn.to_k.weight.T, CHANNELS // HEADS
-    for row in range(2):
+    for row in range(rows):
         total = torch.zeros(24)
         for h in range(HEADS):
             part = slice(h * d, (h + 1) * d)
-            probability = torch.softmax(query[2 + row, :, part] @ key[2 + row, :, part].T / math.sqrt(d), -1)
+            probability = torch.softmax(query[row - rows, :, part] @ key[row - rows, :, part].T / math.sqrt(d), -1)
             total += (probability * tokens[row]).sum(-1) / HEADS
-        torch.testing.assert_close(recorder.label_maps[5][row], total)
+        torch.testing.assert_close(found[row].mean(0) if found.dim() == 3 else found[row], total)
 
 
 def test_without_conditioning_it_is_diffusers_processor_bit_for_bit():

@@ -1,5 +1,6 @@
 """The Triton kernels against explicit matrices: compiled where there is a GPU, else run by Triton's interpreter (tests/conftest.py)."""
 
+import inspect
 import math
 
 import pytest
@@ -59,6 +60,26 @@ def test_subject_attention(channels, share):
     _, attended = explicit(query.flatten(0, 1)[None], key[None], value[None], bias.double())
     torch.testing.assert_close(output.double(), before.double() + (weight[:, None] * attended[0]).view_as(before), atol=2e-6, rtol=1e-5)
     assert torch.equal(output.flatten(0, 1)[weight == 0], before.flatten(0, 1)[weight == 0])
+
+
+def test_tokens_that_do_not_fit_the_queries_are_refused():
+    query, text, one = torch.randn(2, 20, 24), tuple(torch.randn(2, 2, 7, 24)), tuple(torch.randn(2, 1, 7, 24))
+    for options in ((one, None, None), (text, one, None), (text, None, torch.zeros(1, 6))):
+        with pytest.raises(ValueError, match="do not fit 2 rows of queries"):
+            inspect.unwrap(kernels.cross_attention)(query, *options, HEADS)  # the tests' type checks would refuse them first
+    weight = torch.rand(1, 20)
+    given = [kernels.cross_attention(query, text, text, None, HEADS, 1.0, w)[0] for w in (weight, weight.repeat(2, 1))]
+    assert torch.equal(*given), "one mask for all rows"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it does")
+def test_where_they_do_not_run_a_warning_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    with pytest.warns(UserWarning, match="for 8 heads of 40 channels do not run on a GPU"):
+        assert not kernels._tried.__wrapped__(0, torch.bfloat16, 8, 320)
+    monkeypatch.setenv("MOMA_KERNELS", "0")
+    assert not kernels._tried.__wrapped__(0, torch.bfloat16, 8, 320)
 
 
 def test_they_are_for_gpus_in_16_bits_without_gradients():

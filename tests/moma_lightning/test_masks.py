@@ -76,6 +76,14 @@ def test_estimate_mask_against_a_plain_formula():
         torch.testing.assert_close(estimated[row, 0], expected)
 
 
+def test_maps_of_each_head_are_averaged():
+    """Of layers alike, of other numbers of heads, and beside maps that are averaged already."""
+    heads = {1: torch.rand(2, 3, 16), 3: torch.rand(2, 3, 16), 5: torch.rand(2, 3, 4)}
+    averaged = {i: m.mean(1) for i, m in heads.items()}
+    for given in (heads, heads | {3: averaged[3]}, {1: heads[1], 3: heads[3].repeat(1, 2, 1), 5: heads[5]}):
+        torch.testing.assert_close(average_maps(given, (4, 4)), average_maps(averaged, (4, 4)))
+
+
 def test_maps_can_be_trained_through():
     maps = {1: torch.rand(1, 16, requires_grad=True)}
     average_maps(maps, (4, 4)).sum().backward()

@@ -96,8 +96,24 @@ def test_the_reference_is_kept_where_the_subject_is(data, decoder, cache, tmp_pa
             assert (views, positions) == (2, int((mask.weight(layer_positions) > 0).sum())) and positions < layer_positions
         sizes.append(sum(shape.numel() for shape in kept.values()))
     assert len(set(sizes)) > 1, "subjects of different sizes"
-    with pytest.raises(ValueError, match=r"another base .*, reference_features \(none, not released\)"):
-        losses(stage2(decoder, cached=True, cache_reference=True), cache, tmp_path / "without")
+    for folder, options, named in (
+        (cache, {"cache_reference": True}, r"base \(none, not .*\), reference_features \(none, not released\)"),
+        (with_reference, {}, r"base \(.*, not none\), reference_features \(released, not none\)"),
+        (with_reference, {"cache_reference": True, "variant": "paper"}, r"reference \(whole, not white\), reference_features \(released, not paper\)"),
+    ):
+        with pytest.raises(ValueError, match=f"was made with another {named}"):
+            losses(stage2(decoder, cached=True, **options), folder, tmp_path / "refused")
+
+
+def test_a_reference_is_kept_for_who_reads_it(data, decoder, tmp_path):
+    with pytest.raises(ValueError, match="stage2.subject is false"):
+        stage2(decoder, cache_reference=True, subject=False)
+    with pytest.raises(ValueError, match=r"set both, or neither"):
+        losses(stage2(decoder, cache_reference=True), data, tmp_path)
+    module = stage2(decoder, cached=True, cache_reference=True)
+    own = module.cache_identity()
+    module.foundation = replace(FoundationConfig(), vae=f"{FoundationConfig().base}/vae", base_config=FoundationConfig().base)
+    assert module.cache_identity() != own, "a LoRA changes the models that base_config names"
 
 
 def test_half_precision_stays_near(data, decoder, tmp_path):
