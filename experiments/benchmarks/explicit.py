@@ -82,8 +82,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 def written_out() -> Iterator[None]:
     """The project's processor in the released code's shape, for whole samplings: every matrix written out, the text's keys and values made in each step.
 
-    The label's map is read off the text's matrix. To the baseline's advantage the subject attention stays between kept positions, and the
-    subject's and the image tokens' keys and values are made once a call.
+    Every layer ends with dropout and a division, as with diffusers' processors. The label's map is read off the text's matrix. To the baseline's
+    advantage the subject attention stays between kept positions, the subject's and the image tokens' keys and values are made once a call, and
+    diffusers finds the processor's parameters at once.
     """
     kept, last = attention.Conditioning.once, []
 
@@ -97,8 +98,12 @@ def written_out() -> Iterator[None]:
     def label_map(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return (last[0][-len(key) :].sum(1) * value[:, :1, :, 0]).sum(-1)  # the layer's attention to the text has just been made
 
-    with mock.patch.object(attention, "attend", noted), mock.patch.object(attention, "label_map", label_map), \
-            mock.patch.object(attention.Conditioning, "once", once), mock.patch.object(attention.kernels, "fit", return_value=False):  # fmt: skip
+    def projected(attn: Attention, output: Tensor) -> Tensor:
+        return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
+
+    changed = {"projected": projected, "attend": noted, "label_map": label_map}
+    with mock.patch.multiple(attention, **changed), mock.patch.object(attention.Conditioning, "once", once), \
+            mock.patch.object(attention.kernels, "fit", return_value=False):  # fmt: skip
         yield
 
 

@@ -161,10 +161,7 @@ class MoMAAttnProcessor:
             output = self._self_attention(attn, given, hidden_states, query, attention_mask)
         else:
             output = self._cross_attention(attn, given, encoder_hidden_states, query, attention_mask)
-        output = attn.to_out[0](output.to(query.dtype))
-        if attn.training:
-            output = attn.to_out[1](output)  # dropout
-        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
+        return projected(attn, output.to(query.dtype))
 
     def _self_attention(self, attn: Attention, given: Conditioning, hidden_states: Tensor, query: Tensor, attention_mask: Tensor | None) -> Tensor:
         """With the subject attention added; what is asked of the reference is written down."""
@@ -231,6 +228,14 @@ class KnownSignature(inspect.Signature):
 
 
 MoMAAttnProcessor.__call__.__signature__ = KnownSignature(list(inspect.signature(MoMAAttnProcessor.__call__).parameters.values()))  # type: ignore[attr-defined]
+
+
+def projected(attn: Attention, output: Float[Tensor, "batch positions channels"]) -> Float[Tensor, "batch positions channels"]:
+    """The layer's last projection, without what does nothing: dropout outside of training, and a division by 1."""
+    output = attn.to_out[0](output)
+    if attn.training:
+        output = attn.to_out[1](output)
+    return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
 
 def as_bias(attn: Attention, attention_mask: Tensor | None, key: Float[Tensor, "batch heads keys dim"]) -> Tensor | None:
