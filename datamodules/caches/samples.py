@@ -46,14 +46,16 @@ def encode(triplet: Triplet, features: dict[str, Tensor]) -> dict[str, Any]:
     return {"__key__": triplet.key, FEATURES: content, "mask.png": mask.getvalue(), "json": text}
 
 
-def trimmed(name: str, feature: Tensor) -> Tensor:
+def trimmed(name: str, feature: Float[Tensor, "views ..."]) -> Float[Tensor, "views ..."]:
+    """What is as long as the subject, up to the last position that is not zero in all views; other features as they are."""
     if not name.startswith(OF_THE_SUBJECT):
         return feature
     filled = feature.any(-1).any(0).nonzero()
     return feature[:, : int(filled[-1]) + 1 if len(filled) else 0]
 
 
-def stacked(name: str, features: list[Tensor]) -> Tensor:
+def stacked(name: str, features: list[Tensor]) -> Float[Tensor, "batch ..."]:
+    """Of one batch; what is as long as the subject is filled up with zeros to the longest."""
     return pad_sequence(features, batch_first=True) if name.startswith(OF_THE_SUBJECT) else torch.stack(features)
 
 

@@ -36,7 +36,7 @@ class SubjectKeys(NamedTuple):
         """Key, value and bias as `attend` takes them."""
         return split_heads(self.key.to(dtype), heads), split_heads(self.value.to(dtype), heads), self.bias.to(dtype)
 
-    def only(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def of_one(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Key, value and bias of the one subject as `kernels.add_subject_attention_` takes them."""
         return self.key[0].to(dtype).contiguous(), self.value[0].to(dtype).contiguous(), self.bias.flatten().float()
 
@@ -77,17 +77,17 @@ class SubjectConditioning:
 
     def _weight(self, rows: int, positions: int) -> Float[Tensor, "rows positions"]:
         """beta * M_gen."""
-        key = next(iter(self.keys.values())).key
-        mask = torch.ones((), device=key.device) if self.generated_mask is None else self.generated_mask.weight(positions)
+        device = next(iter(self.keys.values())).key.device
+        mask = torch.ones((), device=device) if self.generated_mask is None else self.generated_mask.weight(positions)
         return (mask * self.beta).expand(rows, positions)
 
     def _find(self, rows: int, positions: int, subjects: int) -> tuple[Tensor | None, Tensor]:
-        key = next(iter(self.keys.values())).key
+        dtype = next(iter(self.keys.values())).key.dtype
         weight = self._weight(rows, positions).reshape(subjects, -1)
         if keeps_all(weight):
-            return None, weight[..., None].to(key.dtype)
+            return None, weight[..., None].to(dtype)
         index = kept_positions(weight)
-        kept = weight.gather(1, index)[..., None].to(key.dtype)
+        kept = weight.gather(1, index)[..., None].to(dtype)
         if subjects > 1:
             index = index + torch.arange(subjects, device=index.device)[:, None] * weight.shape[1]
         return index.flatten(), kept
@@ -174,7 +174,7 @@ class MoMAAttnProcessor:
             return output
         keys = given.subject.keys[self.layer]
         if len(keys.key) == 1 and kernels.fit(query, attn.heads):
-            its_key, its_value, bias = given.once(self.layer, "subject, for a kernel", lambda: keys.only(query.dtype))
+            its_key, its_value, bias = given.once(self.layer, "subject, for a kernel", lambda: keys.of_one(query.dtype))
             places, weight = given.subject.places(*query.shape[:2])
             return kernels.add_subject_attention_(output, query, its_key, its_value, bias, places, weight, attn.heads)
         return add_subject_attention(output, given.subject, query, *given.once(self.layer, "subject", lambda: keys.split(attn.heads, query.dtype)))

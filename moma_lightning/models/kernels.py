@@ -38,7 +38,7 @@ def fit(query: Float[Tensor, "batch positions channels"], heads: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def usable(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
-    """Whether both kernels have run there once, at their largest blocks; a warning says why not."""
+    """Whether both kernels have run there once, at their largest blocks; a warning says why not. To torch.compile it is a constant."""
     return _tried(device, dtype, heads, width)
 
 

@@ -254,6 +254,7 @@ class Stage2(TrainedPartModule):
         self.unet.compile()
 
     def setup(self, stage: str) -> None:
+        """Refuses, besides what every stage refuses, an option for caches where pictures are trained on."""
         if stage != "predict" and self.config.cache_reference and not self.config.cached:
             raise ValueError("stage2.cache_reference is for making a cache and, with stage2.cached, for training from one: set both, or neither")
         super().setup(stage)
