@@ -1,13 +1,15 @@
 """From shards to decoded triplets, and what becomes of the bad ones: named in a log and skipped, or fatal."""
 
+import itertools
 import json
+import re
 import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -15,11 +17,15 @@ import webdataset as wds
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
+from webdataset.tariterators import group_by_keys
 
 from datamodules import pictures
 from datamodules.shards import PICTURE_EXTENSIONS, contains_label
 
 OnError = Literal["skip", "raise"]
+
+#: Names that webdataset leaves out, of what tells something of a shard and belongs to no sample.
+META = re.compile(r"__[^/]*__($|/)")
 
 
 class BadSampleError(ValueError):
@@ -81,13 +87,12 @@ def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, An
     """
     for shard in shards:
         try:
-            yield from wds.tarfile_samples([{"url": shard}])
-            if not _is_complete(shard):
-                bad.report(shard, "-", "shard is cut short or damaged: no end of the archive behind its last good file")
-        except BadSampleError:
-            raise
-        except (tarfile.TarError, OSError, EOFError) as error:
-            bad.report(shard, "-", f"shard is cut short or cannot be read: {_message(error)}")
+            is_file = Path(shard).is_file() and Path(shard).suffix == ".tar"
+            yield from group_by_keys(_files(shard)) if is_file else wds.tarfile_samples([{"url": shard}])
+        except (tarfile.TarError, EOFError) as error:
+            bad.report(shard, "-", f"shard is cut short or damaged: {_message(error)}")
+        except OSError as error:
+            bad.report(shard, "-", f"shard cannot be read: {_message(error)}")
         except ValueError as error:
             bad.report(shard, "-", f"shard is malformed, its rest is left out: {_message(error)}")
 
@@ -166,19 +171,26 @@ def _message(error: Exception) -> str:
     return str(error.args[0]).split(" @ ")[0] if error.args else repr(error)
 
 
-def _is_complete(shard: str) -> bool:
-    """Whether a local tar has a good header after each file, and nothing behind its end mark.
+def _files(shard: str) -> Iterator[dict[str, Any]]:
+    """Name and content of each file of a local tar, and an empty dict behind the last, as `webdataset.tariterators` has them of any stream.
 
-    Readers take a bad header, like a cut between two files, for the end: what follows would be lost without a word.
+    A stream ends at a bad header and at a cut between two files as it does at the archive's end mark, and what follows would be lost without a
+    word: here it raises tarfile.ReadError. A local file needs no stream's copies, either.
     """
-    path = Path(shard)
-    if not path.is_file() or path.suffix != ".tar":
-        return True  # remote or compressed: a cut shows as an error while reading
-    with path.open("rb") as file:
-        try:
-            while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):  # the first of the end mark's
-                member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
-                file.seek(-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, 1)
-        except tarfile.HeaderError:
-            return False
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) and not any(part.strip(b"\0") for part in iter(lambda: file.read(1 << 20), b""))
+    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # it remembers all
+            if member.isreg() and not META.match(member.name):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield {"fname": member.name, "data": content.read(), "__url__": shard}
+        yield {}
+        file.seek(archive.offset)
+        if not _is_end_mark(file):
+            raise tarfile.ReadError("no end of the archive behind its last good file")
+
+
+def _is_end_mark(rest: BinaryIO) -> bool:
+    """Whether two blocks of zeros are left, or more, and nothing else."""
+    begun = rest.read(2 * tarfile.BLOCKSIZE)
+    return len(begun) == 2 * tarfile.BLOCKSIZE and not any(part.strip(b"\0") for part in itertools.chain([begun], iter(lambda: rest.read(1 << 20), b"")))

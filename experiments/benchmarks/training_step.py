@@ -80,7 +80,7 @@ def cached(module: Stage1 | Stage2, batch: TripletBatch) -> CachedBatch:
 
 
 def against_ip_adapter(from_cache: bool = False, **options) -> Callable[[torch.device], tuple[Run, Run]]:
-    """options: of MoMA's side."""
+    """from_cache: both sides. options: of MoMA's side."""
     def prepare(device: torch.device) -> tuple[Run, Run]:
         batch, moma, ip_adapter = batch_of(BATCH, device), stage2(device, **options), stage2(device, context="image_encoder", subject=False)
         return tuple(stage2_step(module, cached(module, batch) if from_cache else batch) for module in (moma, ip_adapter))  # type: ignore[return-value]
@@ -108,7 +108,13 @@ def stage1_against_bare_mllm(device: torch.device, target: bool = False, from_ca
         return bare()
 
     parameters, read = trained(module), cached(module, batch) if from_cache else batch
-    return step(parameters, lambda: module.loss(module(read), module.target(read))), step(parameters, beside_target if target else bare)
+    return step(parameters, lambda: stage1_loss(module, read)), step(parameters, beside_target if target else bare)
+
+
+def stage1_loss(module: Stage1, batch: TripletBatch | CachedBatch) -> Tensor:
+    """In the order of `Stage1.training_step`."""
+    target = module.target(batch)
+    return module.loss(module(batch).float(), target)
 
 
 @torch.no_grad()
@@ -134,9 +140,10 @@ def true_stage2(device: torch.device, batch_size: int | None = None, **options) 
     return module, random_batch(experiment, device)
 
 
-def true_against_ip_adapter(device: torch.device, from_cache: bool = False) -> tuple[Run, Run]:
+def true_against_ip_adapter(device: torch.device, from_cache: bool = False, reference: bool = False) -> tuple[Run, Run]:
+    """reference: MoMA's cache holds the reference pass's features too."""
     runs = []
-    for options in ({}, {"context": "image_encoder", "subject": False}):
+    for options in ({"cache_reference": reference}, {"context": "image_encoder", "subject": False}):
         module, batch = true_stage2(device, **options)
         runs.append(stage2_step(module, cached(module, batch) if from_cache else batch, bf16=device.type != "cpu"))
         if from_cache:
@@ -186,7 +193,7 @@ def true_stage1_against_bare_mllm(device: torch.device, layers: int | None = Non
 
         return run
 
-    return gradients(lambda: module.loss(module(batch).float(), module.target(batch))), gradients(bare_mllm(module, batch))
+    return gradients(lambda: stage1_loss(module, batch)), gradients(bare_mllm(module, batch))
 
 
 @contextlib.contextmanager
@@ -204,6 +211,8 @@ def cases(full: bool) -> list[Case]:
     listed = [
         Case("stage 2 step / IP-Adapter step, mini", "<= 1.35", shape, against_ip_adapter()),
         Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(from_cache=True)),
+        Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, mini", "<= 1.35", shape,
+             against_ip_adapter(from_cache=True, cache_reference=True)),
         Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, mini", "", shape, against_ip_adapter(context="image_encoder")),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
         Case("stage 2 step online / from a cache with the reference, mini", ">= 2.0", shape, functools.partial(online_against_cached, reference=True)),
@@ -218,6 +227,8 @@ def cases(full: bool) -> list[Case]:
             Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, sd15", "<= 1.35",
                  f"SD 1.5 and CLIP ViT-H/14, random weights, batch of 8, on a CPU 1, at 512 px, {PRECISION}, AdamW", true_subject_side),
             Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", shape, functools.partial(true_against_ip_adapter, from_cache=True)),
+            Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, sd15", "<= 1.35", shape,
+                 functools.partial(true_against_ip_adapter, from_cache=True, reference=True)),
             Case("stage 2 step online / from a cache, sd15", ">= 2.0", shape, true_online_against_cached),
             Case("stage 2 step online / from a cache with the reference, sd15", ">= 2.0", shape, functools.partial(true_online_against_cached, reference=True)),
             Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, no optimizer",

@@ -190,10 +190,12 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         for text in texts:
             if text.count(PICTURE) != 1 or self.image_token in text.replace(PICTURE, ""):
                 raise ValueError(f"label and prompt must not contain {' or '.join({PICTURE, self.image_token})}: {text!r}")
-        picture = f"{self.family.before}{self.image_token * image_tokens}{self.family.after}"
-        texts = [text.replace(PICTURE, picture) for text in texts]
+        texts = [text.replace(PICTURE, f"{self.family.before}{self.image_token}{self.family.after}") for text in texts]
         tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        return tokens.input_ids, tokens.attention_mask.bool()
+        # Of each row's one place for the picture as many, after tokenizing: LLaVA's 576 in the text take the tokenizer far longer than its words.
+        times = torch.where(tokens.input_ids == self.mllm.config.image_token_id, image_tokens, 1).flatten()
+        ids, mask = (t.flatten().repeat_interleave(times).view(len(texts), -1) for t in (tokens.input_ids, tokens.attention_mask))
+        return ids, mask.bool()
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the foundation's MLLM does not hold: the token, the mapping and whatever of the MLLM is trained."""

@@ -120,7 +120,7 @@ class Stage1(TrainedPartModule):
         return {name: identity(model) for name, model in models.items()} | stated(options)
 
     def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
-        predicted, target = self(batch, self.edits.rate), self.target(batch)
+        target, predicted = self.target(batch), self(batch, self.edits.rate)  # first what keeps nothing for gradients
         self.target_sum += target.sum(0)
         self.target_count += len(batch)
         loss = self.loss(predicted, target)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.models.instruction import PICTURE, instruction
 from moma_lightning.models.mllm import FAMILIES
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.optim import OptimizerConfig
@@ -78,6 +79,17 @@ def test_equals_the_familys_own_processor_and_model(family, mllm_foundation, pic
     output = decoder(pictures, LABELS, PROMPTS)
     for row, hidden in zip(output, theirs(family, mllm_foundation, pictures, texts), strict=True):
         torch.testing.assert_close(row, (F.silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("template", ["paper", "released"])
+def test_tokens_are_those_of_the_text_with_all_places_in_it(family, mllm_foundation, template):
+    decoder = build(family, mllm_foundation, template=template)
+    places = decoder.family.before + decoder.image_token * 5 + decoder.family.after
+    texts = [instruction(template, label, prompt).replace(PICTURE, places) for label, prompt in zip(LABELS, PROMPTS, strict=True)]
+    whole = decoder.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = decoder.tokenize(LABELS, PROMPTS, 5)
+    assert torch.equal(ids, whole.input_ids) and torch.equal(mask, whole.attention_mask.bool())
+    assert (ids == decoder.mllm.config.image_token_id).sum(1).tolist() == [5, 5, 5] and not mask.all()
 
 
 @torch.no_grad()
