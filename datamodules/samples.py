@@ -179,7 +179,7 @@ def _files(shard: str) -> Iterator[dict[str, Any]]:
     """
     with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # it remembers all
+            archive.members = []  # type: ignore[attr-defined]  # it remembers all
             if member.isreg() and not META.match(member.name):
                 content = archive.extractfile(member)
                 assert content is not None

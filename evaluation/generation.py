@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from datamodules.dreambooth import Subject
 from evaluation.config import EvalConfig
-from evaluation.methods import Method
+from evaluation.methods import Method, Reference
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress, begin_process, run_processes
 from evaluation.stamps import git_revision
@@ -54,6 +57,7 @@ class PictureMaker(LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.told = config, methods, digests
         self.method: Method | None = None
+        self.at_once = config.batch_size
 
     def setup(self, stage: str) -> None:
         """Rank 0's config, methods and digests count everywhere."""
@@ -90,13 +94,31 @@ class PictureMaker(LightningModule):
 
     def make(self, name: str, batch: list[list[Planned]]) -> int:
         method, first = self.ready(name), batch[0][0]
-        images = method.generate(self.by_name[first.task.subject], first.reference, [same[0].task for same in batch])
+        subject, tasks = self.by_name[first.task.subject], [same[0].task for same in batch]
+        images: list[Image.Image] = []
+        while len(images) < len(tasks):
+            images += self.fitting(name, method, subject, first.reference, tasks[len(images) :])
         for same, image in zip(batch, images, strict=True):
             for plan in same:
                 self.writer.write(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(plan.reference.path)})
         made = sum(map(len, batch))
         self.progress.add(name, made)
         return made
+
+    def fitting(self, name: str, method: Method, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        """The first tasks' pictures: as many as the device holds at once, half of those before where it does not, from then on for this method."""
+        part = tasks[: self.at_once]
+        try:
+            return method.generate(subject, reference, part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+        # Behind the clause: the error holds on to all that the call had made.
+        self.at_once = len(part) // 2
+        torch.cuda.empty_cache()
+        warnings.warn(f"{name}: the device's memory does not hold {len(part)} pictures at once, so {self.at_once} are drawn; batch_size says how many are "
+                      "tried", stacklevel=2)  # fmt: skip
+        return []
 
     def on_predict_end(self) -> None:
         self.writer.finish()
@@ -107,7 +129,7 @@ class PictureMaker(LightningModule):
         if self.method is not method:
             if self.method is not None:
                 self.method.teardown()
-            self.method, method.folder = method, self.config.pictures / name
+            self.method, method.folder, self.at_once = method, self.config.pictures / name, self.config.batch_size
             method.setup(self.evaluation.models, self.evaluation.protocol.sampler)
         return method
 

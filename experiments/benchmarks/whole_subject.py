@@ -42,7 +42,7 @@ class Setting:
         return f"{len(self.prompts)} prompts x {self.seeds} seeds, {self.steps} steps, batches of {self.batch}"
 
 
-MINI_SETTING = Setting(ALL_PROMPTS, 12, 4, 50, 3.0)
+MINI_SETTING = Setting(ALL_PROMPTS, 12, 4, 34, 3.0)
 TRUE_SETTING = Setting(FEW_PROMPTS, 25, 2, 8, 7.5)
 
 

@@ -56,6 +56,36 @@ def test_methods_share_their_noise(tmp_path, log):
     assert made(log) == made(log + "b")
 
 
+class Small(Painter):
+    """On a device that holds so many pictures at a time as `most`."""
+
+    most = 1
+
+    def generate(self, subject, reference, tasks):
+        if len(tasks) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().generate(subject, reference, tasks)
+
+
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(tmp_path, log):
+    config = fake_config(tmp_path / "small", {"a": Small(0.3, log)})
+    config.batch_size = 8
+    with pytest.warns(UserWarning, match="a: the device's memory does not hold 3 pictures at once, so 1 are drawn") as warned:
+        generate(config)
+    assert sum("does not hold" in str(one.message) for one in warned) == 1
+    whole = fake_config(tmp_path / "whole", {"a": Painter(0.3)})
+    generate(whole)
+    pictures = {path.relative_to(whole.pictures): path.read_bytes() for path in whole.pictures.rglob("*.png")}
+    assert pictures == {path.relative_to(config.pictures): path.read_bytes() for path in config.pictures.rglob("*.png")}
+    assert len(made(log)) == len(pictures) == PICTURES
+
+
+def test_a_device_too_small_for_one_picture_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Small, "most", 0)
+    with pytest.warns(UserWarning, match="does not hold 2"), pytest.raises(torch.OutOfMemoryError):
+        generate(fake_config(tmp_path, {"a": Small(0.3)}))
+
+
 def test_nothing_is_made_twice(tmp_path, log):
     config = fake_config(tmp_path, {"a": Painter(0.3, log)})
     generate(config)
