@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import tarfile
 import warnings
@@ -87,8 +88,8 @@ def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, An
     """
     for shard in shards:
         try:
-            is_file = Path(shard).is_file() and Path(shard).suffix == ".tar"
-            yield from group_by_keys(_files(shard)) if is_file else wds.tarfile_samples([{"url": shard}])
+            is_local = shard.endswith(".tar") and os.path.isfile(shard)
+            yield from group_by_keys(_files(shard)) if is_local else wds.tarfile_samples([{"url": shard}])
         except (tarfile.TarError, EOFError) as error:
             bad.report(shard, "-", f"shard is cut short or damaged: {_message(error)}")
         except OSError as error:

@@ -32,8 +32,8 @@ def cases() -> list[Case]:
     shape = f"guided step, SD 1.5's UNet x0.25 (on a GPU x1), {PRECISION}"
     masked = f"{shape}, mask 25%"
     step = larger_against_smaller
-    resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, step((a, 0.25, 1), (b, 0.25, 1)), pairs=3) for a, b in ((64, 32), (128, 64))]
-    masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", step((64, a, 1), (64, b, 1)), pairs=3)
+    resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, step((a, 0.25, 1), (b, 0.25, 1)), pairs=7) for a, b in ((64, 32), (128, 64))]
+    masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", step((64, a, 1), (64, b, 1)), pairs=7)
              for a, b in ((0.25, 0.05), (1.0, 0.25))]  # fmt: skip
     batch = Case("growth: 1 to 4 pictures at once", "", f"{masked}, 32x32 latents", step((32, 0.25, 4), (32, 0.25, 1)))
     evaluation = f"mini MoMA, {MINI_SETTING.seeds} pictures of each, {MINI_SETTING.steps} steps, batches of 16"

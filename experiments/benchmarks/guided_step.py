@@ -54,7 +54,7 @@ class Size:
             return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=groups).eval()
 
 
-SIZES = [Size("mini", 8, steps=10), Size("sd15", 64, 1.0, pairs=3)]
+SIZES = [Size("mini", 8, steps=10), Size("sd15", 64, 1.0, pairs=7)]
 #: Many minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
 FULL = [Size("sd15 16 pictures", 64, 1.0, pictures=16)]
 #: For a GPU: each mask and the plain UNet take a minute or more to compile. A graph's steps follow one another without the GPU being waited for.
