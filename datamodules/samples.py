@@ -25,7 +25,7 @@ from datamodules.shards import PICTURE_EXTENSIONS, contains_label
 
 OnError = Literal["skip", "raise"]
 
-#: Names that webdataset leaves out, of what tells something of a shard and belongs to no sample.
+#: Names of files that describe the shard and belong to no sample; webdataset leaves them out too.
 META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -176,10 +176,13 @@ def _files(shard: str) -> Iterator[dict[str, Any]]:
     """Name and content of each file of a local tar, and an empty dict behind the last, as `webdataset.tariterators` has them of any stream.
 
     A stream ends at a bad header and at a cut between two files as it does at the archive's end mark, and what follows would be lost without a
-    word: here it raises tarfile.ReadError. A local file needs no stream's copies, either.
+    word: here it raises tarfile.ReadError. Reading the file itself also saves the copies that a stream makes.
     """
     with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        length = os.fstat(file.fileno()).st_size
         while (member := archive.next()) is not None:
+            if member.offset_data + member.size > length and not member.issparse():  # asked for, a damaged header's size might be more than memory has
+                raise tarfile.ReadError("unexpected end of data")
             archive.members = []  # type: ignore[attr-defined]  # it remembers all
             if member.isreg() and not META.match(member.name):
                 content = archive.extractfile(member)

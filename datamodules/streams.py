@@ -19,7 +19,7 @@ from datamodules.caches import samples as cached
 from datamodules.samples import BadSampleError, BadSamples, OnError, Triplet, decode, read_shards
 from moma_lightning.batch import CachedBatch, TripletBatch
 
-Position = tuple[int, int, int]  # the pass, how many samples of it this reader had drawn before its group, how many of the group's batches it has given
+Position = tuple[int, int]  # number of the pass, and how many samples of it this reader has drawn
 Batch = TripletBatch | CachedBatch
 Item = TypeVar("Item")
 
@@ -34,8 +34,6 @@ class TripletConfig:
     batch_size: samples a rank and step.
     num_workers: loading processes a rank; 0 loads in the training process.
     shuffle_buffer: samples (undecoded) that each reader shuffles among, on top of the order of shards.
-    group_by_length: batches, in training, that are cut from their samples sorted by the length of their texts, so that less of a batch is padding;
-        1 cuts samples as they come. A reader holds as many decoded batches. Ranks that go on together read texts of about one length.
     steps_per_epoch: training batches a rank and epoch.
     val_batches: validation batches a rank; None is all there are. More than one rank needs the number: every rank then gives
         exactly as many, from its beginning again when its part is short, and another rank's where there are fewer batches than ranks.
@@ -50,7 +48,6 @@ class TripletConfig:
     batch_size: int = 16
     num_workers: int = 0
     shuffle_buffer: int = 1000
-    group_by_length: int = 1
     steps_per_epoch: int = 500
     val_batches: int | None = None
     flip: bool = True
@@ -59,7 +56,7 @@ class TripletConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in {"image_size": 1, "batch_size": 1, "group_by_length": 1, "steps_per_epoch": 1, "num_workers": 0, "shuffle_buffer": 0}.items():
+        for name, least in {"image_size": 1, "batch_size": 1, "steps_per_epoch": 1, "num_workers": 0, "shuffle_buffer": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.config.{name} is {getattr(self, name)}: it has to be {least} or more")
 
@@ -88,23 +85,14 @@ class TrainStream(IterableDataset):
         return itertools.islice(self._stream, share)
 
     def _batches(self, worker: int, workers: int) -> Iterator[tuple[Batch, int, Position]]:
-        size, count = self.config.batch_size, self.config.group_by_length
-        number, before, given = self.start.get(worker, (0, 0, 0))
-        samples = self._samples(worker, workers, number, before)
-        order = np.random.default_rng(self.config.seed).permutation(count)  # the same for all readers, which then are at batches of like length
+        samples = self._samples(worker, workers)
         while True:
-            group = list(itertools.islice(samples, size * count))
-            triplets, last = [triplet for triplet, _ in group], group[-1][1]
-            if count > 1:
-                triplets.sort(key=lambda triplet: len(triplet.label) + len(triplet.caption))
-            for place in range(given, count):
-                start = size * order[place]
-                yield collate(triplets[start : start + size]), worker, (number, before, place + 1) if place + 1 < count else (*last, 0)
-            (number, before), given = last, 0
+            drawn = list(itertools.islice(samples, self.config.batch_size))
+            yield collate([sample for sample, _ in drawn]), worker, drawn[-1][1]
 
-    def _samples(self, worker: int, workers: int, first: int, skip: int) -> Iterator[tuple[Any, tuple[int, int]]]:
-        """From the given pass on without its first `skip` samples, each with its pass and its number in it."""
+    def _samples(self, worker: int, workers: int) -> Iterator[tuple[Any, Position]]:
         reader = self.rank * workers + worker
+        first, skip = self.start.get(worker, (0, 0))
         for number in itertools.count(first):
             found = skip > 0
             for index, sample in enumerate(self._one_pass(number, reader, self.world_size * workers)):

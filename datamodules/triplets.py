@@ -113,19 +113,17 @@ class TripletDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         workers = max(1, self.config.num_workers)
         first = self.rank_and_world_size[0] * workers
-        positions = {reader: (*at, 0)[:3] for reader, at in state_dict["positions"].items()}  # older ones are two numbers
+        positions = {reader: (number, drawn) for reader, (number, drawn) in state_dict["positions"].items()}
         self.progress = Progress({reader - first: at for reader, at in positions.items() if first <= reader < first + workers})
         self.progress.given = self.progress.resume_at = state_dict.get("given", 0)
         if self.train_shards and positions and (state_dict["readers"] != self._readers() or state_dict.get("order", self._order()) != self._order()):
-            next_pass = max(number for number, *_ in positions.values()) + 1
-            self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0, 0))
+            next_pass = max(number for number, _ in positions.values()) + 1
+            self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0))
             rank_zero_warn("the number of ranks or workers, the shards, the seed or the shuffling are not the checkpoint's: reading goes on with the next pass")
 
     def _order(self) -> str:
         """Digest of what decides which sample comes when, the number of readers apart."""
-        told: list[Any] = [[Path(shard).name for shard in self.train_shards], self.config.seed, self.config.shuffle_buffer]
-        if self.config.group_by_length > 1:
-            told += [self.config.group_by_length, self.config.batch_size]
+        told = [[Path(shard).name for shard in self.train_shards], self.config.seed, self.config.shuffle_buffer]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def _readers(self) -> list[int]:

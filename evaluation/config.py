@@ -65,8 +65,8 @@ class EvalConfig:
     protocol: a preset's name; overrides: fields of it to change, nested like them, each over what earlier files say of it.
     methods: name -> method, in the table's order.
     adapter, decoder: what the two stages wrote, None where no method needs them. num_processes: workers, each with its share of the subjects and threads (on
-    GPUs, one a device). dtype: of the weights that draw; scoring's are the protocol's. batch_size: pictures a pipeline call, fewer where a
-    GPU's memory does not hold them.
+    GPUs, one a device). dtype: of the weights that draw; scoring's are the protocol's. batch_size: pictures a pipeline call; making a
+    method's pictures, fewer where a GPU's memory does not hold them.
     ablation: the table that `ablate` makes. moma: the setting that `point` scores, one of a sweep.
     """
 

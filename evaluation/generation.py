@@ -94,10 +94,7 @@ class PictureMaker(LightningModule):
 
     def make(self, name: str, batch: list[list[Planned]]) -> int:
         method, first = self.ready(name), batch[0][0]
-        subject, tasks = self.by_name[first.task.subject], [same[0].task for same in batch]
-        images: list[Image.Image] = []
-        while len(images) < len(tasks):
-            images += self.fitting(name, method, subject, first.reference, tasks[len(images) :])
+        images = self.drawn(name, method, self.by_name[first.task.subject], first.reference, [same[0].task for same in batch])
         for same, image in zip(batch, images, strict=True):
             for plan in same:
                 self.writer.write(plan.path, image, plan.settings, self.provenance | {"name": name, "reference": str(plan.reference.path)})
@@ -105,20 +102,29 @@ class PictureMaker(LightningModule):
         self.progress.add(name, made)
         return made
 
-    def fitting(self, name: str, method: Method, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
-        """The first tasks' pictures: as many as the device holds at once, half of those before where it does not, from then on for this method."""
-        part = tasks[: self.at_once]
-        try:
-            return method.generate(subject, reference, part)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-        # Behind the clause: the error holds on to all that the call had made.
-        self.at_once = len(part) // 2
-        torch.cuda.empty_cache()
-        warnings.warn(f"{name}: the device's memory does not hold {len(part)} pictures at once, so {self.at_once} are drawn; batch_size says how many are "
-                      "tried", stacklevel=2)  # fmt: skip
-        return []
+    def drawn(self, name: str, method: Method, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
+        """The tasks' pictures, `at_once` a call; where the device's memory does not hold them, half as many from then on for this method.
+
+        Raises ValueError for a method that returns fewer or more pictures than it was given tasks.
+        """
+        images: list[Image.Image] = []
+        while len(images) < len(tasks):
+            part, made = tasks[len(images) : len(images) + self.at_once], None
+            try:
+                made = method.generate(subject, reference, part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            if made is None:  # behind the clause, since the error holds on to all that the call had made
+                self.at_once = len(part) // 2
+                torch.cuda.empty_cache()
+                told = f"{name}: the device's memory does not hold {len(part)} pictures at once, {self.at_once} are tried"
+                warnings.warn(f"{told}; a lower batch_size spares the attempt", stacklevel=2)
+                continue
+            if len(made) != len(part):
+                raise ValueError(f"{name}: {len(made)} pictures of {subject.name} for {len(part)} tasks")
+            images += made
+        return images
 
     def on_predict_end(self) -> None:
         self.writer.finish()

@@ -70,9 +70,9 @@ class BasePipelineSDXL(StableDiffusionXLPipeline):
     def vae_in_range(self) -> Iterator[None]:
         """SDXL's own autoencoder overflows in float16 and says so (`force_upcast`): inside it works in float32."""
         narrow = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        if narrow:
-            self.vae.to(torch.float32)
         try:
+            if narrow:
+                self.vae.to(torch.float32)
             yield
         finally:
             if narrow:

@@ -29,10 +29,10 @@ class DreamBoothLora(TunedMethod):
     @contextmanager
     def tuned(self, label: str, weights: Weights | None = None) -> Iterator[dict[str, nn.Parameter]]:
         unet = self.pipeline.unet
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            unet.add_adapter(lora_config(self.rank))
         try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                unet.add_adapter(lora_config(self.rank))
             parameters = {name: parameter for name, parameter in unet.named_parameters() if ".lora_" in name}
             if weights is not None:
                 load(parameters, weights)

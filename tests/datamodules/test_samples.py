@@ -1,9 +1,11 @@
+import io
 import json
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from PIL import Image
 
 from datamodules.samples import BadSampleError, BadSamples, decode, read_shards, to_pixel_values, to_subject_mask
@@ -141,6 +143,35 @@ def test_a_tar_with_more_behind_its_readable_end_is_named(three, tmp_path, spoil
     assert 0 < len(list(read_shards([str(three)], log))) <= 3
     (line,) = log.lines()
     assert line.startswith(f"{three}\t-\tshard is cut short or damaged")
+
+
+def test_files_of_a_local_tar_are_those_that_webdataset_finds(tmp_path):
+    """Names of all kinds, files of no sample, links, folders and an empty file among them."""
+    content = {"__meta__/a.txt": b"1", "__info__": b"2", "a.PNG": b"3", "a.mask.png": b"", "folder/b.json": b"5", "./c.png": b"6", "no_extension": b"7",
+               "k" * 120 + ".png": b"8", "\u043a\u043b\u044e\u0447.png": b"9"}  # fmt: skip
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in (("a.json", tarfile.LNKTYPE), ("a.txt", tarfile.SYMTYPE), ("folder", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.PNG"
+            tar.addfile(info)
+    theirs = list(wds.tarfile_samples([{"url": str(tmp_path / "x.tar")}]))
+    assert list(read_shards([str(tmp_path / "x.tar")], bad_log(tmp_path, "raise"))) == theirs and len(theirs) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*It is skipped")
+def test_a_header_that_asks_for_more_than_there_is_ends_its_shard(three, tmp_path):
+    damaged = tarfile.TarInfo("s9.png")
+    damaged.size = 2**50
+    with tarfile.open(three) as tar:
+        last = tar.getmembers()[-1]
+    three.write_bytes(three.read_bytes()[: last.offset_data + -(-last.size // 512) * 512] + damaged.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    log = bad_log(tmp_path)
+    assert len(list(read_shards([str(three)], log))) == 2
+    assert log.lines().pop().endswith("shard is cut short or damaged: unexpected end of data")
 
 
 @pytest.mark.filterwarnings("ignore:.*It is skipped")

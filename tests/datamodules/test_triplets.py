@@ -59,26 +59,6 @@ def test_epochs_have_a_fixed_length_and_go_through_pass_after_pass(shards, tools
     assert [k[:2] for k in passes[0]] != sorted(k[:2] for k in passes[0])
 
 
-def test_texts_of_one_length_come_together(tmp_path, tools):
-    """Of a pass, 24 samples in a group of 12 batches, the same are drawn; each batch is a run of the lengths in order, the same run on every rank."""
-    def write(count: int, first: int) -> dict[str, dict[str, bytes | None]]:
-        places = ["in the city " + "again " * (7 * i % 12) for i in range(count)]
-        texts = [json.dumps({"caption": f"a toy robot {place}", "label": "toy robot"}).encode() for place in places]
-        return {f"{first}{i:02d}": tools.sample(i, json=text) for i, text in enumerate(texts)}
-
-    for shard in range(2):
-        tools.write_tar(tmp_path / f"train-{shard}.tar", write(12, shard))
-    options = {"steps_per_epoch": 12, "batch_size": 2}
-    plain, grouped = (tools.datamodule(tmp_path, group_by_length=count, **options) for count in (1, 12))
-    batches = list(grouped.train_dataloader())
-    assert sorted(key for batch in batches for key in batch.key) == sorted(key for batch in plain.train_dataloader() for key in batch.key)
-    lengths = [sorted(map(len, batch.caption)) for batch in batches]
-    assert all(shortest == longest for shortest, longest in lengths) and lengths != sorted(lengths)
-    ranks = [streams.TrainStream(grouped.config, grouped.train_shards, grouped.bad_samples, rank, 2, {}) for rank in range(2)]
-    longest = [[max(map(len, batch.caption)) for batch, *_ in stream] for stream in ranks]
-    assert longest[0] == longest[1] and len(set(longest[0])) > 3
-
-
 def test_it_tells_how_long_batches_were_waited_for(shards, tools, monkeypatch):
     """A clock that goes on by 1 second a sample read, and by 50 between the batches."""
     now = [0.0]
@@ -112,7 +92,7 @@ def test_two_workers_share_a_pass(shards, tools):
     loader = module.train_dataloader()
     first, second = ([key for batch in loader for key in batch.key] for _ in range(2))
     assert sorted(first) == sorted(second) == ALL and first != second
-    assert module.progress.positions == {0: (1, 6, 0), 1: (1, 6, 0)}
+    assert module.progress.positions == {0: (1, 6), 1: (1, 6)}
 
 
 def test_uneven_shards_give_every_rank_the_same_number_of_steps(shards, tools):
@@ -215,17 +195,15 @@ def test_a_reader_with_bad_shards_only_goes_on_with_the_next_pass(shards, tools)
     assert {key for batch in epochs(module, 1) for key in batch} == {"s00", "s01", "s02"}
 
 
-@pytest.mark.parametrize(("workers", "handed_over", "group"), [
-    (0, 1, 1), (0, 3, 1), (0, 4, 1), (0, 7, 1), (0, 11, 1), (2, 3, 1), (2, 6, 1), (3, 5, 1), (0, 2, 3), (0, 3, 3), (0, 8, 5), (2, 5, 3)])  # fmt: skip
-def test_resume_goes_on_with_the_next_batch(shards, tools, workers, handed_over, group):
-    """Within an epoch too, where with three workers the next batch is not the first worker's, and within a group; a fourth of its epochs is uneven."""
-    options = {"flip": True, "num_workers": workers, "group_by_length": group}
-    whole = epochs(tools.datamodule(shards, **options), 4)
-    killed = tools.datamodule(shards, **options)
+@pytest.mark.parametrize(("workers", "handed_over"), [(0, 1), (0, 3), (0, 4), (0, 7), (0, 11), (2, 3), (2, 6), (3, 5)])
+def test_resume_goes_on_with_the_next_batch(shards, tools, workers, handed_over):
+    """Within an epoch too, where with three workers the next batch is not the first worker's; a fourth of its epochs is uneven."""
+    whole = epochs(tools.datamodule(shards, flip=True, num_workers=workers), 4)
+    killed = tools.datamodule(shards, flip=True, num_workers=workers)
     loader = killed.train_dataloader()
     stream = itertools.chain.from_iterable(loader for _ in range(4))
     before = [next(stream).key for _ in range(handed_over)]
-    resumed = tools.datamodule(shards, **options)
+    resumed = tools.datamodule(shards, flip=True, num_workers=workers)
     resumed.load_state_dict(json.loads(json.dumps(killed.state_dict()), object_pairs_hook=_integer_keys))
     after = epochs(resumed, 4)
     assert before + after[: 16 - handed_over] == whole
@@ -236,7 +214,7 @@ def _integer_keys(pairs):
 
 
 def test_resumed_pixels_are_the_same(shards, tools):
-    """Not the keys alone: the random square and flip of a sample do not depend on when it was read. Positions of two numbers are older runs'."""
+    """Not the keys alone: the random square and flip of a sample do not depend on when it was read."""
     pixels = [batch.pixel_values for batch in tools.datamodule(shards, flip=True, steps_per_epoch=9).train_dataloader()]
     resumed = tools.datamodule(shards, flip=True, steps_per_epoch=9)
     resumed.load_state_dict({"readers": [1, 1], "positions": {0: (0, 8)}})
@@ -258,25 +236,25 @@ def test_each_rank_goes_on_where_it_stood(shards, tools, monkeypatch):
     rank = collections.namedtuple("Trainer", "global_rank world_size default_root_dir")
     module = tools.datamodule(shards, num_workers=2, prepared=False)
     module.trainer = rank(1, 2, "")
-    module.progress.positions = {0: (1, 2, 0), 1: (0, 3, 1)}
-    monkeypatch.setattr("datamodules.triplets.over_ranks", lambda own: [{0: (5, 5, 0), 1: (6, 6, 0)}, own])
+    module.progress.positions = {0: (1, 2), 1: (0, 3)}
+    monkeypatch.setattr("datamodules.triplets.over_ranks", lambda own: [{0: (5, 5), 1: (6, 6)}, own])
     state = module.state_dict()
-    assert state["positions"] == {0: (5, 5, 0), 1: (6, 6, 0), 2: (1, 2, 0), 3: (0, 3, 1)}
+    assert state["positions"] == {0: (5, 5), 1: (6, 6), 2: (1, 2), 3: (0, 3)}
     resumed = tools.datamodule(shards, num_workers=2, prepared=False)
     resumed.trainer = rank(1, 2, "")
     resumed.load_state_dict(state)
-    assert resumed.progress.positions == {0: (1, 2, 0), 1: (0, 3, 1)}
+    assert resumed.progress.positions == {0: (1, 2), 1: (0, 3)}
 
 
 def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     killed = tools.datamodule(shards)
     epochs(killed, 2)
     state = killed.state_dict()
-    assert state == {"readers": [1, 1], "order": state["order"], "positions": {0: (1, 4, 0)}, "given": 0}
+    assert state == {"readers": [1, 1], "order": state["order"], "positions": {0: (1, 4)}, "given": 0}
     resumed = tools.datamodule(shards, num_workers=2)
     with pytest.warns(UserWarning, match="reading goes on with the next pass"):
         resumed.load_state_dict(killed.state_dict())
-    assert resumed.progress.positions == {0: (2, 0, 0), 1: (2, 0, 0)}
+    assert resumed.progress.positions == {0: (2, 0), 1: (2, 0)}
 
 
 class Recorder(LightningModule):
@@ -335,7 +313,7 @@ def test_an_epoch_that_is_cut_off_is_refused(shards, tools, tmp_path, limit):
         trainer.fit(Recorder(), tools.datamodule(shards, prepared=False))
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"steps_per_epoch": 0}, {"num_workers": -1}, {"group_by_length": 0}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"steps_per_epoch": 0}, {"num_workers": -1}])
 def test_numbers_that_cannot_work_are_named(shards, tools, options):
     with pytest.raises(ValueError, match=f"data.config.{next(iter(options))} is"):
         tools.datamodule(shards, **options)
@@ -348,7 +326,7 @@ def test_log_stands_in_the_trainers_folder(shards_with_bad, tools, tmp_path):
     assert "mask is empty" in (tmp_path / "run" / "bad_samples.log").read_text()
 
 
-@pytest.mark.parametrize("changed", [{"seed": 3}, {"shuffle_buffer": 2}, {"group_by_length": 2}])
+@pytest.mark.parametrize("changed", [{"seed": 3}, {"shuffle_buffer": 2}])
 def test_a_changed_order_starts_with_the_next_pass(shards, tools, changed):
     """A position in one order means nothing in another: samples would be seen twice or never."""
     first = tools.datamodule(shards)
@@ -358,4 +336,4 @@ def test_a_changed_order_starts_with_the_next_pass(shards, tools, changed):
     same, other = tools.datamodule(shards), tools.datamodule(shards, **changed)
     same.load_state_dict(state)
     other.load_state_dict(state)
-    assert same.progress.positions == {0: (0, 4, 0)} and other.progress.positions == {0: (1, 0, 0)}
+    assert same.progress.positions == {0: (0, 4)} and other.progress.positions == {0: (1, 0)}

@@ -59,7 +59,7 @@ def test_methods_share_their_noise(tmp_path, log):
 class Small(Painter):
     """On a device that holds so many pictures at a time as `most`."""
 
-    most = 1
+    most = 0
 
     def generate(self, subject, reference, tasks):
         if len(tasks) > self.most:
@@ -67,23 +67,41 @@ class Small(Painter):
         return super().generate(subject, reference, tasks)
 
 
-def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(tmp_path, log):
-    config = fake_config(tmp_path / "small", {"a": Small(0.3, log)})
+class Forgetful(Painter):
+    """Returns no picture for its last task."""
+
+    def generate(self, subject, reference, tasks):
+        return super().generate(subject, reference, tasks[:-1])
+
+
+@pytest.mark.parametrize(("most", "tried"), [(2, [2]), (1, [2, 1])])
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(tmp_path, monkeypatch, log, most, tried):
+    """Five pictures a subject: halved for the first subject, and so for the others; the next method begins with the whole batch."""
+    monkeypatch.setattr(Small, "most", most)
+    prompts = {"context_prompts": 3, "texture_prompts": 2}
+    config = fake_config(tmp_path / "small", {"a": Small(0.3, log), "b": BlindPainter(0.3, log + "b")}, prompts)
     config.batch_size = 8
-    with pytest.warns(UserWarning, match="a: the device's memory does not hold 3 pictures at once, so 1 are drawn") as warned:
+    with pytest.warns(UserWarning, match="a: the device's memory does not hold 5 pictures at once, 2 are tried") as warned:
         generate(config)
-    assert sum("does not hold" in str(one.message) for one in warned) == 1
-    whole = fake_config(tmp_path / "whole", {"a": Painter(0.3)})
+    told = [str(one.message) for one in warned if "does not hold" in str(one.message)]
+    assert [f"{count} are tried" in text for count, text in zip(tried, told, strict=True)] == [True] * len(tried)
+    whole = fake_config(tmp_path / "whole", {"a": Painter(0.3), "b": BlindPainter(0.3)}, prompts)
     generate(whole)
     pictures = {path.relative_to(whole.pictures): path.read_bytes() for path in whole.pictures.rglob("*.png")}
     assert pictures == {path.relative_to(config.pictures): path.read_bytes() for path in config.pictures.rglob("*.png")}
-    assert len(made(log)) == len(pictures) == PICTURES
+    assert len(made(log)) == len(pictures) // 2 == 3 * 5
 
 
-def test_a_device_too_small_for_one_picture_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(Small, "most", 0)
+def test_a_device_too_small_for_one_picture_is_told(tmp_path):
     with pytest.warns(UserWarning, match="does not hold 2"), pytest.raises(torch.OutOfMemoryError):
         generate(fake_config(tmp_path, {"a": Small(0.3)}))
+
+
+def test_a_picture_too_few_is_an_error_and_not_another_tasks(tmp_path):
+    config = fake_config(tmp_path, {"a": Forgetful(0.3)})
+    with pytest.raises(ValueError, match=r"a: 1 pictures of \w+ for 2 tasks"):
+        generate(config)
+    assert not list(config.pictures.rglob("*.png"))
 
 
 def test_nothing_is_made_twice(tmp_path, log):
