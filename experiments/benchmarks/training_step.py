@@ -112,9 +112,8 @@ def stage1_against_bare_mllm(device: torch.device, target: bool = False, from_ca
 
 
 def stage1_loss(module: Stage1, batch: TripletBatch | CachedBatch) -> Tensor:
-    """In the order of `Stage1.training_step`."""
-    target = module.target(batch)
-    return module.loss(module(batch).float(), target)
+    predicted, target = module.predicted_and_target(batch)
+    return module.loss(predicted.float(), target)
 
 
 @torch.no_grad()

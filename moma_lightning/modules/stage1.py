@@ -92,6 +92,13 @@ class Stage1(TrainedPartModule):
         """CLIP(I_ref), without gradient."""
         return batch.features["target"].float() if isinstance(batch, CachedBatch) else self.embeds(batch.pixel_values)
 
+    def predicted_and_target(
+        self, batch: TripletBatch | CachedBatch, edit_rate: float = 0.0
+    ) -> tuple[Float[Tensor, "batch embed_dim"], Float[Tensor, "batch embed_dim"]]:
+        """What a step's loss compares; the target is made first, which keeps nothing for gradients."""
+        target = self.target(batch)
+        return self(batch, edit_rate), target
+
     @torch.no_grad()
     def subject_embeds(self, batch: TripletBatch | CachedBatch) -> Float[Tensor, "batch embed_dim"]:
         """CLIP(I_wb), a baseline."""
@@ -120,7 +127,7 @@ class Stage1(TrainedPartModule):
         return {name: identity(model) for name, model in models.items()} | stated(options)
 
     def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
-        target, predicted = self.target(batch), self(batch, self.edits.rate)  # first what keeps nothing for gradients
+        predicted, target = self.predicted_and_target(batch, self.edits.rate)
         self.target_sum += target.sum(0)
         self.target_count += len(batch)
         loss = self.loss(predicted, target)
@@ -129,7 +136,7 @@ class Stage1(TrainedPartModule):
         return loss
 
     def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
-        predicted, target = self(batch), self.target(batch)
+        predicted, target = self.predicted_and_target(batch)
         loss = self.loss(predicted, target)
         self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
         for name, embeds in {"decoder": predicted, **self.baselines(batch)}.items():

@@ -1,6 +1,5 @@
 """A stage as its YAML describes it, without weights, and one training step of it."""
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,11 +124,5 @@ def batch_of(experiment: Experiment) -> TripletBatch:
 def loss_of(module: TrainedPartModule) -> Callable[[TripletBatch], Tensor]:
     """The stage's training loss, without its logging and without dropout (which looks at values)."""
     if isinstance(module, Stage1):
-        return functools.partial(stage1_loss, module)
+        return lambda batch: module.loss(*module.predicted_and_target(batch))
     return lambda batch: module.sample_losses(batch, drop=False)[0].mean()
-
-
-def stage1_loss(module: Stage1, batch: TripletBatch) -> Tensor:
-    """In the order of `Stage1.training_step`, which decides what is held at one time."""
-    target = module.target(batch)
-    return module.loss(module(batch), target)

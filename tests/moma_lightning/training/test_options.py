@@ -21,7 +21,7 @@ def gradients(module) -> tuple[dict[str, torch.Tensor], int]:
     module._log_bands = lambda *_: None
     torch.manual_seed(0)
     batch = global_batch(0, 0, 1)
-    loss = module.sample_losses(batch, drop=True)[0].mean() if hasattr(module, "adapter") else module.loss(module(batch), module.target(batch))
+    loss = module.sample_losses(batch, drop=True)[0].mean() if hasattr(module, "adapter") else module.loss(*module.predicted_and_target(batch))
     loss.backward()
     return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}, len(calls)
 
