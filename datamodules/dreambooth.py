@@ -137,8 +137,7 @@ def load_picture(path: Path) -> Image.Image:
 def load_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """A mask in mode "L", 0 and 255, scaled to its picture's `size` (width, height); ValueError names a file that cannot be read or does not fit."""
     try:
-        mask = pictures.open_mask(path)
-        return mask if size is None else pictures.fit_mask(mask, size)
+        return pictures.open_mask(path, size)
     except pictures.PICTURE_ERRORS as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
 

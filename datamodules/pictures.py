@@ -1,16 +1,13 @@
-"""Pictures and masks as they come from the wild: any mode, any orientation, any shape, made into RGB, binary and square."""
+"""Pictures and masks as they come from the wild: any mode, any orientation, any size, made into RGB and binary."""
 
 import io
 import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from moma_lightning.pictures import to_grey, to_rgb
-
-Box = tuple[int, int, int, int]
 
 #: What Pillow raises for files that are cut, damaged, of an unknown kind or absurdly large.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -31,9 +28,11 @@ def open_picture(source: bytes | Path, turn: bool = True, at_least: int | None =
     return to_rgb(_decoded(source, at_least), turn)
 
 
-def open_mask(source: bytes | Path) -> Image.Image:
-    """Decode a mask to mode "L" holding only 0 and 255, cut at `MASK_THRESHOLD`. Raises one of `PICTURE_ERRORS`."""
-    return to_grey(_decoded(source), turn=False).point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
+def open_mask(source: bytes | Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode a mask to mode "L" holding only 0 and 255, cut at `MASK_THRESHOLD`, of its picture's `size`, if given. Raises one of `PICTURE_ERRORS`."""
+    mask = to_grey(_decoded(source), turn=False)
+    mask = mask if size is None else fit_mask(mask, size)
+    return mask.point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int], tolerance: float = MASK_TOLERANCE) -> Image.Image:
@@ -46,39 +45,9 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], tolerance: float = MASK_T
     return mask.resize(size, Image.Resampling.NEAREST)
 
 
-def square_box(size: tuple[int, int], subject: Box, rng: np.random.Generator | None = None) -> Box:
-    """The square (left, top, right, bottom) to cut from a picture of (width, height) so that the whole subject is in it.
-
-    As large as the picture's short side, at a random place with `rng` and as central as the subject allows without.
-    A subject longer than the short side gets a square of its own length, which then reaches beyond the picture on both
-    sides of the short axis: nothing is squashed and nothing of the subject is lost.
-    """
-    left, top, right, bottom = subject
-    side = max(min(size), right - left, bottom - top)
-    x, y = _offset(size[0], side, left, right, rng), _offset(size[1], side, top, bottom, rng)
-    return x, y, x + side, y + side
-
-
-def cut(picture: Image.Image, box: Box, size: int) -> Image.Image:
-    """Cut a box and resize it to size x size: pictures bicubic with white beyond their edge, masks nearest with 0."""
-    is_mask = picture.mode == "L"
-    square = Image.new(picture.mode, (box[2] - box[0], box[3] - box[1]), 0 if is_mask else "white")
-    square.paste(picture, (-box[0], -box[1]))
-    return square.resize((size, size), Image.Resampling.NEAREST if is_mask else Image.Resampling.BICUBIC)
-
-
 def _decoded(source: bytes | Path, at_least: int | None = None) -> Image.Image:
     picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     if at_least is not None:
         picture.draft(None, (at_least, at_least))
     picture.load()
     return picture
-
-
-def _offset(length: int, side: int, start: int, stop: int, rng: np.random.Generator | None) -> int:
-    if side >= length:
-        return -((side - length) // 2)
-    low, high = max(0, stop - side), min(start, length - side)
-    if rng is not None:
-        return int(rng.integers(low, high + 1))
-    return min(max((length - side) // 2, low), high)

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
 import webdataset as wds
-from jaxtyping import Float
-from PIL import Image, ImageOps
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from webdataset.tariterators import group_by_keys
 
 from datamodules import pictures
 from datamodules.shards import PICTURE_EXTENSIONS, contains_label
+from datamodules.squares import cut, square_box
 
 OnError = Literal["skip", "raise"]
 
@@ -106,23 +105,23 @@ def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | N
     """
     caption, label, full_caption = _texts(sample)
     picture, mask = _picture_and_mask(sample, image_size)
-    box = pictures.square_box(picture.size, mask.getbbox(), rng)
-    picture, mask = pictures.cut(picture, box, image_size), pictures.cut(mask, box, image_size)
-    if mask.getbbox() is None:
+    box = square_box(picture.size, mask.getbbox(), rng)
+    pixels, inside = cut(picture, box, image_size), cut(mask, box, image_size)
+    if not inside.any():
         raise BadSampleError(f"subject is too small: nothing of its mask is left at {image_size}x{image_size}")
     if flip and rng is not None and rng.random() < 0.5:
-        picture, mask = ImageOps.mirror(picture), ImageOps.mirror(mask)
-    return Triplet(to_pixel_values(picture), to_subject_mask(mask), caption, label, sample["__key__"], full_caption)
+        pixels, inside = pixels.flip(-1), inside.flip(-1)
+    return Triplet(to_pixel_values(pixels), to_subject_mask(inside), caption, label, sample["__key__"], full_caption)
 
 
-def to_pixel_values(picture: Image.Image) -> Float[Tensor, "3 height width"]:
-    """An RGB picture as floats in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
+def to_pixel_values(picture: UInt8[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
+    """Bytes of RGB as floats in [-1, 1]."""
+    return picture.float().div_(127.5).sub_(1).contiguous()
 
 
-def to_subject_mask(mask: Image.Image) -> Float[Tensor, "1 height width"]:
-    """A mask from `open_mask` as 0.0 and 1.0."""
-    return torch.from_numpy(np.array(mask)).gt(0).float().unsqueeze(0)
+def to_subject_mask(mask: UInt8[Tensor, "*batch 1 height width"]) -> Float[Tensor, "*batch 1 height width"]:
+    """Bytes of a mask from `open_mask` as 0.0 and 1.0."""
+    return mask.gt(0).float()
 
 
 def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:
@@ -157,7 +156,7 @@ def _picture_and_mask(sample: dict[str, Any], image_size: int):
     except pictures.PICTURE_ERRORS as error:
         raise BadSampleError(f"picture cannot be read: {error}") from error
     try:
-        mask = pictures.fit_mask(pictures.open_mask(sample["mask.png"]), picture.size)
+        mask = pictures.open_mask(sample["mask.png"], picture.size)
     except pictures.PICTURE_ERRORS as error:
         raise BadSampleError(f"mask cannot be used: {error}") from error
     if mask.getbbox() is None:

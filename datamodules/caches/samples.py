@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from datamodules import pictures
 from datamodules.samples import BadSampleError, Triplet, to_subject_mask
+from datamodules.squares import as_bytes
 from moma_lightning.batch import OF_THE_SUBJECT, CachedBatch
 
 FEATURES = "safetensors"
@@ -66,7 +67,7 @@ def decode(sample: dict[str, Any], rng: np.random.Generator | None = None, flip:
     """
     try:
         features = safetensors.torch.load(sample[FEATURES])
-        mask = to_subject_mask(pictures.open_mask(sample["mask.png"]))
+        mask = to_subject_mask(as_bytes(pictures.open_mask(sample["mask.png"])))
         texts = json.loads(sample["json"])
         view = int(flip and rng is not None and rng.random() < 0.5)
         features = {name: feature[view] for name, feature in features.items()}

@@ -126,7 +126,7 @@ def read_picture(content: bytes, rotation: float | None, select: SelectConfig, s
 
 
 def fit_mask(content: bytes, picture: Picture, select: SelectConfig) -> bytes:
-    """The mask as a PNG of the picture's size. Raises RejectedError("mask_misfit").
+    """The mask as a PNG of one bit a pixel, of the picture's size. Raises RejectedError("mask_misfit").
 
     Masks are of the file's own pixels; one that has the proportions of the picture as its EXIF turns it is taken as such.
     """
@@ -145,7 +145,7 @@ def fit_mask(content: bytes, picture: Picture, select: SelectConfig) -> bytes:
         mask = mask.resize(picture.size, Image.Resampling.NEAREST)
     if mask.getbbox() is None:
         raise RejectedError("mask_empty", "nothing is left at the picture's size")
-    return encoded(mask, "PNG")
+    return encoded(mask.convert("1", dither=Image.Dither.NONE), "PNG")  # a bit a pixel is read two to three times as fast as a byte
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:

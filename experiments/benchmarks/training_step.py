@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from datamodules.caches.samples import trimmed
@@ -39,8 +38,8 @@ def batch_of(count: int, device: torch.device) -> TripletBatch:
     rendered = render([world.sample_picture(rng, world.identity("train", i, LABEL)) for i in range(count)])
     places = ["on the beach", "in the city at night", "in the snow"]
     texts = [f"a {LABEL} {places[i % 3]}" for i in range(count)]
-    pixels = torch.stack([to_pixel_values(Image.fromarray(picture)) for picture in rendered[0]])
-    masks = torch.stack([to_subject_mask(Image.fromarray(mask).convert("L")) for mask in rendered[1]])
+    pixels = to_pixel_values(torch.from_numpy(rendered[0]).permute(0, 3, 1, 2))
+    masks = to_subject_mask(torch.from_numpy(rendered[1]).unsqueeze(1))
     return TripletBatch(pixels.to(device), masks.to(device), texts, [LABEL] * count, [str(i) for i in range(count)])
 
 

@@ -82,9 +82,9 @@ def test_flip_turns_picture_and_mask_together(as_read, tools):
 
 
 def test_tensors_have_their_ranges():
-    picture = Image.fromarray(np.asarray([[[0, 127, 255]]], np.uint8))
+    picture = torch.tensor([[[0]], [[127]], [[255]]], dtype=torch.uint8)
     assert torch.allclose(to_pixel_values(picture).flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
-    mask = to_subject_mask(Image.fromarray(np.asarray([[0, 255]], np.uint8)))
+    mask = to_subject_mask(torch.tensor([[[0, 255]]], dtype=torch.uint8))
     assert mask.tolist() == [[[0.0, 1.0]]]
 
 

@@ -21,6 +21,7 @@ from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from datamodules.caches.stamp import CacheStamp
 from datamodules.pictures import open_mask
 from datamodules.samples import BadSamples, read_shards, to_subject_mask
+from datamodules.squares import as_bytes
 from datamodules.triplets import TripletDataModule
 from moma_lightning.__main__ import main
 from moma_lightning.batch import OF_THE_SUBJECT
@@ -88,7 +89,7 @@ def test_the_reference_is_kept_where_the_subject_is(data, decoder, cache, tmp_pa
     sizes = []
     for sample in read_shards([str(with_reference / "val-00000.tar")], BadSamples(tmp_path / "bad", "raise")):
         features = safetensors.torch.load(sample["safetensors"])
-        mask = MaskPyramid(to_subject_mask(open_mask(sample["mask.png"]))[None], (8, 8))
+        mask = MaskPyramid(to_subject_mask(as_bytes(open_mask(sample["mask.png"])))[None], (8, 8))
         kept = {name: feature.shape for name, feature in features.items() if name.startswith(OF_THE_SUBJECT)}
         assert len(kept) == 7 * 2
         for name, (views, positions, _) in kept.items():
