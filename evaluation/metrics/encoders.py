@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipMod
 
 from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, name_of, source_of
 from moma_lightning.hub import loading, local_path, resolve
+from moma_lightning.models.last_layer import read_first
 from moma_lightning.pictures import to_rgb
 
 
@@ -42,6 +43,8 @@ class DinoEncoder(ImageTextEncoder):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.model = at_size(model or load_dino(config), config.crop).to(self.dtype).eval().requires_grad_(False)
+        if config.pooling == "cls" and hasattr(self.model.blocks[-1], "mlp"):
+            read_first(self.model.blocks[-1])
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
@@ -84,6 +87,7 @@ class ClipEncoder(TwoTowerEncoder):
 
     def __init__(self, config: ClipConfig):
         super().__init__(CLIPModel, config)
+        read_first(self.model.vision_model.encoder.layers[-1])
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:

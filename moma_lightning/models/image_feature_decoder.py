@@ -17,7 +17,7 @@ from moma_lightning.models import mllm as mllms
 from moma_lightning.models.instruction import PICTURE, instruction
 from moma_lightning.models.lora import LoraOptions, add_adapters, is_adapter, merge_adapters
 from moma_lightning.models.mapping import Mapping
-from moma_lightning.models.mllm import Seen, family_of, language_inputs, picture_side, picture_start, see, where
+from moma_lightning.models.mllm import Seen, family_of, language_inputs, leave_out_unread, picture_side, picture_start, see, where
 from moma_lightning.models.published import PublishedModel
 from moma_lightning.models.trained_weights import CONFIG, WEIGHTS, read_config, read_weights, write_folder
 from moma_lightning.models.widths import check_hidden_size
@@ -68,6 +68,7 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         self.mllm = mllm.model
         if config.lora is not None:
             add_adapters(self.mllm.get_decoder(), config.lora)
+        leave_out_unread(self.mllm)
         self.mapping = Mapping(hidden_size, embed_dim)
         has_token = config.template == "paper" if config.learnable_token is None else config.learnable_token
         self.token = nn.Parameter(hidden_size**-0.5 * torch.randn(hidden_size)) if has_token else None
@@ -139,16 +140,13 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
             embeds, mask = append_token(embeds, mask, self.token)
             is_image = nn.functional.pad(is_image, (0, 1))
         places = where(self.mllm, input_ids, count, embeds.shape[1])
-        return self.mapped(self._read(embeds, places, attention_mask=mask.long(), use_cache=False, **language_inputs(seen, is_image)), mask)
+        return self._mapped(embeds, mask, position_ids=places, attention_mask=mask.long(), use_cache=False, **language_inputs(seen, is_image))
 
-    def _read(self, embeds: Float[Tensor, "batch tokens hidden"], places: Tensor | None, **options) -> Float[Tensor, "batch tokens hidden"]:
-        """The language model's last hidden states."""
-        return self.mllm.get_decoder()(inputs_embeds=embeds, position_ids=places, **options).last_hidden_state
-
-    def mapped(self, hidden: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed_dim"]:
-        """The output at each row's last real token, mapped to an embedding."""
-        last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-        return self.mapping(last.to(self.mapping.down_proj.weight.dtype))
+    def _mapped(self, embeds: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"], **options) -> Float[Tensor, "batch embed_dim"]:
+        """The language model's output at each row's last real token, mapped to an embedding."""
+        last = mask.sum(1) - 1
+        hidden = self.mllm.get_decoder()(inputs_embeds=embeds, read_at=last, **options).last_hidden_state
+        return self.mapping(hidden[torch.arange(len(last), device=last.device), last].to(self.mapping.down_proj.weight.dtype))
 
     @torch.no_grad()
     def read_picture(self, white_background: Float[Tensor, "1 3 height width"]) -> DynamicCache:
@@ -160,7 +158,7 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         embeds = torch.cat([before, seen.embeds.to(before.dtype)], dim=1)
         is_image = torch.arange(embeds.shape[1], device=embeds.device)[None] >= start
         places = where(self.mllm, input_ids, seen.embeds.shape[1], embeds.shape[1])
-        self._read(embeds, places, cache=cache, use_cache=True, **language_inputs(seen, is_image))
+        self.mllm.get_decoder()(inputs_embeds=embeds, position_ids=places, cache=cache, use_cache=True, **language_inputs(seen, is_image))
         return cache
 
     @torch.no_grad()
@@ -176,7 +174,7 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         attended = nn.functional.pad(mask.long(), (read, 0), value=1)
         places = where(self.mllm, input_ids, read - start, attended.shape[1])
         places = None if places is None else places[..., read:]
-        return self.mapped(self._read(embeds, places, attention_mask=attended, cache=cache, use_cache=True), mask)
+        return self._mapped(embeds, mask, position_ids=places, attention_mask=attended, cache=cache, use_cache=True)
 
     def see(self, white_background: Float[Tensor, "batch 3 height width"]) -> Seen:
         """The pictures as the language model takes them: vision tower and connector."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moma_lightning.models.last_layer import ReadAt, read_first
 from moma_lightning.models.preprocess import preprocess_square
 
 #: Side of the picture for models that take any size: 256 tokens of Qwen2.5-VL, 196 of Qwen3-VL.
@@ -136,6 +137,13 @@ def connected(mllm: nn.Module, features: Float[Tensor, "batch patches channels"]
     """What `see` gives of the pictures whose `vision_features` these are."""
     connector = connector_of(mllm)
     return Seen(connector(features.to(next(connector.parameters()).dtype)))
+
+
+def leave_out_unread(mllm: nn.Module) -> None:
+    """Let an inner model's language model take `read_at`, and its vision tower do less in a last layer that is not read (LLaVA takes the one before)."""
+    ReadAt(mllm.get_decoder().layers[-1])
+    if getattr(mllm.config, "vision_feature_layer", None) == -2:
+        read_first(mllm.get_encoder("image").encoder.layers[-1])
 
 
 def picture_start(mllm: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> int:

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import sys
@@ -50,6 +51,19 @@ def clip_folder(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32, image_mean=[0.5] * 3, image_std=[0.4] * 3).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling, read", [("cls", 1), ("mean", 197)])
+def test_dinos_last_mlp_reads_all_tokens_only_where_they_are_pooled(pooling, read):
+    model = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0, depth=2)
+    whole, encoder, shapes = copy.deepcopy(model), DinoEncoder(DinoConfig(pooling=pooling), model), []
+    encoder.model.blocks[-1].mlp.fc1.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[1]))
+    picture = random_picture(0)
+    tokens = whole.forward_features(encoder.preprocess([picture]))
+    expected = tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)
+    torch.testing.assert_close(encoder.encode_images([picture]), torch.nn.functional.normalize(expected, dim=-1))
+    assert shapes == [read]
 
 
 def test_dino_preprocessing_is_dreambooths(dino):
