@@ -1,6 +1,6 @@
 """Triplet shards: webdataset tars, written with the same bytes for the same input, resumable, with a manifest; and found.
 
-A sample is `<key>.png` or `<key>.jpg`, `<key>.mask.png` (8 bit, 255 = subject, of the picture as it is shown, that is after
+A sample is `<key>.png` or `<key>.jpg`, `<key>.mask.png` (of 1 bit, or 8 with 255 = subject, of the picture as it is shown, that is after
 its EXIF orientation) and `<key>.json` with at least `REQUIRED_FIELDS`. `datamodules.triplets` reads them.
 """
 

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 Box = tuple[int, int, int, int]
 
+#: Without these instructions, and so on ARM, it takes twice as long as Pillow.
+TORCH_IS_FASTER = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
 
 def square_box(size: tuple[int, int], subject: Box, rng: np.random.Generator | None = None) -> Box:
     """The square (left, top, right, bottom) to cut from a picture of (width, height) so that the whole subject is in it.
@@ -28,7 +31,7 @@ def cut(picture: Image.Image, box: Box, size: int) -> UInt8[Tensor, "channels si
     is_mask = picture.mode == "L"
     square = Image.new(picture.mode, (box[2] - box[0], box[3] - box[1]), 0 if is_mask else "white")
     square.paste(picture, (-box[0], -box[1]))
-    return as_bytes(square.resize((size, size), Image.Resampling.NEAREST)) if is_mask else bicubic(as_bytes(square), size)
+    return as_bytes(square.resize((size, size), Image.Resampling.NEAREST)) if is_mask else bicubic(square, size)
 
 
 def as_bytes(picture: Image.Image) -> UInt8[Tensor, "channels height width"]:
@@ -36,11 +39,11 @@ def as_bytes(picture: Image.Image) -> UInt8[Tensor, "channels height width"]:
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def bicubic(square: UInt8[Tensor, "3 side side"], size: int) -> UInt8[Tensor, "3 size size"]:
-    """As by Pillow's antialiased bicubic filter, to within one level: on bytes that lie as in `as_bytes`, PyTorch's is some four times as fast."""
-    if square.shape[-1] == size:
-        return square
-    return F.interpolate(square.unsqueeze(0), (size, size), mode="bicubic", antialias=True).squeeze(0)
+def bicubic(square: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
+    """By Pillow's antialiased filter; where PyTorch's is some four times as fast on bytes, by that, to within two levels of 255."""
+    if square.width == size or not TORCH_IS_FASTER:
+        return as_bytes(square.resize((size, size), Image.Resampling.BICUBIC))
+    return F.interpolate(as_bytes(square).unsqueeze(0), (size, size), mode="bicubic", antialias=True).squeeze(0)
 
 
 def _offset(length: int, side: int, start: int, stop: int, rng: np.random.Generator | None) -> int:

@@ -25,7 +25,7 @@ from transformers import (
 from moma_lightning.families import load_folder
 from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
-from moma_lightning.models.last_layer import read_first
+from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.text import TextConditioning, encode_text
 from moma_lightning.quantization import Quantization, quantized
@@ -128,7 +128,6 @@ class ImageEncoder(nn.Module):
     def __init__(self, model: CLIPVisionModelWithProjection, image_processor: CLIPImageProcessor):
         super().__init__()
         self.model, self.image_processor = frozen(model), image_processor
-        read_first(model.vision_model.encoder.layers[-1])
 
     @property
     def embed_dim(self) -> int:
@@ -136,7 +135,8 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed_dim"]:
-        return self.model(preprocess(pixel_values, self.image_processor).to(self.model.dtype)).image_embeds
+        with only_first_read(self.model.vision_model.encoder.layers[-1]):
+            return self.model(preprocess(pixel_values, self.image_processor).to(self.model.dtype)).image_embeds
 
 
 def load_image_encoder(config: FoundationConfig) -> ImageEncoder:

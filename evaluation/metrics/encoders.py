@@ -11,6 +11,8 @@ import timm
 import torch
 from jaxtyping import Float
 from PIL import Image
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -19,7 +21,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipMod
 
 from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, EncoderConfig, SiglipConfig, name_of, source_of
 from moma_lightning.hub import loading, local_path, resolve
-from moma_lightning.models.last_layer import read_first
+from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.pictures import to_rgb
 
 
@@ -44,8 +46,6 @@ class DinoEncoder(ImageTextEncoder):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.model = at_size(model or load_dino(config), config.crop).to(self.dtype).eval().requires_grad_(False)
-        if config.pooling == "cls" and hasattr(self.model.blocks[-1], "mlp"):
-            read_first(self.model.blocks[-1])
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
@@ -60,9 +60,16 @@ class DinoEncoder(ImageTextEncoder):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
         pixels = self.preprocess(images).to(next(self.model.parameters()).device, self.dtype)
-        tokens = self.model.forward_features(pixels).float()
+        with only_first_read(self._unread()):
+            tokens = self.model.forward_features(pixels).float()
         pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(1)
         return F.normalize(pooled, dim=-1)
+
+
+    def _unread(self) -> nn.Module | None:
+        """The last layer where only its CLS token is read; other architectures than these (CaiT) may read its patches once more."""
+        plain = self.config.pooling == "cls" and isinstance(self.model, VisionTransformer | Eva) and hasattr(self.model.blocks[-1], "mlp")
+        return self.model.blocks[-1] if plain else None
 
 
 class TwoTowerEncoder(ImageTextEncoder):
@@ -89,7 +96,10 @@ class ClipEncoder(TwoTowerEncoder):
 
     def __init__(self, config: ClipConfig):
         super().__init__(CLIPModel, config)
-        read_first(self.model.vision_model.encoder.layers[-1])
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:
+        with only_first_read(self.model.vision_model.encoder.layers[-1]):
+            return super().encode_images(images)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:

@@ -1,6 +1,5 @@
 """Scoring of pictures against the bare forward pass of its encoder on tensors that are ready."""
 
-import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ Run = Callable[[], object]
 
 def forward_against_scoring(config: DinoConfig, model: torch.nn.Module, pictures: Sequence[Image.Image], device: torch.device) -> tuple[Run, Run]:
     """The model as its library runs it; the scoring side reads PNGs, looks each up in an empty cache, preprocesses, and embeds."""
-    plain = copy.deepcopy(model).to(device).eval()
     encoder, folder = DinoEncoder(config, model).to(device), tempfile.TemporaryDirectory()
     paths = [Path(folder.name) / f"{i}.png" for i in range(BATCH)]
     for picture, path in zip(pictures, paths, strict=True):
@@ -36,7 +34,7 @@ def forward_against_scoring(config: DinoConfig, model: torch.nn.Module, pictures
         assert folder.name
         CachedEncoder(encoder).encode_images(load_pictures(paths, torch.get_num_threads()))
 
-    return torch.no_grad()(lambda: plain(ready)), lambda: scoring(paths)
+    return torch.no_grad()(lambda: encoder.model(ready)), lambda: scoring(paths)
 
 
 def of_vit_small(device: torch.device) -> tuple[Run, Run]:

@@ -15,9 +15,10 @@ from moma_lightning.foundation import FoundationConfig, load_mllm
 from moma_lightning.hub import find_folder
 from moma_lightning.models import mllm as mllms
 from moma_lightning.models.instruction import PICTURE, instruction
+from moma_lightning.models.last_layer import ReadAt
 from moma_lightning.models.lora import LoraOptions, add_adapters, is_adapter, merge_adapters
 from moma_lightning.models.mapping import Mapping
-from moma_lightning.models.mllm import Seen, family_of, language_inputs, leave_out_unread, picture_side, picture_start, see, where
+from moma_lightning.models.mllm import Seen, family_of, language_inputs, picture_side, picture_start, see, where
 from moma_lightning.models.published import PublishedModel
 from moma_lightning.models.trained_weights import CONFIG, WEIGHTS, read_config, read_weights, write_folder
 from moma_lightning.models.widths import check_hidden_size
@@ -68,7 +69,7 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         self.mllm = mllm.model
         if config.lora is not None:
             add_adapters(self.mllm.get_decoder(), config.lora)
-        leave_out_unread(self.mllm)
+        ReadAt(self.mllm.get_decoder().layers[-1])
         self.mapping = Mapping(hidden_size, embed_dim)
         has_token = config.template == "paper" if config.learnable_token is None else config.learnable_token
         self.token = nn.Parameter(hidden_size**-0.5 * torch.randn(hidden_size)) if has_token else None

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moma_lightning.models.last_layer import ReadAt, read_first
+from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.models.preprocess import preprocess_square
 
 #: Side of the picture for models that take any size: 256 tokens of Qwen2.5-VL, 196 of Qwen3-VL.
@@ -106,7 +106,8 @@ def see(mllm: nn.Module, image_processor: Any, white_background: Float[Tensor, "
     """Vision tower and connector of an inner model on pictures in [-1, 1]: the whole of each, as one square of `side` pixels."""
     pixels = preprocess_square(white_background, side, image_processor).to(mllm.get_encoder("image").dtype)
     inputs = family_of(mllm.config).layout(pixels, image_processor)
-    output = mllm.get_image_features(**inputs, return_dict=True)
+    with only_first_read(unread_vision_layer(mllm)):
+        output = mllm.get_image_features(**inputs, return_dict=True)
     return Seen(torch.stack(list(output.pooler_output)), [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", [])])
 
 
@@ -139,11 +140,10 @@ def connected(mllm: nn.Module, features: Float[Tensor, "batch patches channels"]
     return Seen(connector(features.to(next(connector.parameters()).dtype)))
 
 
-def leave_out_unread(mllm: nn.Module) -> None:
-    """Let an inner model's language model take `read_at`, and its vision tower do less in a last layer that is not read (LLaVA takes the one before)."""
-    ReadAt(mllm.get_decoder().layers[-1])
-    if getattr(mllm.config, "vision_feature_layer", None) == -2:
-        read_first(mllm.get_encoder("image").encoder.layers[-1])
+def unread_vision_layer(mllm: nn.Module) -> nn.Module | None:
+    """The vision tower's last layer where nothing is read of it: LLaVA takes the one before. None where it is read, or a tower has no such list of layers."""
+    layers = getattr(getattr(mllm.get_encoder("image"), "encoder", None), "layers", [None])
+    return layers[-1] if getattr(mllm.config, "vision_feature_layer", None) == -2 and hasattr(layers[-1], "mlp") else None
 
 
 def picture_start(mllm: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> int:

@@ -1,4 +1,3 @@
-import copy
 import json
 import shutil
 import sys
@@ -57,13 +56,23 @@ def clip_folder(tmp_path_factory):
 @pytest.mark.parametrize("pooling, read", [("cls", 1), ("mean", 197)])
 def test_dinos_last_mlp_reads_all_tokens_only_where_they_are_pooled(pooling, read):
     model = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0, depth=2)
-    whole, encoder, shapes = copy.deepcopy(model), DinoEncoder(DinoConfig(pooling=pooling), model), []
-    encoder.model.blocks[-1].mlp.fc1.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[1]))
-    picture = random_picture(0)
-    tokens = whole.forward_features(encoder.preprocess([picture]))
+    encoder, picture, shapes = DinoEncoder(DinoConfig(pooling=pooling), model), random_picture(0), []
+    model.blocks[-1].mlp.fc1.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[1]))
+    embeds, tokens = encoder.encode_images([picture]), model.forward_features(encoder.preprocess([picture]))
     expected = tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)
+    torch.testing.assert_close(embeds, torch.nn.functional.normalize(expected, dim=-1))
+    assert shapes == [read, 197]
+
+
+@torch.no_grad()
+def test_an_architecture_that_reads_its_patches_once_more_is_run_whole():
+    model = timm.create_model("cait_xxs24_224", pretrained=False, num_classes=0, depth=2)
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:  # of 1e-5, which would hide the difference
+            parameter.fill_(1.0)
+    encoder, picture = DinoEncoder(DinoConfig(), model), random_picture(0)
+    expected = model.forward_features(encoder.preprocess([picture]))[:, 0]
     torch.testing.assert_close(encoder.encode_images([picture]), torch.nn.functional.normalize(expected, dim=-1))
-    assert shapes == [read]
 
 
 def test_dino_preprocessing_is_dreambooths(dino):

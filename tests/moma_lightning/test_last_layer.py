@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, LlavaConfig
 
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
-from moma_lightning.models.mllm import FAMILIES
+from moma_lightning.models.mllm import FAMILIES, unread_vision_layer
+from moma_lightning.models.preprocess import preprocess, preprocess_square
 from moma_lightning.training.options import checkpoint_activations
 from tests import tiny_mllms
 
@@ -20,7 +22,7 @@ LABELS, PROMPTS = ["cat", "toy robot", "mug"], ["a cat", "a toy robot in front o
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """A copy that computes everything."""
+    """A copy whose language model computes everything."""
     plain = copy.deepcopy(module)
     for part in plain.modules():
         part._forward_pre_hooks.clear()
@@ -105,7 +107,29 @@ def test_a_language_model_that_is_not_told_where_gives_all_positions(decoder):
 @torch.no_grad()
 def test_clips_embedding_is_that_of_the_whole_model():
     encoder = load_image_encoder(FoundationConfig())
-    pictures, expected = torch.rand(2, 3, 64, 64) * 2 - 1, without_hooks(encoder)
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     with seen_by(encoder.model.vision_model.encoder.layers[-1].mlp) as shapes:
-        torch.testing.assert_close(encoder(pictures), expected(pictures))
-    assert shapes[0][:2] == (2, 1)
+        embeds = encoder(pictures)
+        whole = encoder.model(preprocess(pictures, encoder.image_processor))
+    torch.testing.assert_close(embeds, whole.image_embeds)
+    assert [shape[:2] for shape in shapes] == [(2, 1), (2, whole.last_hidden_state.shape[1])]
+
+
+@torch.no_grad()
+def test_llavas_picture_is_that_of_the_layer_before_the_last(tiny_foundation):
+    decoder = ImageFeatureDecoder.from_foundation(tiny_foundation, DecoderConfig(), 12)
+    layer = unread_vision_layer(decoder.mllm)
+    assert layer is decoder.mllm.vision_tower.encoder.layers[-1]
+    pictures = pictures_for(decoder)
+    pixels = preprocess_square(pictures, decoder.picture_side, decoder.image_processor)
+    with seen_by(layer.mlp) as shapes:
+        seen, whole = decoder.see(pictures).embeds, decoder.mllm.get_image_features(pixels, return_dict=True).pooler_output
+    assert torch.equal(seen, torch.stack(whole)) and shapes[0][1] == 1 < shapes[1][1]
+
+
+@pytest.mark.parametrize("read, tower", [(-1, "clip_vision_model"), ([-2], "clip_vision_model"), (-2, "dinov2"), (-2, "vit")])
+def test_a_vision_layer_that_is_read_or_not_to_be_found_is_left_alone(read, tower):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    language = AutoConfig.for_model("llama", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64)
+    config = LlavaConfig(vision_config=AutoConfig.for_model(tower, **sizes), text_config=language, vision_feature_layer=read)
+    assert unread_vision_layer(AutoModel.from_config(config)) is None

@@ -88,6 +88,7 @@ def test_picture_and_mask_turn_together(rotation, orientation):
     read = read_picture(encode(cornered(), "JPEG", exif=exif), rotation, SELECT, ShardConfig())
     fitted = fit_mask(encode(mask.resize((32, 48), 0)), read, SELECT)
     assert Image.open(io.BytesIO(fitted)).size == Image.open(io.BytesIO(read.content)).size == read.size
+    assert Image.open(io.BytesIO(fitted)).mode == "1"
     assert white_share(read.content, fitted) > 0.9
     assert Image.open(io.BytesIO(read.content)).getexif().get(0x0112, 1) == 1
 
