@@ -19,6 +19,14 @@ from moma_lightning.models.masks import MaskPyramid
 
 CHANNELS, HEADS, TEXT = 24, 3, 16
 
+both_ways = pytest.mark.parametrize("few_queries", [0, 256], indirect=True, ids=["picked out", "together"])
+
+
+@pytest.fixture(autouse=True)
+def few_queries(request, monkeypatch):
+    """All queries here are few: they are picked out by their weight all the same, but for tests that are run both ways."""
+    monkeypatch.setattr(attention, "FEW_QUERIES", getattr(request, "param", 0))
+
 
 def self_attention():
     torch.manual_seed(0)
@@ -76,6 +84,7 @@ def run(attn, x, conditioning):
     return attn(x, conditioning=Conditioning(subject=conditioning))
 
 
+@both_ways
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("ref_size", [(4, 6), (5, 3)])
@@ -111,6 +120,7 @@ def way(request, monkeypatch):
         yield
 
 
+@both_ways
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("generated", CELLS)
 @pytest.mark.parametrize("kept", CELLS)
@@ -123,6 +133,7 @@ def test_one_subject_for_all_rows_under_any_mask(kept, generated):
     torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen, beta=beta)), expected, atol=2e-6, rtol=1e-5)
 
 
+@both_ways
 def test_a_subject_a_row_under_differing_masks():
     """As in training: rows keep different numbers of keys and queries, from none to all."""
     attn, x, key_value = self_attention(), torch.randn(4, 24, CHANNELS), reference(batch=4)
@@ -143,6 +154,7 @@ def test_the_sum_is_in_place_only_without_gradients():
     assert torch.equal(added, kept) and torch.equal(before, kept) and not torch.equal(output, kept)
 
 
+@both_ways
 def test_gradients_are_those_of_the_plain_formula():
     attn, x, mask = self_attention(), torch.randn(4, 24, CHANNELS), named_masks(["some", "empty", "full", "one"])
     grads, direction = [], torch.randn(4, 24, CHANNELS)
@@ -193,6 +205,7 @@ def test_what_steps_share_is_made_once(monkeypatch):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@both_ways
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("subjects", [1, 2])
 def test_no_generated_mask_means_no_masking(subjects):
@@ -203,6 +216,7 @@ def test_no_generated_mask_means_no_masking(subjects):
     torch.testing.assert_close(run(attn, x, subject(key_value, m_ref)), expected, atol=2e-6, rtol=1e-5)
 
 
+@both_ways
 def test_an_empty_mask_adds_nothing_and_leaves_others_alone():
     attn, x = self_attention(), torch.randn(2, 24, CHANNELS)
     out, plain = run(attn, x, subject(reference(), named_masks(["empty", "some"]))), attn(x)
@@ -210,6 +224,7 @@ def test_an_empty_mask_adds_nothing_and_leaves_others_alone():
     assert not torch.allclose(out[1], plain[1])
 
 
+@both_ways
 def test_gradients_with_an_empty_mask_are_finite():
     attn, key_value = self_attention(), [t.requires_grad_() for t in reference()]
     run(attn, torch.randn(2, 24, CHANNELS), subject(key_value, torch.zeros(2, 1, 4, 6))).sum().backward()
