@@ -65,7 +65,6 @@ class DinoEncoder(ImageTextEncoder):
         pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(1)
         return F.normalize(pooled, dim=-1)
 
-
     def _unread(self) -> nn.Module | None:
         """The last layer where only its CLS token is read; other architectures than these (CaiT) may read its patches once more."""
         plain = self.config.pooling == "cls" and isinstance(self.model, VisionTransformer | Eva) and hasattr(self.model.blocks[-1], "mlp")
