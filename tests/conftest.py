@@ -1,6 +1,7 @@
 """For every test file."""
 
 import os
+import sys
 
 import torch
 
@@ -22,6 +23,13 @@ LONG = ("training/test_sharding", "experiments/test_yamls", "openimages/test_bui
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG)))  # stable
+
+
+@pytest.fixture(autouse=True)
+def queries_are_picked_out(monkeypatch):
+    """Tiny models have few queries, real ones many: tests are of what real ones do."""
+    if "moma_lightning.models.attention" in sys.modules:
+        monkeypatch.setattr("moma_lightning.models.attention.FEW_QUERIES", 0)
 
 
 @pytest.fixture(autouse=True, scope="module")

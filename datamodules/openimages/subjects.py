@@ -145,7 +145,7 @@ def fit_mask(content: bytes, picture: Picture, select: SelectConfig) -> bytes:
         mask = mask.resize(picture.size, Image.Resampling.NEAREST)
     if mask.getbbox() is None:
         raise RejectedError("mask_empty", "nothing is left at the picture's size")
-    return encoded(mask.convert("1", dither=Image.Dither.NONE), "PNG")  # a bit a pixel is read in half the time of a byte
+    return encoded(mask.convert("1", dither=Image.Dither.NONE), "PNG")  # of a bit a pixel a mask is read in half the time
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:

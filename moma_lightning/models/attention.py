@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from moma_lightning.models import kernels
 from moma_lightning.models.masks import MaskPyramid, keeps_all, kept_positions
 
-#: So many or fewer are attended from together, with or without a weight: picking some of them out takes a CPU longer.
+#: In sampling, so many or fewer are all computed, those of weight 0 too: picking the others out takes a CPU longer.
 FEW_QUERIES = 256
 
 KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch positions channels"]]
@@ -65,7 +65,7 @@ class SubjectConditioning:
     def queries(self, rows: int, positions: int, subjects: int) -> tuple[Int[Tensor, " all_kept"] | None, Float[Tensor, "subjects kept 1"]]:
         """Where the term is not zero, counted through all rows, and beta * M_gen there; rows that share a subject are one long row.
 
-        None: everywhere, where `keeps_all` or where they are few. Found once for all layers of a resolution.
+        None: everywhere, where `keeps_all`, or in sampling where they are few. Found once for all layers of a resolution.
         """
         if positions not in self._queries:
             self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions} if each not in self._queries}
@@ -87,7 +87,7 @@ class SubjectConditioning:
     def _find(self, rows: int, positions: int, subjects: int) -> tuple[Tensor | None, Tensor]:
         dtype = next(iter(self.keys.values())).key.dtype
         weight = self._weight(rows, positions).reshape(subjects, -1)
-        if keeps_all(weight) or weight.numel() <= FEW_QUERIES:
+        if keeps_all(weight) or (weight.numel() <= FEW_QUERIES and not torch.is_grad_enabled()):
             return None, weight[..., None].to(dtype)
         index = kept_positions(weight)
         kept = weight.gather(1, index)[..., None].to(dtype)

@@ -38,14 +38,14 @@ def test_long_subject_is_padded_with_white_and_no_mask():
     assert cut(mask, box, 40).sum() == 255 * 400
 
 
-@pytest.mark.parametrize("torch_is_faster, levels", [(True, 2), (False, 0)])
-@pytest.mark.parametrize("side, size", [(384, 256), (97, 64), (40, 64), (255, 256), (3, 256), (300, 31), (1, 8), (64, 1)])
-def test_resizing_is_pillows_to_two_levels(tools, monkeypatch, side, size, torch_is_faster, levels):
+@pytest.mark.parametrize("side, size, levels", [(384, 256, 1), (97, 64, 1), (40, 64, 1), (255, 256, 1), (3, 256, 2), (300, 31, 1), (1, 8, 1), (64, 1, 1)])
+@pytest.mark.parametrize("torch_is_faster", [True, False])
+def test_resizing_is_pillows_to_two_levels(tools, monkeypatch, side, size, levels, torch_is_faster):
     monkeypatch.setattr(squares, "TORCH_IS_FASTER", torch_is_faster)
     square = Image.fromarray(tools.rng.integers(0, 256, (side, side, 3), np.uint8))
     ours, pillows = squares.bicubic(square, size).int(), as_bytes(square.resize((size, size), Image.Resampling.BICUBIC)).int()
-    assert ours.shape == (3, size, size) and (ours - pillows).abs().max() <= levels
-    assert (ours != pillows).float().mean() < 0.05
+    assert ours.shape == (3, size, size) and (ours - pillows).abs().max() <= levels * torch_is_faster
+    assert (ours != pillows).float().mean() < 0.02
 
 
 def test_a_square_of_the_right_size_is_left_as_it_is(tools):

@@ -19,13 +19,17 @@ from moma_lightning.models.masks import MaskPyramid
 
 CHANNELS, HEADS, TEXT = 24, 3, 16
 
-both_ways = pytest.mark.parametrize("few_queries", [0, 256], indirect=True, ids=["picked out", "together"])
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def few_queries(request, monkeypatch):
-    """All queries here are few: they are picked out by their weight all the same, but for tests that are run both ways."""
-    monkeypatch.setattr(attention, "FEW_QUERIES", getattr(request, "param", 0))
+    """0: queries are picked out by their weight. 256: all are computed, as in sampling where they are few."""
+    monkeypatch.setattr(attention, "FEW_QUERIES", request.param)
+    with torch.set_grad_enabled(not request.param):
+        yield
+
+
+def both_ways(test):
+    of_few = pytest.mark.parametrize("few_queries", [0, 256], indirect=True, ids=["picked out", "all computed"])
+    return pytest.mark.usefixtures("few_queries")(of_few(test))
 
 
 def self_attention():
@@ -154,7 +158,6 @@ def test_the_sum_is_in_place_only_without_gradients():
     assert torch.equal(added, kept) and torch.equal(before, kept) and not torch.equal(output, kept)
 
 
-@both_ways
 def test_gradients_are_those_of_the_plain_formula():
     attn, x, mask = self_attention(), torch.randn(4, 24, CHANNELS), named_masks(["some", "empty", "full", "one"])
     grads, direction = [], torch.randn(4, 24, CHANNELS)
@@ -224,7 +227,6 @@ def test_an_empty_mask_adds_nothing_and_leaves_others_alone():
     assert not torch.allclose(out[1], plain[1])
 
 
-@both_ways
 def test_gradients_with_an_empty_mask_are_finite():
     attn, key_value = self_attention(), [t.requires_grad_() for t in reference()]
     run(attn, torch.randn(2, 24, CHANNELS), subject(key_value, torch.zeros(2, 1, 4, 6))).sum().backward()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, LlavaConfig
 
 from moma_lightning.foundation import FoundationConfig, load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.models.mllm import FAMILIES, unread_vision_layer
 from moma_lightning.models.preprocess import preprocess, preprocess_square
 from moma_lightning.training.options import checkpoint_activations
@@ -102,6 +103,13 @@ def test_a_language_model_that_is_not_told_where_gives_all_positions(decoder):
     language_model(inputs_embeds=embeds, read_at=torch.tensor([1, 2]), use_cache=False)
     whole = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     torch.testing.assert_close(whole, without_hooks(language_model)(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+
+
+def test_a_pass_that_fails_leaves_no_hook_behind():
+    layer = nn.ModuleDict({"mlp": nn.Linear(3, 3)})
+    with pytest.raises(RuntimeError, match="shapes"), only_first_read(layer):
+        layer.mlp(torch.zeros(2, 5, 4))
+    assert layer.mlp(torch.zeros(2, 5, 3)).shape == (2, 5, 3)
 
 
 @torch.no_grad()
