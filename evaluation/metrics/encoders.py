@@ -49,7 +49,8 @@ class DinoEncoder(ImageTextEncoder):
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 crop crop"]:
-        """By functions and in one array: transforms as modules, one tensor after the other, take longer than a small picture does to cut."""
+        """Resized, cut and normalised as the config says."""
+        # By functions and in one array: transforms as modules, one tensor after the other, take longer than a small picture does to cut.
         pixels = np.stack([np.asarray(self._cut(to_rgb(image, turn=False))) for image in images])
         return self.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
 

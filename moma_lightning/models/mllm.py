@@ -142,8 +142,10 @@ def connected(mllm: nn.Module, features: Float[Tensor, "batch patches channels"]
 
 def unread_vision_layer(mllm: nn.Module) -> nn.Module | None:
     """The vision tower's last layer where nothing is read of it: LLaVA takes the one before. None where it is read, or a tower has no such list of layers."""
-    layers = getattr(getattr(mllm.get_encoder("image"), "encoder", None), "layers", [None])
-    return layers[-1] if getattr(mllm.config, "vision_feature_layer", None) == -2 and hasattr(layers[-1], "mlp") else None
+    if getattr(mllm.config, "vision_feature_layer", None) != -2:
+        return None
+    layers = getattr(getattr(mllm.get_encoder("image"), "encoder", None), "layers", None)
+    return layers[-1] if layers is not None and hasattr(layers[-1], "mlp") else None
 
 
 def picture_start(mllm: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> int:

@@ -23,7 +23,7 @@ LABELS, PROMPTS = ["cat", "toy robot", "mug"], ["a cat", "a toy robot in front o
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """A copy whose language model computes everything."""
+    """A copy whose language model computes all positions."""
     plain = copy.deepcopy(module)
     for part in plain.modules():
         part._forward_pre_hooks.clear()
@@ -84,7 +84,10 @@ def test_two_passes_before_a_backward_pass_recompute_each_its_own_places(decoder
 
     expected = gradients(module, losses())
     checkpoint_activations(module.mllm.get_decoder(), "blocks")
-    found = gradients(module, losses())
+    with seen_by(module.mllm.get_decoder().layers[-1].mlp) as shapes:
+        found = gradients(module, losses())
+    assert shapes == [(3, 1, decoder.token.shape[0])] * 4, "two passes, and each once more"
+    assert found.keys() == expected.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
