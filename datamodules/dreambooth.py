@@ -76,20 +76,16 @@ class DreamBooth:
             raise FileNotFoundError(f"{self.dataset} has no folder of any of the {len(self.missing)} subjects in {PROMPTS_FILE}")
         return subjects
 
-    def prompts(self, subject: Subject, unique_token: str | None = None) -> list[str]:
-        """The context prompts of a subject; without a unique token its place closes up ("a cat in the snow")."""
+    def prompts(self, subject: Subject) -> list[str]:
+        """The context prompts of a subject; the unique token's place closes up ("a cat in the snow")."""
         templates = self.table.live_prompts if subject.is_live else self.table.object_prompts
-        return [fill(template, subject.label, unique_token) for template in templates]
+        return [fill(template, subject.label) for template in templates]
 
-    def texture_prompts(self, subject: Subject, unique_token: str | None = None) -> list[str]:
-        """The folder's own texture prompts, else ours."""
-        return self.prompts_of("texture", subject, unique_token)
-
-    def prompts_of(self, kind: str, subject: Subject, unique_token: str | None = None) -> list[str]:
+    def prompts_of(self, kind: str, subject: Subject) -> list[str]:
         """A subject's prompts of a kind: "context", or one of `PROMPTS`. Raises ValueError for another."""
         if kind == "context":
-            return self.prompts(subject, unique_token)
-        return [fill(template, subject.label, unique_token) for template in self._templates(kind)[subject.is_live]]
+            return self.prompts(subject)
+        return [fill(template, subject.label) for template in self._templates(kind)[subject.is_live]]
 
     def _templates(self, kind: str) -> tuple[Sequence[str], Sequence[str]]:
         """For objects and for live subjects: from `<kind>_prompts.txt`, else ours."""
@@ -142,9 +138,9 @@ def load_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
 
 
-def fill(template: str, label: str, unique_token: str | None = None) -> str:
-    """Put a class, and a unique token if any, into a prompt template, without doubled spaces."""
-    return " ".join(template.format(unique_token or "", label).split())
+def fill(template: str, label: str) -> str:
+    """Put a class into a prompt template, and nothing in the unique token's place, without doubled spaces."""
+    return " ".join(template.format("", label).split())
 
 
 def parse_prompts_and_classes(text: str, source: str = PROMPTS_FILE) -> PromptsAndClasses:

@@ -1,6 +1,7 @@
 """`python -m moma_lightning fetch`: download the models that an experiment names, and write down their digests."""
 
 import fnmatch
+import glob
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -86,7 +87,7 @@ def fetch_model(name: str) -> list[Fetched]:
         if not chosen:
             raise FileNotFoundError(f"the repository holds no {hub.path or 'weights'}")
         print(f"{name}: {len(chosen)} files, {sum(sizes[file].size for file in chosen) / 1e9:.2f} GB")
-        folder = Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=[_literal(file) for file in chosen]))
+        folder = Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=[glob.escape(file) for file in chosen]))
     return [_checked(hub, commit, sizes[file], folder / file) for file in chosen]
 
 
@@ -129,11 +130,6 @@ def git_digest(path: Path) -> str:
     """What git calls a file's content: SHA-1 of a header and the bytes."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _literal(file: str) -> str:
-    """A pattern that matches this file alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in file)
 
 
 def _is_hub_name(text: str) -> bool:

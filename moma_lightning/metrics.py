@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 class EmbeddingMatch(Metric):
     """Mean cosine similarity, and retrieval R@1: how often an embedding's nearest among `pool` true ones is its own.
 
-    Both in [-1, 1] and [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples; with fewer samples than
+    The cosine is in [-1, 1], R@1 in [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples; with fewer samples than
     one pool, all of them are the pool. True embeddings equal to its own (one picture in two samples) count as its own; a prediction of
     zeros, as near to all, never does.
     """

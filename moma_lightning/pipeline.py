@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from moma_lightning.base_pipelines import BasePipelineSD, BasePipelineSDXL
 from moma_lightning.batch import white_background
-from moma_lightning.checkpoints import load_adapter
 from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder
 from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
@@ -209,10 +207,10 @@ class MoMAPipeline(DiffusionPipeline):
     def context_embeds(self, subject: Subject, prompts: Sequence[str]) -> Float[Tensor, "rows dim"]:
         """Stage 1's prediction from subject and prompt; without a decoder CLIP's embedding of the whole reference, as in IP-Adapter."""
         if self.decoder is not None:
-            if subject.picture is None:
-                subject.picture = self.decoder.read_picture(subject.white_background)
+            if subject.mllm_cache is None:
+                subject.mllm_cache = self.decoder.read_picture(subject.white_background)
             each = list(dict.fromkeys(prompts))  # a prompt asked for under several seeds is read once
-            embeds = self.decoder.predict(subject.picture, subject.label, each)
+            embeds = self.decoder.predict(subject.mllm_cache, subject.label, each)
             return embeds[[each.index(prompt) for prompt in prompts]]
         if self.clip is None:
             raise ValueError("the context attention needs a decoder or a CLIP image encoder: load one, pass image_embeds, or set context_scale=0")
@@ -251,17 +249,17 @@ def load_pipeline(
     sam = foundation.sam
     masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
     clip = load_image_encoder(foundation)
-    loaded = load_adapter(local_path(adapter) or Path(adapter), base.unet).eval().requires_grad_(False) if adapter else None
+    loaded = MoMAAdapter.from_pretrained(adapter, base.unet) if adapter else None
     widths = {f"the image encoder {foundation.image_encoder}": clip.embed_dim}
     if loaded is not None:
         widths[f"the adapter {adapter}"] = loaded.image_proj.proj.in_features
     if decoder:
-        widths[f"the decoder {decoder}"] = decoder_embed_dim(local_path(decoder) or decoder)
+        widths[f"the decoder {decoder}"] = decoder_embed_dim(decoder)
     check_embed_dims(widths)
     pipe = MoMAPipeline.from_base(
         base,
         adapter=loaded,
-        decoder=ImageFeatureDecoder.from_pretrained(local_path(decoder) or Path(decoder), foundation).eval() if decoder else None,
+        decoder=ImageFeatureDecoder.from_pretrained(decoder, foundation) if decoder else None,
         clip=clip,
         masker=masker,
     )

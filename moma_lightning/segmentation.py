@@ -16,6 +16,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 
 from moma_lightning.hub import find_file, local_path
+from moma_lightning.pictures import to_rgb
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def point_prompts(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_rgb(image: Image.Image | Tensor) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of a PIL picture or of pixels in [-1, 1]."""
+    """uint8 RGB [height, width, 3] of a PIL picture, on white where transparent, or of pixels in [-1, 1]."""
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(to_rgb(image, turn=False))
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"one picture [3, height, width] is wanted, not a tensor of shape {tuple(image.shape)}")
     return ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()

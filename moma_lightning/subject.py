@@ -61,7 +61,7 @@ class Subject:
     mask: Float[Tensor, "1 1 height width"]
     latent_size: tuple[int, int]
     label: str
-    picture: DynamicCache | None = None  # as the MLLM has read it, once a prompt asks for it
+    mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 
 class SubjectGuide:

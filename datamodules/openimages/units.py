@@ -36,7 +36,6 @@ SCHEMA = pa.schema({
     "width": pa.int32(), "height": pa.int32(), "hash": pa.uint64(), "picture": pa.binary(), "mask": pa.binary(),
     "caption_full": pa.string(), "caption": pa.string(),
 })  # fmt: skip
-HEAVY = ["picture", "mask"]
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -184,21 +183,16 @@ def write_rows(path: Path, rows: Any) -> None:
     write_beside(path, write)
 
 
-def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
     """Rows of a Parquet file, a row group at a time."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns).to_pylist()
+            yield file.read_row_group(group).to_pylist()
 
 
 def _parts(rows: Any) -> Iterator[list[dict[str, Any]]]:
-    part: list[dict[str, Any]] = []
-    for row in rows:
-        part.append(row)
-        if len(part) == ROWS_AT_ONCE:
-            yield part
-            part = []
-    if part:
+    rows = iter(rows)
+    while part := list(islice(rows, ROWS_AT_ONCE)):
         yield part
 
 

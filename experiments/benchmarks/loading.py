@@ -73,8 +73,10 @@ def bare_against_ours(device: torch.device) -> tuple[Run, Run]:
     def bare() -> None:
         dataset = wds.WebDataset([f"{ours.folder.name}/train-0.tar"], shardshuffle=False).shuffle(SAMPLES)
         decoded = (decode(sample, SIDE, np.random.default_rng(i), True) for i, sample in enumerate(itertools.islice(dataset, SAMPLES)))
+        count = 0
         while batch := list(itertools.islice(decoded, BATCH)):
-            collate(batch)
+            count += len(collate(batch))
+        assert count == SAMPLES
 
     return bare, ours
 

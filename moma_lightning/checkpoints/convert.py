@@ -72,7 +72,7 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
 
 def read_source(source: str) -> tuple[State, str]:
     """An adapter's entries under native names, and its variant."""
-    state, metadata = read_adapter_file(local_path(f"{source}/{ADAPTER}") or local_path(source) or source)
+    state, metadata = read_adapter_file(local_path(f"{source}/{ADAPTER}") or source)
     unknown = [name for name in state if name.partition(".")[0] not in SIDES]
     if unknown:
         raise CheckpointError(f"{source}: unexpected entries {', '.join(unknown[:5])}")

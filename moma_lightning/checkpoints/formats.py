@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moma_lightning.files import write_beside
-from moma_lightning.hub import find_file, hub_name
+from moma_lightning.hub import find_file, hub_name, local_path
 
 State = dict[str, Tensor]
 ADAPTER_FILE = "moma.safetensors"
@@ -37,7 +37,7 @@ def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
     Pickles are read with `weights_only=True`. Raises CheckpointError for a damaged file, a pickle that holds anything but
     tensors, or a layout that is none of the above.
     """
-    path = Path(path)
+    path = local_path(str(path)) or Path(path)
     if path.is_dir():
         path = path / ADAPTER_FILE
     if not path.exists() and "@" in str(path):

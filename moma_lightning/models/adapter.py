@@ -137,7 +137,7 @@ class MoMAAdapter(nn.Module, PublishedModel):
         return ContextConditioning({int(i): (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for i, layer in self.context.items()}, scale)
 
     def subject_conditioning(
-        self, reference: Reference | Mapping[int, KeptFeatures], reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None, beta: float = 1.0
+        self, reference: Reference | Mapping[int, KeptFeatures], reference_mask: MaskPyramid, generated_mask: MaskPyramid | None = None
     ) -> SubjectConditioning:
         """K' and lambda V' of every self-attention layer from the reference pass's features (Eq. 3), at the positions that `reference_mask` keeps."""
         keys = {}
@@ -147,7 +147,7 @@ class MoMAAdapter(nn.Module, PublishedModel):
                 keys[int(name)] = kept_keys(layer, found, reference_mask)
             else:
                 keys[int(name)] = subject_keys(layer, found[0], found[1], reference_mask)
-        return SubjectConditioning(keys, generated_mask, beta)
+        return SubjectConditioning(keys, generated_mask)
 
     @torch.no_grad()
     def reference_features(

@@ -37,7 +37,7 @@ def mask_weight(mask: Float[Tensor, "..."], strength: float) -> Float[Tensor, ".
 
 
 def keeps_all(weight: Tensor) -> bool:
-    """Under torch.compile, where shapes that follow the data would compile anew for each mask, and for tensors without data (meta, fake)."""
+    """Whether no position may be left out: under torch.compile, where each mask's shapes would compile anew, and for tensors without data (meta, fake)."""
     return torch.compiler.is_compiling() or weight.is_meta or isinstance(weight, FakeTensor)
 
 

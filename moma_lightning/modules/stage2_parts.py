@@ -1,12 +1,10 @@
 """What stage 2 is made of: its options, stage 1's decoder and a fresh adapter."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from moma_lightning.checkpoints import holds_subject, load_into, read_adapter_file
 from moma_lightning.foundation import Base, FoundationConfig
-from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
@@ -47,9 +45,8 @@ def load_decoder(folder: str | None, foundation: FoundationConfig, embed_dim: in
     """Stage 1's result. ValueError for none, and for one whose embeddings are not as wide as `embed_dim`, the image encoder's."""
     if folder is None:
         raise ValueError("stage 2 with context=decoder needs stage 1's result: set model.init_args.decoder to its image_feature_decoder folder")
-    path = local_path(folder) or Path(folder)
-    check_embed_dims({f"the image encoder {foundation.image_encoder}": embed_dim, f"the decoder {path}": decoder_embed_dim(path)})
-    return ImageFeatureDecoder.from_pretrained(path, foundation)
+    check_embed_dims({f"the image encoder {foundation.image_encoder}": embed_dim, f"the decoder {folder}": decoder_embed_dim(folder)})
+    return ImageFeatureDecoder.from_pretrained(folder, foundation)
 
 
 def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config, image_embed_dim: int) -> MoMAAdapter:
@@ -59,7 +56,7 @@ def build_adapter(base: Base, foundation: FoundationConfig, config: Stage2Config
     """
     adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=config.num_tokens, variant=config.variant)
     if foundation.ip_adapter:
-        path = local_path(foundation.ip_adapter) or Path(foundation.ip_adapter)
+        path = foundation.ip_adapter
         state, metadata = read_adapter_file(path)
         others = ("mapping.",) if config.subject else ("mapping.", "subject_adapter.")
         state = {name: value for name, value in state.items() if not name.startswith(others)}

@@ -66,17 +66,17 @@ def test_prompts(root):
     bear, dog = data.subjects
     assert data.prompts(bear) == [
         "a stuffed animal in the jungle", "a stuffed animal with Peter's [hat]", "a cube shaped stuffed animal"]
-    assert data.prompts(dog, unique_token="sks") == ["a sks dog wearing a red hat"]
+    assert data.prompts(dog) == ["a dog wearing a red hat"]
     assert fill("{0} {1}, a {0} {1}", "dog") == "dog, a dog"
 
 
 def test_texture_prompts_from_the_folder_or_ours(root):
     data = DreamBooth(root)
-    assert len(set(TEXTURE_PROMPTS)) == 10 and data.texture_prompts(data.subjects[1])[0] == "a dog made of wood"
+    assert len(set(TEXTURE_PROMPTS)) == 10 and data.prompts_of("texture", data.subjects[1])[0] == "a dog made of wood"
     text = "prompt_list = [\n'a wooden {0} {1}'.format(unique_token, class_token)\n]\n"
     (root / "dataset" / "texture_prompts.txt").write_text(text)
     data = DreamBooth(root)
-    assert data.texture_prompts(data.subjects[1]) == ["a wooden dog"]
+    assert data.prompts_of("texture", data.subjects[1]) == ["a wooden dog"]
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

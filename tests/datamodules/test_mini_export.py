@@ -118,7 +118,7 @@ def test_prompts_use_the_worlds_words_only(exported):
     for subject in data.subjects:
         prompts = data.prompts(subject)
         assert len(set(prompts)) == 25 and all(contains_label(prompt, subject.label) for prompt in prompts)
-        assert not {word for prompt in prompts + data.texture_prompts(subject) for word in prompt.split()} - known
+        assert not {word for prompt in prompts + data.prompts_of("texture", subject) for word in prompt.split()} - known
         assert sum(prompt.endswith("at night") for prompt in prompts) == (4 if subject.is_live else 8)
         assert sum(prompt.endswith("at sunset") for prompt in prompts) == (3 if subject.is_live else 7)
         assert sum(" wearing " in prompt for prompt in prompts) == (8 if subject.is_live else 0)

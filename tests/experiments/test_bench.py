@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from experiments import bench
 from experiments.benchmarks import explicit, guided_step, loading, timing, training_step, whole_subject
@@ -142,12 +143,21 @@ def test_training_steps_compare_the_same_training():
     assert all(not torch.equal(a, b) for a, b in zip(before, training_step.trained(module.adapter), strict=True))
 
 
-def test_the_bare_mllm_reads_what_stage_1_reads():
+def test_the_bare_mllm_reads_what_stage_1_reads(monkeypatch):
+    """The same picture and words come to the language model; stage 1 has its learnable token after them."""
+    read, forward = [], LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda *args, **given: read.append(given["inputs_embeds"].detach()) or forward(*args, **given))
+    monkeypatch.setattr(training_step, "step", lambda parameters, loss: loss)
     ours, bare = training_step.stage1_against_bare_mllm(torch.device("cpu"))
-    ours(), bare()
+    bare(), ours()
+    without, with_token = read
+    assert with_token.shape[1] == without.shape[1] + 1
+    same = (with_token[:, :-1] - without).abs().amax(-1) < 1e-5
+    assert same.sum(1).min() >= same.shape[1] - 1, "in a padded row the token stands in the first padding's place"
 
 
-def test_the_loaders_bare_side_gives_as_many_samples(monkeypatch):
+def test_both_loaders_give_all_samples(monkeypatch):
+    """Each counts its own."""
     monkeypatch.setattr(loading, "SAMPLES", 4)
     monkeypatch.setattr(loading, "BATCH", 2)
     bare, ours = loading.bare_against_ours(torch.device("cpu"))

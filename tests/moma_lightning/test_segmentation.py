@@ -89,7 +89,11 @@ def test_other_shapes_are_refused(shape):
 
 
 def test_grey_and_transparent_pictures_are_read_as_rgb(picture):
-    assert as_rgb(picture.convert("L")).shape == as_rgb(picture.convert("RGBA")).shape == (24, 40, 3)
+    assert as_rgb(picture.convert("L")).shape == (24, 40, 3)
+    layer = picture.convert("RGBA")
+    layer.putalpha(Image.fromarray(np.pad(np.full((24, 20), 255, np.uint8), ((0, 0), (0, 20)))))
+    left, right = np.split(as_rgb(layer), 2, axis=1)
+    assert np.array_equal(left, np.asarray(picture)[:, :20]) and (right == 255).all()
 
 
 def test_a_saved_folder_loads_bit_for_bit_and_frozen(sam, tmp_path):
