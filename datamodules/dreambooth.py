@@ -103,6 +103,9 @@ class DreamBooth:
         images = sorted(p for p in (self.dataset / name).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
         if not images:
             raise FileNotFoundError(f"{self.dataset / name} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+        twice = [image.name for image in images if sum(image.stem == other.stem for other in images) > 1]
+        if twice:
+            raise ValueError(f"{self.dataset / name}: {', '.join(twice)} differ in their format alone and would count as several pictures: keep one of each")
         return Subject(name, label, label in LIVE_CLASSES, images, self._masks(name, images))
 
     def _masks(self, name: str, images: list[Path]) -> list[Path] | None:

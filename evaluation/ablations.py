@@ -1,6 +1,7 @@
 """Tables of settings over the same noise: the paper's Tables 3 and 4 and further axes, one YAML each (experiments/ablations)."""
 
 import logging
+from dataclasses import asdict
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -8,7 +9,7 @@ from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import write_json
 from evaluation.generation import generate
-from evaluation.made_with import made_with
+from evaluation.made_with import made_with, options_of
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
@@ -39,7 +40,8 @@ def run_ablation(config: EvalConfig) -> dict:
     page = [f"# {title}\n", protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n", method_table(summary), difference_table(summary)]
     if ablation.published is not None:
         page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(PUBLISHED[ablation.published], ablation.published)]
-    write_json(config.ablations_folder / f"{ablation.name}.json", {"title": title, "made_with": made_with(config, ablation.methods.values()), **summary})
+    about = {"title": title, "made_with": made_with(config, ablation.methods.values()), "methods": options_of(ablation.methods)}
+    write_json(config.ablations_folder / f"{ablation.name}.json", {**about, "sampler": asdict(evaluation.protocol.sampler), **summary})
     write_bytes(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
     logger.info("%s\n%s", title, method_table(summary))
     return summary

@@ -9,11 +9,12 @@ import torch
 
 from datamodules.dreambooth import DreamBooth
 from evaluation.methods import Method, Models, Moma
+from evaluation.names import method_name
 from evaluation.protocols import Protocol, named
 from moma_lightning.foundation import FoundationConfig
 
 #: Of summaries and ablations, beside their methods.
-RESERVED = ("differences", "title", "made_with")
+RESERVED = ("differences", "title", "made_with", "methods", "sampler")
 
 
 @dataclass
@@ -91,6 +92,10 @@ class EvalConfig:
         for name in (*self.methods, *self.ablation.methods):
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
                 raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and {', '.join(RESERVED)} are keys of the summaries")
+        keys: dict[str, str] = {}
+        for name in dict.fromkeys([*self.methods, *self.ablation.methods]):
+            if (other := keys.setdefault(method_name(name), name)) != name:
+                raise ValueError(f"methods {other!r} and {name!r} would both be called {method_name(name)!r} in tables and figures: rename one")
 
     @property
     def eval_folder(self) -> Path:

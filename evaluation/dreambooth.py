@@ -15,12 +15,12 @@ from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.generation import generate
 from evaluation.made_with import made_with, options_of
 from evaluation.metrics.configs import hub_names
-from evaluation.oracle import check_oracle
+from evaluation.oracle import check_oracle, incomplete
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import git_revision
-from evaluation.statistics import METRICS, above_oracle, prompt_intervals, subject_means, summarise
+from evaluation.statistics import METRICS, Interval, above_oracle, prompt_intervals, subject_means, summarise
 from evaluation.tables import method_table, score_page
 from moma_lightning.files import write_bytes
 from moma_lightning.hub import require_cached
@@ -42,7 +42,7 @@ def run_scoring(config: EvalConfig) -> pd.DataFrame | None:
 def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     folder, protocol = evaluation.config.eval_folder, evaluation.protocol
     summary = summarise(scores)
-    found = check_oracle(scores, protocol, len(evaluation.subjects)) + above_oracle(scores, summary)
+    found = incomplete(evaluation.data, protocol) + check_oracle(scores, protocol, len(evaluation.subjects)) + above_oracle(scores, summary)
     for sentence in found:
         warnings.warn(sentence, stacklevel=2)
     buffer = io.BytesIO()
@@ -72,7 +72,11 @@ def prompt_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
     found = prompt_intervals(scores, metric)
     methods = list(dict.fromkeys(method for cells in found.values() for method in cells))
     named = [(method, method, "mean") for method in methods] + [(f"{method}_{end}", method, end) for method in methods for end in ("lo", "hi")]
-    return pd.DataFrame({name: {form: cells[method][key] for form, cells in found.items() if method in cells} for name, method, key in named})
+
+    def value(cell: Interval, key: str) -> float:
+        return cell[key] if key == "mean" or cell["lo"] < cell["hi"] else float("nan")
+
+    return pd.DataFrame({name: {form: value(cells[method], key) for form, cells in found.items() if method in cells} for name, method, key in named})
 
 
 def write_json(path, content) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -112,8 +113,8 @@ class PictureMaker(LightningModule):
             part, made = tasks[len(images) : len(images) + self.at_once], None
             try:
                 made = method.generate(subject, reference, part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
+            except RuntimeError as error:
+                if len(part) == 1 or not is_out_of_memory(error):
                     raise
             if made is None:  # behind the clause, since the error holds on to all that the call had made
                 self.at_once = len(part) // 2
@@ -161,3 +162,8 @@ def batches(pictures: list[list[Planned]], size: int) -> Iterator[list[list[Plan
         one_reference = list(group)
         for start in range(0, len(one_reference), size):
             yield one_reference[start : start + size]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of PyTorch's allocator, or of the driver, Triton or cuBLAS, where that has left them too little."""
+    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

@@ -1,8 +1,8 @@
 """The first thing to look at: do the real pictures score what others have published for them?"""
 
-
 import pandas as pd
 
+from datamodules.dreambooth import DreamBooth
 from evaluation.metrics import ClipConfig, DinoConfig
 from evaluation.protocols import Protocol
 from evaluation.statistics import by_subject, mean_of
@@ -35,6 +35,14 @@ def check_oracle(scores: pd.DataFrame, protocol: Protocol, subjects: int) -> lis
                     "data, preprocessing or encoder are not DreamBooth's, so believe no score of this run"
                 )
     return found
+
+
+def incomplete(data: DreamBooth, protocol: Protocol) -> list[str]:
+    """A sentence where subjects of the folder's own table have no pictures and the protocol asks for all: the mean is another one then."""
+    if protocol.subjects is not None or not data.missing:
+        return []
+    count = f"{len(data.missing)} of the {len(data.table.classes)} subjects have no pictures in {data.dataset} ({', '.join(data.missing)})"
+    return [f"{count}: these means are of the others, comparable with no published score, and what the real pictures score was not checked"]
 
 
 def is_dreambooths(config: DinoConfig | ClipConfig) -> bool:

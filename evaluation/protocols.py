@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from string import Formatter
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -94,9 +95,11 @@ class Protocol:
             raise ValueError(f"protocol {self.name!r} asks for no prompt of any kind")
         if len(set(self.subjects or ())) < len(self.subjects or ()):
             raise ValueError(f"protocol {self.name!r} names a subject twice")
-        for template in (self.text_template, self.sampler.prompt_template):
-            if "{prompt}" not in template:
-                raise ValueError(f"protocol {self.name!r}: the template {template!r} has no {{prompt}}")
+        for template, others in ((self.text_template, set()), (self.sampler.prompt_template, {"label"})):
+            found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+            if "prompt" not in found or found - {"prompt"} - others:
+                allowed = " and may have {label}" if others else ", and nothing else in braces"
+                raise ValueError(f"protocol {self.name!r}: the template {template!r} has to have {{prompt}}{allowed}")
 
     @property
     def encoders(self) -> dict[str, EncoderConfig]:

@@ -14,7 +14,7 @@ from evaluation.metrics import CachedEncoder, Masker, build_encoders
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress
-from evaluation.stamps import load_pictures
+from evaluation.stamps import load_pictures, read_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ def scored_rows(plans: list[Planned], real: list[Reference], judges: Judges) -> 
             "prompt_index": task.prompt_index,
             "picture": task.picture,
             "seed": task.seed,
+            "picture_sha256": (read_stamp(plan.path) or {}).get("sha256"),
         }
         | {key: values[i] for key, values in scores.items()}
         for i, (plan, task) in enumerate(zip(plans, tasks, strict=True))

@@ -9,8 +9,8 @@ import wandb
 
 from evaluation.config import EvalConfig
 from evaluation.figures.ablations import read_ablations
-from evaluation.figures.names import methods_of, metric_name
 from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_summary
+from evaluation.names import methods_of, metric_name
 from moma_lightning.wandb_mode import wandb_mode
 
 

@@ -1,8 +1,9 @@
 """One recipe under several training seeds: what of a result is the recipe's, and what is luck.
 
 `python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages and evaluates once a seed in runs/<exp>-seed<k>,
-then pools the scores: every method's mean is over all seeds' pictures, intervals are over subjects. Each step goes on where it
-stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}. Options that are not its own go to both stages' `fit`.
+then pools the scores: every method's mean is over all seeds' pictures, intervals are over subjects. What trainings differ by is not in
+these: the last table has each seed's own means. Each step goes on where it stopped. Writes runs/<exp>/seeds/{table.md, summary.json,
+seed<k>.json}. Options that are not its own go to both stages' `fit`.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from evaluation.dreambooth import write_json
-from evaluation.statistics import above_oracle, summarise
-from evaluation.tables import difference_table, method_table
+from evaluation.statistics import LEVEL, METRICS, above_oracle, protocols_of, summarise
+from evaluation.tables import TITLES, difference_table, markdown, method_table
 from moma_lightning.files import write_bytes
 
 #: Methods of seeds.yaml that use nothing the stages trained.
@@ -60,15 +61,28 @@ def pool(folders: list[Path]) -> pd.DataFrame:
 
 
 def write_pooled(out: Path, folders: dict[int, Path]) -> None:
-    for seed, folder in folders.items():
-        write_json(out / f"seed{seed}.json", summarise(pool([folder])))
+    each = {seed: summarise(pool([folder])) for seed, folder in folders.items()}
+    for seed, summary in each.items():
+        write_json(out / f"seed{seed}.json", summary)
     scores = pool(list(folders.values()))
     summary = summarise(scores)
     warnings = [f"**{sentence}**\n" for sentence in above_oracle(scores, summary)]
-    page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", *warnings, method_table(summary), difference_table(summary)]
+    protocol = ", ".join(f"`{name}` ({digest})" for digest, name in protocols_of(scores).items()) or "unknown"
+    about = f"Protocol {protocol}. Brackets: {LEVEL:.0%} bootstrap interval over subjects, in which the trainings' own spread is not: see the last table.\n"
+    page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", about, *warnings, method_table(summary), difference_table(summary)]
+    page += ["## Each seed's means\n", seed_table(each)]
     write_json(out / "summary.json", summary)
     write_bytes(out / "table.md", "\n".join(page).encode())
     print("\n".join(page))
+
+
+def seed_table(each: dict[int, dict]) -> str:
+    """A row a method: its mean under each seed."""
+    methods = [name for name in next(iter(each.values())) if name != "differences"]
+    columns = [metric for metric in METRICS if any(metric in summary[name] for summary in each.values() for name in methods)]
+    cells = {name: [[summary[name].get(metric) for summary in each.values()] for metric in columns] for name in methods}
+    rows = [[name, *(" / ".join(f"{cell['mean']:.3f}" if cell else "-" for cell in means) for means in cells[name])] for name in methods]
+    return markdown([f"Seeds {', '.join(map(str, each))}", *(TITLES[metric] for metric in columns)], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

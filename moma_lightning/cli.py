@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,6 +27,8 @@ __all__ = ["MoMACLI", "Run", "ShardedStrategy"]  # the strategy: importing it ma
 
 SUBCOMMANDS = ("fit", "validate")  # of the Trainer's; the stages have no others
 CHECKPOINTS = "checkpoints"
+#: Settings that make another training of it.
+COUNTS = ("model.", "data.", "seed_everything")
 
 
 class MoMACLI(LightningCLI):
@@ -79,6 +82,10 @@ class MoMACLI(LightningCLI):
         if self.subcommand != "fit" or config.trainer.fast_dev_run:
             return
         if config.ckpt_path is None and self.run.is_finished(config.trainer.max_steps):
+            now = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            if changed := self.run.changed(now):
+                raise SystemExit(f"{self.run.folder}: training is complete, with other settings than these ({'; '.join(changed)}): "
+                                 "give the former ones, name another trainer.default_root_dir, or remove the folder to train anew")
             rank_zero_info(f"{self.run.folder}: training is complete; raise trainer.max_steps to go on, or remove the folder to train anew")
             raise SystemExit(0)
 
@@ -144,6 +151,13 @@ class Run:
             return False
         return 0 <= max_steps <= json.loads(self._finished.read_text())["step"]
 
+    def changed(self, config: dict[str, Any]) -> list[str]:
+        """What of model, data and seed is another in `config` than in the run's config.yaml, where both have it; how many workers load does not count."""
+        path = self.folder / "config.yaml"
+        before = _flat(yaml.safe_load(path.read_text())) if path.exists() else {}
+        now = {key: value for key, value in _flat(config).items() if key.startswith(COUNTS) and not key.endswith(".num_workers")}
+        return [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
+
     @rank_zero_only
     def mark_finished(self, step: int) -> None:
         write_beside(self._finished, lambda path: path.write_text(json.dumps({"step": step}) + "\n"))
@@ -193,6 +207,12 @@ class ContinuedCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = ContinuedWriter(log_dir=self.log_dir)
         return self._experiment
+
+
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    return {name: leaf for key, value in values.items() for name, leaf in
+            (_flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {f"{before}{key}": value}).items()}  # fmt: skip
 
 
 def _as_list(value: Any) -> list[Any]:

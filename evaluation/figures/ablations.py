@@ -4,14 +4,12 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evaluation.config import EvalConfig
-from evaluation.figures.names import NUMBER, axis_name, method_name, methods_of
 from evaluation.figures.tables import Cells, difference_rows, metrics_in
-from evaluation.made_with import changed_since
-from evaluation.stamps import read_stamp
+from evaluation.made_with import changed_since, options_of
+from evaluation.names import NUMBER, axis_name, method_name, methods_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +31,23 @@ class Ablation:
 
 
 def read_ablations(config: EvalConfig) -> list[Ablation]:
-    """Every `<run>/ablations/*.json` that holds a table of this protocol and these weights (`made_with`); the paper's own two come first."""
+    """Every `<run>/ablations/*.json` that holds a table of this protocol and these weights (`made_with`), and of the main evaluation's options where
+    a method is in both; the paper's own two come first."""
     paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
     summaries = {path.stem: json.loads(path.read_text()) for path in paths}
     tables = {key: summary for key, summary in summaries.items() if methods_of(summary)}
-    stale = [key for key, summary in tables.items() if changed_since(summary.get("made_with", {}), config)]
+    now = options_of(config.methods)
+    stale = [key for key, summary in tables.items() if changed_since(summary.get("made_with", {}), config) or
+             any(now.get(name, options) != options for name, options in summary.get("methods", {}).items())]
     for key in stale:
-        logger.warning("%s is left out: it was made under another protocol or with other weights; run `evaluation ablate` again", config.ablations_folder / key)
-    return [read_ablation(key, summary, config.pictures) for key, summary in tables.items() if key not in stale]
+        path = config.ablations_folder / key
+        logger.warning("%s is left out: it was made under another protocol or with other weights or options; run `evaluation ablate` again", path)
+    return [read_ablation(key, summary) for key, summary in tables.items() if key not in stale]
 
 
-def read_ablation(key: str, summary: dict[str, Any], pictures: Path) -> Ablation:
+def read_ablation(key: str, summary: dict[str, Any]) -> Ablation:
     rows = methods_of(summary)
-    axis, values = varying(list(rows), [options_of(pictures / name) for name in rows], key)
+    axis, values = varying(list(rows), [settings_of(summary, name) for name in rows], key)
     if values and len(set(values)) < len(values):  # two rows at one number, as where one leaves to the sampler what the other says
         axis, values = key, None
     labels = [f"{axis_name(axis)} {value:g}" for value in values] if values else list(map(method_name, rows))
@@ -54,12 +56,10 @@ def read_ablation(key: str, summary: dict[str, Any], pictures: Path) -> Ablation
     return Ablation(key, title, axis_name(axis), {names[name]: cells for name, cells in rows.items()}, values, difference_rows(summary, names))
 
 
-def options_of(folder: Path) -> dict[str, Any]:
-    """A method's options as the stamp of one of its pictures has them, the sampler's where it leaves them open; empty without pictures."""
-    for path in sorted(folder.rglob("*.png")):
-        settings = (read_stamp(path) or {}).get("settings", {})
-        return settings.get("sampler", {}) | {key: value for key, value in settings.get("method", {}).items() if value is not None}
-    return {}
+def settings_of(summary: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a method's pictures were drawn with: its options, the sampler's where it leaves them open."""
+    options = summary.get("methods", {}).get(name, {})
+    return summary.get("sampler", {}) | {key: value for key, value in options.items() if value is not None}
 
 
 def varying(names: Sequence[str], options: Sequence[dict[str, Any]], axis: str) -> tuple[str, list[float] | None]:

@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.figures.names import column_of, method_name, metric_name
-from evaluation.figures.style import COLORS, SOFT, styled
+from evaluation.figures.style import COLORS, MARKERS, SOFT, styled
+from evaluation.names import column_of, method_name, metric_name
 from evaluation.statistics import METRICS, subject_means
 
 Interval = Mapping[str, float]
@@ -82,7 +82,8 @@ def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) 
         figure = Figure(figsize=(max(5.0, 1.6 + 0.27 * len(frame)), 3.1), layout="constrained")
         axes = figure.subplots()
         for method in frame:
-            axes.plot(range(len(frame)), frame[method], "o-", color=colors[method], markersize=3.4, linewidth=1.3, label=method_name(method))
+            marker = MARKERS[[*colors].index(method) // len(COLORS) % len(MARKERS)]
+            axes.plot(range(len(frame)), frame[method], f"{marker}-", color=colors[method], markersize=3.4, linewidth=1.3, label=method_name(method))
         columns = min(len(frame.columns), 6)
         axes.set_title(metric_name(metric), pad=10 + 14 * -(-len(frame.columns) // columns))
         axes.set_xticks(range(len(frame)), [name.replace("_", " ") for name in frame.index], rotation=60, ha="right", rotation_mode="anchor")

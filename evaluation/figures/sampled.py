@@ -13,9 +13,9 @@ from PIL import Image
 
 from datamodules.dreambooth import Subject
 from evaluation.figures.grids import Cell, Grid, Row, spread
-from evaluation.figures.names import kind_name
 from evaluation.figures.scored import settings_of
 from evaluation.methods import Moma
+from evaluation.names import kind_name
 from evaluation.plan import Evaluation, Planned
 from evaluation.stamps import git_revision, is_current, write_picture
 from evaluation.tasks import PromptKind, picture_seed

@@ -6,19 +6,19 @@ import pandas as pd
 
 from evaluation.config import EvalConfig
 from evaluation.figures.grids import Cell, Grid, Row, spread
-from evaluation.figures.names import column_name, column_of, method_name
 from evaluation.methods import Moma
+from evaluation.names import column_name, column_of, method_name
 from evaluation.stamps import read_stamp
 from evaluation.statistics import METRICS
 
 
 def own_method(config: EvalConfig, scores: pd.DataFrame) -> str | None:
-    """The method that the figures of one method show: MoMA at the protocol's strength, else the last of the table; None where nothing was generated."""
+    """The method that the figures of one method show: the first MoMA at the protocol's strength, else the table's last; None where nothing was generated."""
     generated = list(dict.fromkeys(scores[scores["prompt_kind"] != "real"]["method"]))
     beta = config.resolved_protocol().sampler.beta
     ours = {name: m.beta for name, m in config.methods.items() if isinstance(m, Moma) and name in generated}
     away = {name: 0.0 if strength is None else abs(strength - beta) for name, strength in ours.items()}
-    return min(reversed(away), key=away.__getitem__, default=generated[-1] if generated else None)
+    return min(away, key=away.__getitem__, default=generated[-1] if generated else None)
 
 
 def shown(scores: pd.DataFrame) -> pd.DataFrame:
@@ -86,6 +86,8 @@ def settings_of(picture: Path) -> list[str]:
     if stamp is None:
         return []
     sampler, method, seed = (stamp["settings"].get(key) or {} for key in ("sampler", "method", "task"))
-    options = ", ".join(f"{key} {value}" for key, value in method.items() if key != "kind" and value is not None)
-    drawn = f"{sampler.get('scheduler')}, {sampler.get('num_inference_steps')} steps, guidance {sampler.get('guidance_scale')}, seed {seed.get('seed')}"
+    own = {key: value for key, value in method.items() if value is not None}
+    scheduler, steps, guidance = (own.pop(key, sampler.get(key)) for key in ("scheduler", "num_inference_steps", "guidance_scale"))
+    options = ", ".join(f"{key} {value}" for key, value in own.items() if key != "kind")
+    drawn = f"{scheduler}, {steps} steps, guidance {guidance}, seed {seed.get('seed')}"
     return [f"{method.get('kind')} ({options})" if options else str(method.get("kind")), drawn]

@@ -14,6 +14,8 @@ from PIL import Image
 from moma_lightning.files import write_bytes
 
 INK, SOFT, LINE = "#1c1f24", "#667085", "#e4e7ec"
+#: Of lines, one for each round of colours.
+MARKERS = "os^Dv"
 #: Told apart by people who do not tell red from green (Okabe and Ito's palette, darkened for thin lines on white).
 COLORS = ("#0b62a8", "#d35400", "#00855f", "#b0578d", "#8a6d00", "#3f9bd1", "#7a3e9d", "#5b6470")
 REAL = "#98a2b3"
@@ -65,7 +67,7 @@ def styled():
 
 
 def colors_of(methods: Sequence[str], oracles: Sequence[str]) -> dict[str, str]:
-    """One colour a method in every figure; grey for the real pictures."""
+    """One colour a method in every figure, from the first again after the eighth; grey for the real pictures."""
     generated = [name for name in methods if name not in oracles]
     found = {name: COLORS[i % len(COLORS)] for i, name in enumerate(generated)}
     return {name: found.get(name, REAL) for name in methods}

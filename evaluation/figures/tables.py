@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from evaluation.config import EvalConfig
-from evaluation.figures.names import method_name, methods_of
+from evaluation.names import method_name, methods_of
 from evaluation.statistics import METRICS
 
 Cells = dict[str, dict[str, float]]

@@ -12,10 +12,10 @@ from evaluation.figures import sampled, scored
 from evaluation.figures.ablations import read_ablations
 from evaluation.figures.charts import figure_7, interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import Grid, draw_grid, from_json, to_json
-from evaluation.figures.names import method_name
 from evaluation.figures.style import colors_of, write_figure
 from evaluation.figures.tables import difference_rows, metrics_in, named_rows, read_scores, read_summary
 from evaluation.methods import Moma
+from evaluation.names import method_name
 from evaluation.plan import Evaluation
 from evaluation.statistics import oracles
 from moma_lightning.files import write_bytes
@@ -62,9 +62,14 @@ def scored_grids(config: EvalConfig, scores: pd.DataFrame) -> list[Grid]:
     return [grid for grid in grids if grid is not None]
 
 
+def draws_moma(config: EvalConfig) -> bool:
+    """Whether the config has what Figures 8 to 10 are drawn with."""
+    return config.adapter is not None and config.decoder is not None and any(isinstance(method, Moma) for method in config.methods.values())
+
+
 def made_grids(config: EvalConfig) -> Iterator[Grid]:
     """Figures 8, 9 and 10, their missing pictures made."""
-    if config.adapter is None or config.decoder is None or not any(isinstance(method, Moma) for method in config.methods.values()):
+    if not draws_moma(config):
         logger.info("no adapter, no decoder or no MoMA among the methods of the config: Figures 8 to 10 are left out")
         return
     studio = sampled.Studio(Evaluation.open(config, config.resolved_device()), figures_folder(config) / "pictures")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -29,7 +30,8 @@ class RealImages(Method):
 
 @dataclass
 class Folder(Method):
-    """Pictures named by a CSV with the columns subject, prompt, path and, where references differ, reference (a file name).
+    """Pictures named by a CSV with the columns subject, prompt and path; where references differ also reference (a file name), and kind (context,
+    texture, ...) where a prompt that is of two kinds has other pictures for each.
 
     Paths are relative to the CSV. Several rows of one prompt are its pictures, in order.
     """
@@ -53,16 +55,16 @@ class Folder(Method):
         return {"pictures": models.digests[name]}
 
     def setup(self, models: Models, sampler: Sampler) -> None:
-        self.pictures: dict[tuple[str, str, str], list[Path]] = defaultdict(list)
+        self.pictures: dict[tuple[str, str, str, str], list[Path]] = defaultdict(list)
         for row in self.rows():
-            self.pictures[row["subject"], row.get("reference") or "", row["prompt"]].append(self._path(row))
+            self.pictures[row["subject"], row.get("reference") or "", row.get("kind") or "", row["prompt"]].append(self._path(row))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         return [load_picture(self._find(task, reference.path.name)) for task in tasks]
 
     def _find(self, task: PictureTask, reference: str) -> Path:
-        for name in (reference, ""):
-            paths = self.pictures.get((task.subject, name, task.prompt), [])
+        for name, kind in product((reference, ""), (task.kind, "")):
+            paths = self.pictures.get((task.subject, name, kind, task.prompt), [])
             if task.picture < len(paths):
                 return paths[task.picture]
         wanted = f"subject {task.subject!r}, reference {reference!r}, prompt {task.prompt!r}"

@@ -18,14 +18,15 @@ from evaluation.config import EvalConfig
 from evaluation.figures.ablations import Ablation, read_ablations
 from evaluation.figures.charts import curve, figure_7, interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import Grid, draw_grid
-from evaluation.figures.names import method_name, metric_name
-from evaluation.figures.scored import comparison
+from evaluation.figures.scored import comparison, shown
 from evaluation.figures.style import colors_of, encoded, svg_address
 from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_scores, read_summary
-from evaluation.figures.write import COMMUNITY, MADE, read_grid, scored_grids
+from evaluation.figures.write import COMMUNITY, MADE, draws_moma, read_grid, scored_grids
 from evaluation.made_with import changed_since, options_of
+from evaluation.names import method_name, metric_name
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
+from evaluation.stamps import read_stamp
 from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals, subject_means
 from moma_lightning.files import write_bytes
 
@@ -67,7 +68,7 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
         "title": config.report.title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "about": about,
-        "warnings": [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]] + stale(config, about),
+        "warnings": [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]] + stale(config, about, scores),
         "subjects": scores["subject"].nunique(),
         "pictures": len(scores),
         "level": f"{LEVEL:.0%}",
@@ -84,14 +85,17 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
     }
 
 
-def stale(config: EvalConfig, about: dict[str, Any]) -> list[str]:
-    """A sentence where the scores are of another protocol, of other weights or options than figures and ablations on this page."""
+def stale(config: EvalConfig, about: dict[str, Any], scores: pd.DataFrame) -> list[str]:
+    """A sentence where the scores are of another protocol, of other weights or options than figures and ablations on this page, or of other pictures."""
     before, now = about.get("made_with"), options_of(config.methods)
-    if before is None:
+    if before is None or "picture_sha256" not in scores:
         return ["The scores do not say what they were made with: score again"]
     methods = about.get("methods", now)
     changed = changed_since(before, config) + [name for name in now | methods if methods.get(name) != now.get(name)]
-    return [f"The scores were made with another {', '.join(changed)} than there is now: score again"] if changed else []
+    found = [f"The scores were made with another {', '.join(changed)} than there is now: score again"] if changed else []
+    pictures = shown(scores)
+    others = sum((read_stamp(Path(row.path)) or {}).get("sha256") != row.picture_sha256 for row in pictures.itertuples())
+    return found + ([f"{others} of the {len(pictures)} pictures that figures choose from are not those that were scored: score again"] if others else [])
 
 
 def in_words(sentence: str, methods: Sequence[str]) -> str:
@@ -126,9 +130,9 @@ def as_chart(figure: Figure, title: str) -> Chart:
 
 
 def grids(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> list[Grid]:
-    """Figures 4 to 6 from the scores, 8 to 10 as `figures` left them, by their numbers."""
+    """Figures 4 to 6 from the scores, 8 to 10 as `figures` left them where the config still draws them, by their numbers."""
     found = [compared if grid.name == "figure6" else grid for grid in scored_grids(config, scores)]
-    found += [read_grid(config, name) for name in MADE if config.report.bases or name != COMMUNITY]
+    found += [read_grid(config, name) for name in MADE if draws_moma(config) and (config.report.bases or name != COMMUNITY)]
     return sorted([grid for grid in found if grid is not None], key=lambda grid: grid.number)
 
 

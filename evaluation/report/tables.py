@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation.figures.names import method_name, metric_name
 from evaluation.figures.tables import Cells
+from evaluation.names import method_name, metric_name
 from evaluation.statistics import METRICS, leaves_out_zero
 
 #: Numbers beside each other that a phone holds without a swipe.

@@ -89,8 +89,9 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
             if pattern != r"^token$" and not any(re.search(pattern, name) for name, _ in self.named_parameters()):
                 raise ValueError(f"trainable: {pattern!r} is found in no parameter name of the image-feature decoder")
         fixed = self.vision_parameters() if self.config.lora is None else self.vision_parameters() | self.language_parameters()
+        unread = mllms.unread_parameters(self.mllm)  # would get no gradient, which DDP and sharded checkpoints do not take
         for name, parameter in self.named_parameters():
-            chosen = name not in fixed if patterns is None else any(re.search(pattern, name) for pattern in patterns)
+            chosen = name not in fixed if patterns is None else any(re.search(pattern, name) for pattern in patterns) and parameter not in unread
             if chosen:
                 refuse_quantized([(name, parameter)], "it cannot be trained, nor take what was trained; use a decoder with decoder.lora")
             parameter.requires_grad_(chosen or is_adapter(name))

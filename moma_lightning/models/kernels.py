@@ -57,6 +57,8 @@ def _tried(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
             add_subject_attention_(output, query, text[0], text[0], bias, places, weight, heads)
             torch.cuda.synchronize(device)
     except Exception as error:  # of many kinds: no compiler, no room in shared memory, a folder that cannot be written
+        if "out of memory" in str(error):
+            raise  # which says nothing of the kernels; an error is not kept, so they are tried again
         warnings.warn(f"Triton's kernels for {heads} heads of {width // heads} channels do not run on {torch.cuda.get_device_name(device)} ({error}): "
                       "PyTorch's operations serve, which take longer", stacklevel=2)  # fmt: skip
         return False

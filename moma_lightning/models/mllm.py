@@ -148,6 +148,12 @@ def unread_vision_layer(mllm: nn.Module) -> nn.Module | None:
     return layers[-1] if layers is not None and hasattr(layers[-1], "mlp") else None
 
 
+def unread_parameters(mllm: nn.Module) -> set[nn.Parameter]:
+    """The vision tower's parameters that no output depends on: LLaVA and LLaVA-OneVision read a layer's output, without the last normalisation."""
+    last = getattr(mllm.get_encoder("image"), "post_layernorm", None) if hasattr(mllm.config, "vision_feature_layer") else None
+    return {p for part in (unread_vision_layer(mllm), last) if part is not None for p in part.parameters()}
+
+
 def picture_start(mllm: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> int:
     """The picture's first place: the same in all rows, as every template brings the picture before label and prompt."""
     return int((input_ids[0] == mllm.config.image_token_id).nonzero()[0])

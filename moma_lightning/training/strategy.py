@@ -1,6 +1,6 @@
 """The strategies of sharded training, on GPUs (NCCL) and, for tests, on CPUs (gloo)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
@@ -109,7 +109,7 @@ class ShardedStrategy(WholeOptimizerState, ModelParallelStrategy):
         if "optimizer_states" in held and self.optimizers:
             for optimizer in self.optimizers:
                 get_optimizer_state_dict(module, optimizer)  # gives a fresh optimizer its state
-            parts["optimizer_states"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            parts["optimizer_states"] = [_saved(optimizer.state_dict(), f"optimizer_states.{i}.state.", entries) for i, optimizer in enumerate(self.optimizers)]
         return parts
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -212,6 +212,12 @@ class FlatShardedStrategy(WholeOptimizerState, FSDPStrategy):
 def _like(entry: Any) -> torch.Tensor:
     """A tensor without content, of the shape and dtype that a folder's metadata tells."""
     return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+
+def _saved(optimizer: dict[str, Any], before: str, entries: Iterable[str]) -> dict[str, Any]:
+    """An optimizer's state without that of parameters which the folder has none for: they never had a gradient."""
+    known = {key.removeprefix(before).partition(".")[0] for key in entries if key.startswith(before)}
+    return optimizer | {"state": {number: state for number, state in optimizer["state"].items() if str(number) in known}}
 
 
 def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -52,6 +52,12 @@ def test_subjects(root):
     assert DreamBooth(root / "dataset").subjects == data.subjects
 
 
+def test_one_picture_in_two_formats_is_refused(root):
+    Image.new("RGB", (6, 4)).save(root / "dataset/dog/00.png")
+    with pytest.raises(ValueError, match=r"dog: 00.jpg, 00.png differ in their format alone"):
+        _ = DreamBooth(root).subjects
+
+
 def test_names_may_hold_spaces_and_dots_and_pictures_be_webp(root):
     (root / "dataset/my dog v1.5").mkdir()
     Image.new("RGB", (6, 4)).save(root / "dataset/my dog v1.5/00.webp")

@@ -23,7 +23,9 @@ def test_tables_are_written_beside_the_papers(tmp_path, name, row):
     config = fake_config(tmp_path, {})
     config.ablation = AblationConfig(name, "A title", {"full": Painter(0.2), "none": Painter(0.9)}, published=name)
     summary = run_ablation(config)
-    assert json.loads((config.ablations_folder / f"{name}.json").read_text()) == {"title": "A title", "made_with": made_with(config)} | summary
+    written = json.loads((config.ablations_folder / f"{name}.json").read_text())
+    assert written["methods"]["none"] == Painter(0.9).options() and written["sampler"]["num_inference_steps"] == 8
+    assert {key: value for key, value in written.items() if key not in ("methods", "sampler")} == {"title": "A title", "made_with": made_with(config)} | summary
     assert list(summary) == ["full", "none", "differences"] and summary["full"]["dino"]["mean"] > summary["none"]["dino"]["mean"]
     page = (config.ablations_folder / f"{name}.md").read_text()
     assert page.startswith("# A title") and "| full |" in page and row in page and "not comparable with mini" in page

@@ -104,12 +104,20 @@ def test_what_one_process_makes_is_not_made_by_the_others_of_torchrun(monkeypatc
     assert ran == ["generate", "score", "dreambooth", "ablate", "point"]
 
 
-@pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with"])
+@pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with", "methods", "sampler"])
 def test_method_names_must_be_folders(tmp_path, capsys, name):
     (tmp_path / "eval.yaml").write_text(f"run: runs/x\ndata: data\nmethods: {{{name}: TextOnly}}\n")
     with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
     assert f"cannot be called {name!r}" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_two_methods_of_one_display_name_are_refused(tmp_path, capsys):
+    """In tables by that name one would take the other's row."""
+    (tmp_path / "eval.yaml").write_text("run: runs/x\ndata: data\nmethods: {moma_mask0.5: TextOnly, moma_masking0.5: TextOnly}\n")
+    with pytest.raises(SystemExit):
+        parse(["generate", "--config", str(tmp_path / "eval.yaml")])
+    assert "would both be called 'MoMA, mask strength 0.5'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_commands_are_the_documented_ones():

@@ -9,19 +9,18 @@ import pytest
 from PIL import Image
 
 from evaluation.dreambooth import write_tables
-from evaluation.figures import ablations as ablation_figures
 from evaluation.figures import write_figures
 from evaluation.figures.ablations import read_ablation, read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
-from evaluation.figures.names import kind_name, method_name, methods_of, metric_name
 from evaluation.figures.scored import comparison, one_method, own_method
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
 from evaluation.figures.write import charts, made_grids, read_grid, scored_grids
 from evaluation.generation import generate
-from evaluation.made_with import changed_since, known_identity, made_with, same_judges
+from evaluation.made_with import changed_since, known_identity, made_with, options_of, same_judges
 from evaluation.methods import Moma, RealImages
+from evaluation.names import kind_name, method_name, methods_of, metric_name
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.statistics import by_subject, subject_means
@@ -95,11 +94,11 @@ def test_ablations_have_titles_labels_and_differences(evaluated):
     assert (start.title, list(start.rows), start.values) == ("Start", ["MoMA, beta 1", "from scratch"], None)
 
 
-def test_two_rows_at_one_number_are_called_by_their_names(evaluated, tmp_path, monkeypatch):
+def test_two_rows_at_one_number_are_called_by_their_names():
     """As a sweep over [null, 0.5, 1.0] leaves them, null being the protocol's 1."""
     rows = {name: {"dino": {"mean": 0.1, "lo": 0, "hi": 0.2}} for name in ("beta_null", "beta_0.5", "beta_1")}
-    monkeypatch.setattr(ablation_figures, "options_of", lambda folder: {"beta": 0.5 if folder.name == "beta_0.5" else 1.0})
-    found = read_ablation("beta", rows, tmp_path)
+    options = {"beta_null": {"beta": None}, "beta_0.5": {"beta": 0.5}, "beta_1": {"beta": 1.0}}
+    found = read_ablation("beta", rows | {"methods": options, "sampler": {"beta": 1.0, "seed": 0}})
     assert len(found.rows) == 3 and found.values is None
 
 
@@ -176,15 +175,19 @@ def test_a_judge_that_is_gone_makes_scores_stale_and_is_no_error(evaluated, tmp_
     assert changed_since(made_with(evaluated), gone) == ["protocol", "judges"]
 
 
-def test_options_come_from_the_stamps(evaluated):
+def test_labels_are_what_the_table_was_made_with_and_other_options_than_the_main_evaluations_leave_it_out(evaluated, caplog):
     """The fake painters differ in `noise` alone, and their names do not tell it."""
-    rows = {name: {"dino": {"mean": 0, "lo": 0, "hi": 0}} for name in ("text_only", "moma_beta1")} | {"made_with": made_with(evaluated)}
+    rows = {name: {"dino": {"mean": 0, "lo": 0, "hi": 0}} for name in ("text_only", "moma_beta1")}
+    rows |= {"made_with": made_with(evaluated), "methods": options_of({name: evaluated.methods[name] for name in rows})}
     (evaluated.ablations_folder / "painters.json").write_text(json.dumps(rows))
     try:
         found = next(ablation for ablation in read_ablations(evaluated) if ablation.key == "painters")
+        changed = replace(evaluated, methods=evaluated.methods | {"moma_beta1": Painter(0.5)})
+        assert "painters" not in [ablation.key for ablation in read_ablations(changed)]
     finally:
         (evaluated.ablations_folder / "painters.json").unlink()
     assert (found.axis, found.values, list(found.rows)) == ("noise", [0.8, 0.6], ["noise 0.8", "noise 0.6"])
+    assert "painters is left out" in caplog.text
 
 
 def test_means_by_subject_are_the_statistics_own(scores):
@@ -222,12 +225,17 @@ def test_figure_7_is_the_mean_clip_t_of_each_subject(scores):
     own = scores[(scores["method"] == "moma_beta1") & (scores["prompt_kind"] == "texture")].groupby("subject", sort=False)["clip_t"].mean()
     assert np.allclose(axes.lines[1].get_ydata(), own)
     assert subject_lines(scores[scores["prompt_kind"] == "real"], "clip_t_texture", colors) is None
+    many = pd.concat([scores[scores["method"] == "moma_beta1"].assign(method=f"m{i}") for i in range(9)])
+    lines = subject_lines(many, "clip_t_texture", colors_of([f"m{i}" for i in range(9)], [])).axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
 
 
 def test_the_papers_own_method_is_the_nearest_to_the_protocols_strength(evaluated, scores):
     config = fake_config(evaluated.eval_folder.parents[1], {"text_only": Moma(beta=0.2), "moma_beta1": Moma(beta=0.0)})
     assert own_method(config, scores) == "text_only"
     assert own_method(evaluated, scores) == "moma_beta1"
+    tie = replace(config, methods={"text_only": Moma(), "moma_beta1": Moma(context="image")})
+    assert own_method(tie, scores) == "text_only", "the first of them"
     assert scored_grids(evaluated, scores[scores["prompt_kind"] == "real"]) == [], "nothing was generated"
 
 

@@ -3,6 +3,7 @@ import signal
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,10 +51,11 @@ class Small(Painter):
     """On a device that holds so many pictures at a time as `most`."""
 
     most = 0
+    error: ClassVar[RuntimeError] = torch.OutOfMemoryError("CUDA out of memory")
 
     def generate(self, subject, reference, tasks):
         if len(tasks) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return super().generate(subject, reference, tasks)
 
 
@@ -80,6 +82,20 @@ def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(tmp_path, monk
     pictures = {path.relative_to(whole.pictures): path.read_bytes() for path in whole.pictures.rglob("*.png")}
     assert pictures == {path.relative_to(config.pictures): path.read_bytes() for path in config.pictures.rglob("*.png")}
     assert len(made(log)) == len(pictures) // 2 == 3 * 5
+
+
+@pytest.mark.parametrize("told", ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."])
+def test_a_shortage_that_the_driver_tells_halves_the_batch_too(tmp_path, monkeypatch, told):
+    monkeypatch.setattr(Small, "most", 1)
+    monkeypatch.setattr(Small, "error", RuntimeError(told))
+    with pytest.warns(UserWarning, match="does not hold 2"):
+        generate(fake_config(tmp_path, {"a": Small(0.3)}))
+
+
+def test_another_error_does_not_halve_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(Small, "error", RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        generate(fake_config(tmp_path, {"a": Small(0.3)}))
 
 
 def test_a_device_too_small_for_one_picture_is_told(tmp_path):

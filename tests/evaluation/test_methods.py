@@ -8,12 +8,12 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from datamodules.dreambooth import DreamBooth
+from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.generation import generate
 from evaluation.methods import Folder, IpAdapter, Models, Moma, Reference, StockIpAdapter, TextOnly
 from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler, named
-from evaluation.tasks import tasks_of
+from evaluation.tasks import PictureTask, tasks_of
 from moma_lightning.digests import content_digest
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
@@ -250,6 +250,19 @@ def test_folder_brings_each_picture_to_its_place(tmp_path):
     plans = Evaluation.open(config).planned("theirs", config.methods["theirs"])
     for i, plan in enumerate(plans):
         assert Image.open(plan.path).tobytes() == random_picture(100 + i).tobytes()
+
+
+def test_a_folders_prompt_of_two_kinds_may_have_pictures_for_each(tmp_path):
+    """As "a red mug" of the objects' prompts and of the textures."""
+    rows = ["subject,prompt,path,kind", "mug,a red mug,t.png,texture", "mug,a red mug,any.png,"]
+    (tmp_path / "made.csv").write_text("\n".join(rows))
+    for name, color in (("t", "red"), ("any", "blue")):
+        Image.new("RGB", (2, 2), color).save(tmp_path / f"{name}.png")
+    method, reference = Folder(str(tmp_path / "made.csv")), Reference(tmp_path / "00.png")
+    method.setup(Models(FoundationConfig()), Sampler())
+    mug = Subject("mug", "mug", False, [reference.path], None)
+    tasks = [PictureTask("mug", "mug", 0, kind, 0, "a red mug", 0, 0) for kind in ("texture", "context")]
+    assert [image.getpixel((0, 0)) for image in method.generate(mug, reference, tasks)] == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_folder_names_what_is_missing(tmp_path):

@@ -17,16 +17,18 @@ from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
 from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
 from evaluation.figures.style import DPI
-from evaluation.figures.write import read_grid
+from evaluation.figures.tables import read_scores
+from evaluation.figures.write import figures_folder, read_grid
 from evaluation.generation import generate
 from evaluation.made_with import made_with
-from evaluation.methods import RealImages
+from evaluation.methods import Moma, RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
-from evaluation.report.page import stage_charts, stale
+from evaluation.report.page import grids, stage_charts, stale
 from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
 from evaluation.scoring import score
+from evaluation.stamps import stamp_path
 from evaluation.statistics import METRICS
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders, random_picture
 
@@ -94,15 +96,44 @@ def test_page_is_well_formed_and_self_contained(text, page):
 
 
 def test_a_page_whose_scores_are_older_than_its_weights_says_so(evaluated, text, tmp_path):
-    assert "The scores were made with another" not in text
+    assert "The scores were made with another" not in text and "those that were scored" not in text
     (tmp_path / "adapter").mkdir()
-    about = json.loads((evaluated.eval_folder / "protocol.json").read_text())
-    assert stale(replace(evaluated, adapter=str(tmp_path / "adapter")), about) == ["The scores were made with another adapter than there is now: score again"]
-    assert stale(evaluated, about | {"made_with": about["made_with"] | {"judges": {}}}) == [
+    about, scores = json.loads((evaluated.eval_folder / "protocol.json").read_text()), read_scores(evaluated)
+    other = replace(evaluated, adapter=str(tmp_path / "adapter"))
+    assert stale(other, about, scores) == ["The scores were made with another adapter than there is now: score again"]
+    assert stale(evaluated, about | {"made_with": about["made_with"] | {"judges": {}}}, scores) == [
         "The scores were made with another judges than there is now: score again"]  # fmt: skip
     methods = evaluated.methods | {"moma_beta1": Painter(0.1)}
-    assert stale(replace(evaluated, methods=methods), about) == ["The scores were made with another moma_beta1 than there is now: score again"]
-    assert stale(evaluated, {}) == ["The scores do not say what they were made with: score again"]
+    assert stale(replace(evaluated, methods=methods), about, scores) == ["The scores were made with another moma_beta1 than there is now: score again"]
+    for unsaid in (({}, scores), (about, scores.drop(columns="picture_sha256"))):
+        assert stale(evaluated, *unsaid) == ["The scores do not say what they were made with: score again"]
+
+
+def test_a_page_that_shows_other_pictures_than_were_scored_says_so(evaluated):
+    """As where another command has drawn a method's pictures anew, with another sampler."""
+    about, scores = json.loads((evaluated.eval_folder / "protocol.json").read_text()), read_scores(evaluated)
+    path = stamp_path(Path(scores[scores["method"] == "moma_beta1"]["path"].iloc[0]))
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"sha256": "another"}))
+    try:
+        assert stale(evaluated, about, scores) == ["1 of the 18 pictures that figures choose from are not those that were scored: score again"]
+    finally:
+        path.write_text(before)
+
+
+def with_moma(config):
+    """A config that Figures 8 to 10 are drawn by."""
+    return replace(config, adapter="a", decoder="d", methods=config.methods | {"moma": Moma()})
+
+
+def test_grids_that_the_config_no_longer_draws_are_not_shown(evaluated):
+    folder, cell = figures_folder(evaluated), Cell("a", str(next(evaluated.pictures.rglob("*.png"))))
+    (folder / "figure8.json").write_bytes(to_json(Grid("figure8", "Strengths", "", [Row([cell])])))
+    try:
+        names = [{grid.name for grid in grids(config, read_scores(evaluated), None)} for config in (with_moma(evaluated), evaluated)]
+        assert names[0] - names[1] == {"figure8"}
+    finally:
+        (folder / "figure8.json").unlink()
 
 
 def test_a_resumed_trainings_curve_has_each_step_once():
@@ -267,7 +298,7 @@ def test_grids_of_the_figures_command_are_shown_and_their_words_cannot_break_the
     random_picture(1).save(figures / "one.png")
     grid = Grid("figure8", "Strength of <script>", "", [Row([Cell("MoMA", str(figures / "one.png"), "beta 0.2")])])
     (figures / "figure8.json").write_bytes(to_json(grid))
-    written = write_report(evaluated).read_text()
+    written = write_report(with_moma(evaluated)).read_text()
     assert "<em>Figure 8</em>Strength of &lt;script&gt;" in written and "<figcaption>beta 0.2</figcaption>" in written
     assert written.count("<script>") == 1
     (figures / "one.png").unlink()

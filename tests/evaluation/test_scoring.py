@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,13 @@ from PIL import Image
 
 from evaluation import published
 from evaluation.config import EvalConfig
-from evaluation.dreambooth import write_tables
+from evaluation.dreambooth import breakdowns, write_tables
 from evaluation.extra_scores import Judges
 from evaluation.generation import generate
 from evaluation.methods import RealImages, Reference
 from evaluation.metrics import Masker
 from evaluation.metrics.masked import background_alone, subject_alone
-from evaluation.oracle import check_oracle
+from evaluation.oracle import check_oracle, incomplete
 from evaluation.plan import Evaluation
 from evaluation.protocols import PRESETS, named
 from evaluation.scoring import comparison, score
@@ -250,6 +251,19 @@ def test_nothing_is_said_of_other_encoders_or_a_part_of_the_subjects():
     assert check_oracle(scores, PRESETS["dreambooth"], 29) == []
 
 
+def test_a_part_of_the_set_is_told_in_the_table(tmp_path):
+    config = fake_config(tmp_path, {"a": Painter(0.3)})
+    path = tmp_path / "data/dataset/prompts_and_classes.txt"
+    path.write_text(path.read_text().replace("red_mug,", "blue_mug,mug\nred_mug,", 1))
+    evaluation = Evaluation.open(config)
+    (sentence,) = incomplete(evaluation.data, evaluation.protocol)
+    assert sentence.startswith("1 of the 4 subjects have no pictures in") and "(blue_mug)" in sentence
+    with pytest.warns(UserWarning, match="1 of the 4 subjects have no pictures"):
+        write_tables(evaluation, scored(config))
+    assert "> **Warning:** 1 of the 4 subjects" in (config.eval_folder / "table.md").read_text()
+    assert incomplete(evaluation.data, replace(evaluation.protocol, subjects=("red_mug",))) == []
+
+
 def test_breakdowns_and_weights_are_written(tmp_path):
     config = fake_config(tmp_path, METHODS)
     with pytest.warns(UserWarning, match="copy passes"):
@@ -258,7 +272,8 @@ def test_breakdowns_and_weights_are_written(tmp_path):
     subjects, prompts = (pd.read_csv(config.eval_folder / f"per_{by}.csv") for by in ("subject", "prompt"))
     assert list(subjects) == ["metric", "subject", "real_images", "copy", "blurred"]
     assert list(prompts) == ["metric", "prompt", "copy", "blurred", "copy_lo", "copy_hi", "blurred_lo", "blurred_hi"]
-    assert (prompts.blurred_lo <= prompts.blurred).all() and (prompts.blurred <= prompts.blurred_hi).all()
+    several = prompts.dropna()
+    assert len(several) and (several.blurred_lo <= several.blurred).all() and (several.blurred <= several.blurred_hi).all()
     own = scores[(scores.method == "blurred") & (scores.subject == "tabby") & (scores.prompt_kind == "context")]
     row = subjects[(subjects.metric == "clip_i") & (subjects.subject == "tabby")].iloc[0]
     assert row.blurred == pytest.approx(own.clip_i.mean(), abs=1e-6)
@@ -287,3 +302,11 @@ def test_real_dreambooth_pictures_are_read_and_scored(tmp_path):
     assert table[["dino", "clip_i"]].notna().all(axis=None)
     planned = evaluation.planned("anything", Painter())
     assert sum(plan.task.kind == "context" for plan in planned) == len(evaluation.subjects) * 25 * 4
+
+
+def test_a_prompt_of_one_subject_has_no_interval():
+    rows = [("tabby", "cat", "a cat in a hat"), ("tabby", "cat", "a cat"), ("rex", "dog", "a dog")]
+    scores = pd.DataFrame([{"method": "a", "subject": s, "label": label, "prompt_kind": "context", "prompt": p, "clip_t": 0.1 * i}
+                           for i, (s, label, p) in enumerate(rows)])  # fmt: skip
+    table = breakdowns(scores, "prompt").set_index("prompt")
+    assert table.a_lo.isna().to_dict() == {"a {} in a hat": True, "a {}": False} and table.a.notna().all()

@@ -34,7 +34,9 @@ def test_the_pooled_mean_is_the_mean_over_seeds_and_pictures(folders, tmp_path, 
     assert summary["ours"]["dino"]["mean"] == pytest.approx(0.5 + 0.005)
     assert summary["text_only"]["dino"]["mean"] == pytest.approx(0.105)
     assert json.loads((tmp_path / "out" / "seed2.json").read_text())["ours"]["dino"]["mean"] == pytest.approx(0.605)
-    assert "ours" in (tmp_path / "out" / "table.md").read_text() and "Training seeds 0, 1, 2" in capsys.readouterr().out
+    page = (tmp_path / "out" / "table.md").read_text()
+    assert "| ours | 0.405 / 0.505 / 0.605 | 0.500 / 0.500 / 0.500 |" in page and "| text_only | 0.105 / 0.105 / 0.105 |" in page
+    assert "Training seeds 0, 1, 2" in capsys.readouterr().out
 
 
 def test_each_seed_trains_both_stages_in_its_folder_with_the_options_given(monkeypatch):

@@ -17,8 +17,8 @@ from datamodules.mini.export import export
 from datamodules.mini.views import VIEWS
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
-from evaluation.figures.names import methods_of
 from evaluation.methods import Moma
+from evaluation.names import methods_of
 from evaluation.protocols import PRESETS
 from evaluation.sweeps import point_name
 from experiments.mini.recipe.check_views import measure

@@ -109,6 +109,17 @@ def test_a_finished_run_says_so_and_is_left_alone(run, tmp_path, caplog):
     assert (tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_with_other_settings_is_no_answer_to_these(run, tmp_path):
+    run()
+    with pytest.raises(SystemExit, match=r"other settings than these \(model.init_args.slope 2.0, it was 1.0; data.init_args.count 7, it was 8\)"):
+        run("--model.slope", "2.0", "--data.count", "7")
+    with pytest.raises(SystemExit, match=r"seed_everything 1, it was 0"):
+        run("--seed_everything", "1")
+    with pytest.raises(SystemExit) as stop:
+        run("--trainer.log_every_n_steps", "3")
+    assert stop.value.code == 0
+
+
 def test_more_steps_go_on_from_a_finished_run(run, tmp_path):
     run()
     cli = run(max_steps=7)

@@ -140,6 +140,15 @@ def test_gradient_reaches_the_token_and_not_the_vision_tower(decoder, pictures):
     assert not decoder.mllm.vision_tower.training and decoder.mllm.language_model.training
 
 
+def test_a_trained_vision_tower_leaves_out_what_nothing_is_read_of(mllm, pictures):
+    """LLaVA's last layer and normalisation: without gradients, they would stop DDP."""
+    decoder = build(mllm, trainable=["."])
+    decoder(pictures, LABELS, PROMPTS).square().sum().backward()
+    assert not [name for name, p in decoder.named_parameters() if p.requires_grad and p.grad is None]
+    fixed = {".".join(name.split(".")[2:4]) for name, p in decoder.named_parameters() if not p.requires_grad}
+    assert any(p.requires_grad for p in decoder.vision_parameters().values()) and fixed == {"post_layernorm.weight", "post_layernorm.bias", "encoder.layers"}
+
+
 def test_counts_of_trained_and_frozen_parameters(mllm, decoder):
     def count(module):
         return sum(p.numel() for p in module.parameters())

@@ -82,6 +82,22 @@ def test_where_they_do_not_run_a_warning_says_so(monkeypatch):
     assert not kernels._tried.__wrapped__(0, torch.bfloat16, 8, 320)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it does")
+def test_a_shortage_of_memory_says_nothing_of_the_kernels(monkeypatch):
+    """They are tried again, once a smaller batch leaves more of it."""
+    answers = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("no compiler")])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: (_ for _ in ()).throw(next(answers)))
+    kernels._tried.cache_clear()
+    for told in ("CUDA out of memory", "Triton Error"):
+        with pytest.raises(RuntimeError, match=told):
+            kernels.usable(0, torch.bfloat16, 8, 64)
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert not kernels.usable(0, torch.bfloat16, 8, 64)
+    kernels._tried.cache_clear()
+
+
 def test_they_are_for_gpus_in_16_bits_without_gradients():
     query = torch.zeros(1, 4, 24, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -52,6 +52,14 @@ def test_the_tested_families_are_the_known_ones():
     assert {"llava", *tiny_mllms.MLLMS} == set(FAMILIES)
 
 
+def test_whatever_is_trained_gets_gradients(family, mllm_foundation, pictures):
+    """Even where all is asked for: DDP stops at a parameter without, and a sharded checkpoint has no state for it."""
+    decoder = build(family, mllm_foundation, trainable=["."])
+    decoder(pictures, LABELS, PROMPTS).square().sum().backward()
+    assert not [name for name, p in decoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert any(p.requires_grad for p in decoder.vision_parameters().values())
+
+
 def theirs(family: str, foundation: FoundationConfig, pictures: torch.Tensor, texts: list[str]) -> list[torch.Tensor]:
     """The inner model's last hidden state at each text's last token, by the family's own processor, one row at a time."""
     model, processor = load_mllm(foundation)
