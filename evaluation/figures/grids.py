@@ -74,22 +74,24 @@ def spread(items: Sequence, count: int) -> list:
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
-#: Measures of a drawn grid in inches: column heads, row titles, a line of caption, the space between pictures.
-HEAD, TITLE, CAPTION, GAP = 0.26, 0.24, 0.14, 0.07
+#: Measures of a drawn grid in inches: a line of column heads, row titles, a line of caption, the space between pictures.
+HEAD, TITLE, CAPTION, GAP = 0.15, 0.24, 0.14, 0.07
 
 
 def draw_grid(grid: Grid, inches: float = 1.25) -> Figure:
     """The grid as a figure: column heads, row titles over their rows, captions below pictures. inches: side of a picture."""
     step = inches + GAP
     heights = [step + TITLE * bool(row.title) + CAPTION * caption_lines(row, inches) for row in grid.rows]
-    size = (grid.width * step + GAP, HEAD * bool(grid.columns) + sum(heights) + GAP)
+    heads = ["\n".join(textwrap.wrap(name, int(inches * 14))) for name in grid.columns]
+    head = GAP + HEAD * max((name.count("\n") + 1 for name in heads), default=0)
+    size = (grid.width * step + GAP, head + sum(heights))
     with styled():
         figure = Figure(figsize=size)
         sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(size[1], 0))  # inches, from the top left corner
         bare(sheet)
-        for x, name in enumerate(grid.columns):
-            sheet.text(GAP + x * step + inches / 2, HEAD / 2 + 0.02, name, ha="center", va="center", fontsize=8.5)
-        top = GAP + HEAD * bool(grid.columns)
+        for x, name in enumerate(heads):
+            sheet.text(GAP + x * step + inches / 2, head - 0.05, name, ha="center", va="bottom", fontsize=8.5)
+        top = head
         for row, height in zip(grid.rows, heights, strict=True):
             draw_row(sheet, row, top, inches)
             top += height
