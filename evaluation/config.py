@@ -88,7 +88,7 @@ class EvalConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (*self.methods, *self.ablation.methods):
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
                 raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and {', '.join(RESERVED)} are keys of the summaries")

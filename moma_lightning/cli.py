@@ -15,7 +15,9 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from moma_lightning.digests import identity
 from moma_lightning.files import write_beside
+from moma_lightning.hub import local_path
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 from moma_lightning.training.data_wait import DataWait
 from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal, ended_together
@@ -29,6 +31,7 @@ SUBCOMMANDS = ("fit", "validate")  # of the Trainer's; the stages have no others
 CHECKPOINTS = "checkpoints"
 #: Settings that make another training of it.
 COUNTS = ("model.", "data.", "seed_everything")
+DECODER = "model.init_args.decoder"
 
 
 class MoMACLI(LightningCLI):
@@ -121,7 +124,7 @@ class MoMACLI(LightningCLI):
             self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
             if self.trainer.checkpoint_callback is not None:
                 self.trainer.save_checkpoint(self.run.last_checkpoint)
-                self.run.mark_finished(self.trainer.global_step)
+                self.run.mark_finished(self.trainer.global_step, getattr(model, "decoder_name", None))
 
     def validate(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.validate` of `ckpt_path`, else of the run's last checkpoint. Prints; the run's own records stay as they are."""
@@ -156,11 +159,17 @@ class Run:
         path = self.folder / "config.yaml"
         before = _flat(yaml.safe_load(path.read_text())) if path.exists() else {}
         now = {key: value for key, value in _flat(config).items() if key.startswith(COUNTS) and not key.endswith(".num_workers")}
-        return [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
+        found = [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
+        decoder, digest = now.get(DECODER), json.loads(self._finished.read_text()).get("decoder")
+        if digest and decoder and decoder == before.get(DECODER) and local_path(decoder) is not None and identity(decoder) != digest:
+            found.append(f"{DECODER} {decoder!r} holds other weights now")
+        return found
 
     @rank_zero_only
-    def mark_finished(self, step: int) -> None:
-        write_beside(self._finished, lambda path: path.write_text(json.dumps({"step": step}) + "\n"))
+    def mark_finished(self, step: int, decoder: str | None = None) -> None:
+        """decoder: stage 1's result that stage 2 was trained with, kept by its digest."""
+        told = {"step": step} | ({} if decoder is None else {"decoder": identity(decoder)})
+        write_beside(self._finished, lambda path: path.write_text(json.dumps(told) + "\n"))
 
     @rank_zero_only
     def wandb_id(self) -> str:

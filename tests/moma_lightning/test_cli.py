@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -118,6 +119,21 @@ def test_a_finished_run_with_other_settings_is_no_answer_to_these(run, tmp_path)
     with pytest.raises(SystemExit) as stop:
         run("--trainer.log_every_n_steps", "3")
     assert stop.value.code == 0
+
+
+def test_a_finished_stage_2_is_not_taken_for_one_of_a_new_stage_1(tmp_path):
+    decoder, run = tmp_path / "decoder", Run(tmp_path / "stage2")
+    run.folder.mkdir()
+    decoder.mkdir()
+    (decoder / "model.safetensors").write_bytes(b"first")
+    told = {"model": {"init_args": {"decoder": str(decoder)}}}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(told))
+    run.mark_finished(10, str(decoder))
+    assert run.changed(told) == []
+    (decoder / "model.safetensors").write_bytes(b"second")
+    assert run.changed(told) == [f"model.init_args.decoder {str(decoder)!r} holds other weights now"]
+    shutil.rmtree(decoder)
+    assert run.changed(told) == [], "it is needed no longer"
 
 
 def test_more_steps_go_on_from_a_finished_run(run, tmp_path):
