@@ -106,7 +106,7 @@ class DreamBooth:
         twice = [image.name for image in images if sum(image.stem == other.stem for other in images) > 1]
         if twice:
             raise ValueError(f"{self.dataset / name}: {', '.join(twice)} differ in their format alone and would count as several pictures: keep one of each")
-        return Subject(name, label, label in LIVE_CLASSES, images, self._masks(name, images))
+        return Subject(name, label, label.lower() in LIVE_CLASSES, images, self._masks(name, images))
 
     def _masks(self, name: str, images: list[Path]) -> list[Path] | None:
         folder = self.root / "masks" / name

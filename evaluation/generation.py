@@ -113,6 +113,8 @@ class PictureMaker(LightningModule):
             part, made = tasks[len(images) : len(images) + self.at_once], None
             try:
                 made = method.generate(subject, reference, part)
+            except ValueError as error:
+                raise ValueError(f"{name}, with {reference.path}: {error}") from error
             except RuntimeError as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise

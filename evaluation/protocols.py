@@ -47,6 +47,10 @@ class Sampler:
     prompt_template: str = "{prompt}"
     masks: Literal["dataset", "sam"] = "sam"
 
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {self.num_inference_steps}: at least 1")
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -64,7 +64,7 @@ def told(function: Callable[[list[str]], object], command: str, arguments: list[
     """What a person can mend is one line; everything else keeps its traceback."""
     try:
         function(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{command}: {error}")
 
 

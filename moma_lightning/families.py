@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from moma_lightning.hub import loading, resolve
+from moma_lightning.whole import load_whole, require_all_weights, require_vocabulary
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Family:
     without: dict[str, Any]
 
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 STABLE_DIFFUSION = Family(StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False})
 SDXL = Family(StableDiffusionXLPipeline, {"add_watermarker": False})
 
@@ -31,7 +34,21 @@ def family_of(name: str) -> Family:
 
 
 def load_folder(name: str, vae: AutoencoderKL | None = None) -> DiffusionPipeline:
-    """The pipeline of a folder or hub name, in float32, with `vae` instead of its own. Raises FileNotFoundError that says how to fetch what is missing."""
+    """The pipeline of a folder or hub name, in float32, with `vae` instead of its own.
+
+    Raises FileNotFoundError that says how to fetch what is missing, ValueError for a model that is not whole.
+    """
+    source, given = resolve(name), {"vae": vae} if vae is not None else {}
     with loading(name):
-        family, given = family_of(name), {"vae": vae} if vae is not None else {}
-        return family.pipeline.from_pretrained(**resolve(name), **family.without, **given, torch_dtype=torch.float32)
+        family, index = family_of(name), DiffusionPipeline.load_config(**source)
+    for part in TEXT_ENCODERS:
+        if index.get(part, [None])[0]:
+            inside = {"subfolder": f"{source['subfolder']}/{part}" if "subfolder" in source else part}
+            given[part] = load_whole(getattr(transformers, index[part][1]), name, source | inside, dtype=torch.float32)
+    with loading(name):
+        pipe = family.pipeline.from_pretrained(**source, **family.without, **given, torch_dtype=torch.float32)
+    require_all_weights(name, pipe.components)
+    for part in TEXT_ENCODERS:
+        if part in given:
+            require_vocabulary(name, pipe.components[part.replace("text_encoder", "tokenizer")], given[part].config.vocab_size)
+    return pipe

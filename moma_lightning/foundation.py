@@ -30,6 +30,7 @@ from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.text import TextConditioning, encode_text
 from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_lora, is_single_file, load_single_file
+from moma_lightning.whole import load_whole, require_all_weights
 
 MINI = "experiments/mini/foundation"
 
@@ -107,6 +108,7 @@ def load_base(config: FoundationConfig) -> Base:
     if config.vae:
         with loading(config.vae):
             vae = AutoencoderKL.from_pretrained(**resolve(config.vae), torch_dtype=torch.float32)
+        require_all_weights(config.vae, {"vae": vae})
     pipe = load_single_file(config.base, config.base_config, vae) if is_single_file(config.base) else load_folder(config.base, vae)
     install_processors(pipe.unet)
     base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
@@ -146,8 +148,8 @@ def load_image_encoder(config: FoundationConfig) -> ImageEncoder:
     ValueError where that is not the model's picture size.
     """
     name = config.image_encoder
+    model = load_whole(CLIPVisionModelWithProjection, name, resolve(name), dtype=torch.float32)
     with loading(name):
-        model = CLIPVisionModelWithProjection.from_pretrained(**resolve(name), torch_dtype=torch.float32)
         own = has_file(name, "preprocessor_config.json")
         processor = CLIPImageProcessor.from_pretrained(**resolve(name)) if own else CLIPImageProcessor()
     if not own and processor.crop_size["height"] != model.config.image_size:
@@ -173,9 +175,10 @@ def vae_name(config: FoundationConfig) -> str:
 def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The MLLM in `dtype`, quantized where the config says so, and its processor."""
     bits = quantized(config.mllm_quantization, getattr(torch, config.mllm_dtype)) if config.mllm_quantization else {}
+    where = resolve(config.mllm)
+    model = load_whole(AutoModelForImageTextToText, config.mllm, where, dtype=dtype, **bits)
     with loading(config.mllm):
-        where = resolve(config.mllm)
-        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, **bits), AutoProcessor.from_pretrained(**where)
+        return model, AutoProcessor.from_pretrained(**where)
 
 
 def mllm_width(config: FoundationConfig) -> int:

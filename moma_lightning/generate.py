@@ -35,7 +35,7 @@ def generate(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     foundation: FoundationConfig = FoundationConfig(),  # noqa: B008 - never changed
 ) -> None:
-    """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it.
+    """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it; numbers go on after those that are there.
 
     Args:
         prompt: What to show, e.g. "a cat on the beach", or a list: '["a cat on the beach", "a cat in the snow"]'. Each names the label.
@@ -61,17 +61,20 @@ def generate(
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    worded = [worded_by(prompt_template, text, label) for text in prompts]
+    reference, found, folder = read_picture(image), read_picture(mask), Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be is told before anything is loaded
     adapter, decoder = (adapter, decoder) if image else (None, None)
     pipe = load_pipeline(foundation, adapter, decoder, dtype).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guide_subject=guide_subject, context_scale=context_scale,
                     guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
-    worded = [prompt_template.format(prompt=text, label=label) for text in prompts]
-    output = pipe(worded, read_picture(image), read_picture(mask), label, num_images_per_prompt=num_images_per_prompt,
+    output = pipe(worded, reference, found, label, num_images_per_prompt=num_images_per_prompt,
                   generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], mllm_prompt=prompts, **settings)
+    first = 1 + max((int(number[0]) for path in folder.glob("*.png") if (number := re.match(r"\d+(?=-)", path.name))), default=-1)
     for i, picture in enumerate(output.images):
         text = prompts[i // num_images_per_prompt]
-        path = Path(out) / f"{i:03d}-{re.sub('[^a-z0-9]+', '-', text.lower())[:60]}.png"
+        path = folder / f"{first + i:03d}-{words_of(text)}.png"
         write_beside(path, picture.save)
         record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, dtype=dtype,
                                  prompt_template=prompt_template, **settings, foundation=asdict(foundation)), indent=2)  # fmt: skip
@@ -89,5 +92,18 @@ def read_picture(path: str | None) -> Image.Image | None:
             return picture
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def words_of(prompt: str) -> str:
+    """What a file is called by: letters and digits of any script, and no more than 60."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+
+
+def worded_by(template: str, prompt: str, label: str | None) -> str:
+    """What the base reads. Raises ValueError for a template with other fields than `{prompt}` and `{label}`."""
+    try:
+        return template.format(prompt=prompt, label=label)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"the prompt template {template!r} may have {{prompt}} and {{label}} in braces, and nothing else") from error

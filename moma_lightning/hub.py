@@ -15,6 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).parents[1]
 _HUB_NAME = re.compile(r"(?P<repo_id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.-]+)(/(?P<path>.+))?)?")
@@ -119,6 +120,8 @@ def loading(name: str) -> Iterator[None]:
     """Whatever a library raises while it reads `name` from the hub becomes an error that names it and the command to fetch it."""
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(f"{name}: one of its files is not a whole safetensors file ({error}); fetch or write it again") from error
     except (OSError, HFValidationError, httpx.TransportError) as error:
         if local_path(name) is not None:
             raise

@@ -15,18 +15,34 @@ def to_rgb(picture: Image.Image, turn: bool = True) -> Image.Image:
 
 
 def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
-    """8-bit grey, as a mask is read; turned as its EXIF says (unless told not to)."""
+    """8-bit grey, as a mask is read; turned as its EXIF says (unless told not to). Transparent parts become black: some masks are in alpha alone."""
     picture = scaled_to_bytes(picture)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
     return (ImageOps.exif_transpose(picture) if turn else picture).convert("L")
 
 
 def scaled_to_bytes(picture: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, where Pillow's own conversion clips at 255; any other picture as it is, integers of mode "I" up to 255 too."""
+    """16-bit grey scaled to 8 bits, where Pillow's own conversion clips at 255, and floating-point grey, which is in 0..1 or in 0..255; any other
+    picture as it is, integers of mode "I" up to 255 too. Raises ValueError for floating point beyond.
+    """
+    if picture.mode == "F":
+        return bytes_of_floats(picture)
     if not picture.mode.startswith("I"):
         return picture
     values = np.asarray(picture)
     if picture.mode == "I" and values.max() <= 255:
         return picture
     grey = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    grey.info = picture.info
+    return grey
+
+
+def bytes_of_floats(picture: Image.Image) -> Image.Image:
+    values = np.asarray(picture)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
+        raise ValueError("a floating-point picture has to be in 0..1 or in 0..255")
+    grey = Image.fromarray((values * (255 if values.max() <= 1 else 1)).round().astype(np.uint8))
     grey.info = picture.info
     return grey

@@ -130,6 +130,9 @@ class MoMAPipeline(DiffusionPipeline):
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt and list(negative_prompt)
         if negative and len(negative) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(negative)} negative prompts: must be as many, or one string for all")
+        if not prompts or num_images_per_prompt < 1 or num_inference_steps < 1:
+            counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, num_inference_steps {num_inference_steps}"
+            raise ValueError(f"{counts}: each has to be 1 at least")
         if image_embeds is not None and self.adapter is None:
             raise ValueError("image_embeds need an adapter: load_pipeline(..., adapter=...)")
         height, width = height or self.default_size(), width or self.default_size()
@@ -224,6 +227,9 @@ class MoMAPipeline(DiffusionPipeline):
     def _decode(self, latents, output_type):
         with self.vae_in_range():
             images = self.vae.decode(unscaled(self.vae, latents.to(self.vae.dtype)), return_dict=False)[0]
+        if not images.isfinite().all():
+            raise ValueError("the pictures hold values that are not finite: weights of the adapter or the base are damaged, or too large for float16 "
+                             "(bfloat16 and float32 hold them)")  # fmt: skip
         return self.image_processor.postprocess(images, output_type=output_type)
 
 

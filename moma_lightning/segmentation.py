@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+from moma_lightning.checkpoints.formats import read_pickle
 from moma_lightning.hub import find_file, local_path
+from moma_lightning.models.trained_weights import read_tensors
 from moma_lightning.pictures import to_rgb
 
 
@@ -121,14 +123,14 @@ def _load_folder(folder: Path) -> Sam:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: a SAM folder holds config.json and model.safetensors")
     config = SamConfig(**json.loads((folder / "config.json").read_text()))
-    return _with_weights(build_sam(config), load_file(folder / "model.safetensors"), folder)
+    return _with_weights(build_sam(config), read_tensors(folder / "model.safetensors"), folder)
 
 
 def _load_checkpoint(path: Path) -> Sam:
     sizes = [name for name in sam_model_registry if name != "default" and name in path.name]
     if not sizes:
         raise ValueError(f"{path}: the file's name must say vit_h, vit_l or vit_b, as the official checkpoints' do")
-    return _with_weights(sam_model_registry[sizes[0]](), torch.load(path, map_location="cpu", weights_only=True), path)
+    return _with_weights(sam_model_registry[sizes[0]](), read_pickle(path), path)
 
 
 def _with_weights(sam: Sam, weights: dict[str, Tensor], source: Path) -> Sam:

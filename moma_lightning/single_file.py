@@ -13,6 +13,7 @@ from torch import nn
 from moma_lightning.families import family_of, load_folder
 from moma_lightning.fetch import NOT_READ
 from moma_lightning.hub import find_file, hub_name, loading, local_path
+from moma_lightning.whole import require_all_weights
 
 SUFFIXES = (".safetensors", ".ckpt")
 
@@ -47,16 +48,8 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
         hint = "; a file without a VAE needs foundation.vae" if "AutoencoderKL" in str(error) and vae is None else ""
         told = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} could not be read as a Stable Diffusion checkpoint with the configs of {config}: {told}{hint}") from error
-    require_all_weights(pipe, path)
+    require_all_weights(str(path), pipe.components)
     return pipe
-
-
-def require_all_weights(pipe: DiffusionPipeline, path: Path) -> None:
-    """diffusers leaves a parameter that the file lacks without memory, and says so in a warning only."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    lacking = [f"{part}.{name}" for part, module in parts.items() for name, value in module.named_parameters() if value.is_meta]
-    if lacking:
-        raise ValueError(f"{path} lacks {len(lacking)} weights of the model: {', '.join(lacking[:3])}, ...")
 
 
 def is_lora(name: str) -> bool:

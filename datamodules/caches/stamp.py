@@ -50,9 +50,15 @@ class CacheStamp:
         if "://" in str(shard) or not path.is_file():
             return None
         try:
-            return cls(**_of_before(json.loads(path.read_text())))
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is beside {shard} and no JSON ({error}): make the cache again, or move a file that is not its") from error
+        if not isinstance(content, dict) or not {"made_by", "source_sha256"} <= content.keys():
+            return None  # somebody's own
+        try:
+            return cls(**_of_before(content))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no stamp of a cached shard ({error}): remove {shard} and make the cache again") from error
+            raise ValueError(f"{path} is not the stamp of a cached shard that is known here ({error}): make the cache again") from error
 
 
 def _of_before(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from datamodules.openimages.config import CaptionConfig
 from moma_lightning.hub import loading, resolve
+from moma_lightning.whole import load_whole
 
 
 @runtime_checkable
@@ -31,7 +32,7 @@ class Blip2Captioner:
         chosen = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         with loading(model):
             self.processor = Blip2Processor.from_pretrained(**resolve(model))
-            self.model = Blip2ForConditionalGeneration.from_pretrained(**resolve(model), torch_dtype=getattr(torch, chosen)).to(self.device).eval()
+        self.model = load_whole(Blip2ForConditionalGeneration, model, resolve(model), dtype=getattr(torch, chosen)).to(self.device).eval()
         self.processor.tokenizer.padding_side = "left"
         self.prompt, self.options = prompt, {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
 

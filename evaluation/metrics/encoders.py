@@ -23,6 +23,7 @@ from evaluation.metrics.configs import ClipConfig, DinoConfig, DreamsimConfig, E
 from moma_lightning.hub import loading, local_path, resolve
 from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.pictures import to_rgb
+from moma_lightning.whole import load_whole, require_vocabulary
 
 
 class ImageTextEncoder(nn.Module):
@@ -79,10 +80,11 @@ class TwoTowerEncoder(ImageTextEncoder):
         super().__init__()
         self.dtype = getattr(torch, config.dtype)
         source = source_of(config)
+        self.model = load_whole(model_class, name_of(config), source, dtype=self.dtype).eval().requires_grad_(False)
         with loading(name_of(config)):
-            self.model = model_class.from_pretrained(**source, dtype=self.dtype).eval().requires_grad_(False)
             self.processor = AutoImageProcessor.from_pretrained(**source, backend=config.backend)
             self.tokenizer = AutoTokenizer.from_pretrained(**source, **tokenizer)
+        require_vocabulary(name_of(config), self.tokenizer, self.model.config.text_config.vocab_size)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch dim"]:

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from moma_lightning.foundation import frozen
 from moma_lightning.hub import loading, resolve
+from moma_lightning.whole import load_whole, require_vocabulary
 
 
 class CaptionEncoder(nn.Module):
@@ -21,8 +22,11 @@ class CaptionEncoder(nn.Module):
     def from_pretrained(cls, path_or_id: str) -> "CaptionEncoder":
         """The text tower of a whole CLIP model's folder or hub id."""
         location = resolve(path_or_id)
+        clip = load_whole(CLIPModel, path_or_id, location)
         with loading(path_or_id):
-            return cls(CLIPModel.from_pretrained(**location), AutoTokenizer.from_pretrained(**location))
+            tokenizer = AutoTokenizer.from_pretrained(**location)
+        require_vocabulary(path_or_id, tokenizer, clip.config.text_config.vocab_size)
+        return cls(clip, tokenizer)
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Float[Tensor, "batch embed_dim"]:

@@ -27,8 +27,11 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], config: dict[str, 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a folder; FileNotFoundError that says what should be there."""
-    return json.loads(_existing(folder / CONFIG).read_text())
+    """`config.json` of a decoder's folder; FileNotFoundError that says what should be there, ValueError for another model's."""
+    content = json.loads(_existing(folder / CONFIG).read_text())
+    if not {"embed_dim", "decoder"} <= content.keys():
+        raise ValueError(f"{folder / CONFIG} is not an image-feature decoder's: it lacks embed_dim and decoder. Name stage 1's image_feature_decoder folder")
+    return content
 
 
 @torch.no_grad()

@@ -52,6 +52,12 @@ def test_subjects(root):
     assert DreamBooth(root / "dataset").subjects == data.subjects
 
 
+def test_a_class_is_live_however_it_is_written(root):
+    path = root / "dataset/prompts_and_classes.txt"
+    path.write_text(path.read_text().replace("dog,dog", "dog,Dog"))
+    assert [subject.is_live for subject in DreamBooth(root).subjects] == [False, True]
+
+
 def test_one_picture_in_two_formats_is_refused(root):
     Image.new("RGB", (6, 4)).save(root / "dataset/dog/00.png")
     with pytest.raises(ValueError, match=r"dog: 00.jpg, 00.png differ in their format alone"):

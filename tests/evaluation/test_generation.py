@@ -51,7 +51,7 @@ class Small(Painter):
     """On a device that holds so many pictures at a time as `most`."""
 
     most = 0
-    error: ClassVar[RuntimeError] = torch.OutOfMemoryError("CUDA out of memory")
+    error: ClassVar[Exception] = torch.OutOfMemoryError("CUDA out of memory")
 
     def generate(self, subject, reference, tasks):
         if len(tasks) > self.most:
@@ -89,6 +89,12 @@ def test_a_shortage_that_the_driver_tells_halves_the_batch_too(tmp_path, monkeyp
     monkeypatch.setattr(Small, "most", 1)
     monkeypatch.setattr(Small, "error", RuntimeError(told))
     with pytest.warns(UserWarning, match="does not hold 2"):
+        generate(fake_config(tmp_path, {"a": Small(0.3)}))
+
+
+def test_a_picture_that_a_method_refuses_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Small, "error", ValueError("the mask of 'cat' is empty"))
+    with pytest.raises(ValueError, match=r"a, with .*00\.png: the mask of 'cat' is empty"):
         generate(fake_config(tmp_path, {"a": Small(0.3)}))
 
 

@@ -57,7 +57,7 @@ def test_wrong_overrides_are_refused(overrides):
 @pytest.mark.parametrize(("overrides", "told"), [
     ({"context_prompts": -1}, "0 or more"), ({"pictures_per_prompt": 0}, "1 or more"), ({"context_prompts": 0, "texture_prompts": 0}, "no prompt of any kind"),
     ({"subjects": ["tabby", "tabby"]}, "a subject twice"), ({"text_template": "A photo depicts"}, "has to have {prompt}, and"),
-    ({"text_template": "{prompt}, {label}"}, "nothing else in braces"),
+    ({"sampler": {"num_inference_steps": 0}}, "at least 1"), ({"text_template": "{prompt}, {label}"}, "nothing else in braces"),
     ({"sampler": {"prompt_template": "a photo"}}, "{prompt} and may have {label}")])  # fmt: skip
 def test_protocols_that_score_something_else_are_refused(overrides, told):
     with pytest.raises(ValueError, match=told):

@@ -55,6 +55,15 @@ def test_wrong_shape_missing_and_unexpected_entries_are_named(base, tmp_path):
         assert part in str(error.value)
 
 
+def test_values_that_are_not_finite_are_named(base, tmp_path):
+    adapter = tiny_adapter(base)
+    with torch.no_grad():
+        adapter.image_proj.proj.weight[0, 0] = float("nan")
+    save_adapter(adapter, tmp_path)
+    with pytest.raises(CheckpointError, match=r"image_proj.proj.weight hold values that are not finite"):
+        load_adapter(tmp_path, base.unet)
+
+
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     save_adapter(tiny_adapter(tiny_base(channels=(8, 16))), tmp_path)
     with pytest.raises(CheckpointError, match="Use the base model that the adapter was trained on"):

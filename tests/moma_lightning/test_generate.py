@@ -31,6 +31,23 @@ def generate(out: Path, prompts: list[str], *options: str) -> dict[str, np.ndarr
     return {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
 
 
+def test_pictures_that_are_there_stay(tmp_path):
+    first = generate(tmp_path, ["a cat"])
+    both = generate(tmp_path, ["a cat", "一只猫"], "--seed", "7")
+    assert list(both) == ["000-a-cat.png", "001-a-cat.png", "002-一只猫.png"] and np.array_equal(both["000-a-cat.png"], first["000-a-cat.png"])
+    assert not np.array_equal(both["001-a-cat.png"], first["000-a-cat.png"])
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["--prompt", "[]"], "0 prompts"), (["--prompt", "a cat", "--num_images_per_prompt", "0"], "num_images_per_prompt 0"),
+    (["--prompt", "a cat", "--num_inference_steps", "-5"], "num_inference_steps -5"), (["--prompt", "a cat", "--prompt_template", "{foo}"], "'{foo}' may have"),
+    (["--prompt", "a cat", "--out", __file__], "File exists"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_told(options, told, tmp_path):
+    with pytest.raises(SystemExit, match=told):
+        main(["generate", "--out", str(tmp_path), "--device", "cpu", *options])
+
+
 def test_pictures_are_written_with_their_settings(cat, tmp_path, caplog):
     made = generate(tmp_path / "out", ["a cat on the beach", "a cat / in the snow"], "--image", cat, "--label", "cat", "--num_images_per_prompt", "2")
     assert list(made) == ["000-a-cat-on-the-beach.png", "001-a-cat-on-the-beach.png", "002-a-cat-in-the-snow.png", "003-a-cat-in-the-snow.png"]

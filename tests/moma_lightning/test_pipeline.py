@@ -174,6 +174,16 @@ def test_clear_errors(base):
         run(pipe, height=60, width=64)
     with pytest.raises(ValueError, match="needs a decoder or a CLIP image encoder"):
         run(pipe, image=picture(), mask=square_mask(), label="cat", image_embeds=None)
+    for options in ({"num_inference_steps": -5}, {"num_images_per_prompt": 0}, {"prompt": []}):
+        with pytest.raises(ValueError, match="has to be 1 at least"):
+            run(pipe, **options)
+
+
+def test_pictures_that_are_not_finite_are_refused(base):
+    """Pillow would make them black."""
+    pipe = MoMAPipeline.from_base(base)
+    with pytest.raises(ValueError, match="not finite: weights of the adapter or the base are damaged"):
+        pipe("a cat", num_inference_steps=1, latents=torch.full((1, 4, 8, 8), float("nan")))
 
 
 def test_parts_that_do_not_belong_together_are_refused(base):

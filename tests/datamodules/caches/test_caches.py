@@ -210,9 +210,10 @@ def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
     (unstamped / "train-00000.json").unlink()
     with pytest.raises(ValueError, match="train-00000.tar has no stamp"):
         setup(unstamped)
-    (unstamped / "train-00000.json").write_text("{}")
-    with pytest.raises(ValueError, match="train-00000.json is no stamp"):
-        setup(unstamped)
+    for content, told in (("{}", "tar has no stamp"), ("{", "json is beside .* and no JSON"), ('{"made_by": {}, "source_sha256": ""}', "json is not the stamp")):
+        (unstamped / "train-00000.json").write_text(content)
+        with pytest.raises(ValueError, match=f"train-00000.{told}"):
+            setup(unstamped)
     stale = copied(cache, tmp_path / "stale")
     source = tmp_path / "train-00001.tar"  # a source without a manifest, changed after the cache was made
     source.write_bytes(b"changed")
