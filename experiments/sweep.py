@@ -5,10 +5,10 @@ are there, and scores and logs every point again. Offline points are wandb runs 
 the last one of each point.
 """
 
+import argparse
 import itertools
 import logging
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,10 @@ def write_table(sweep: dict[str, Any], extra: list[str]) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path, extra = Path(sys.argv[1]), sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("sweep", type=Path, help="a wandb sweep file; what follows it goes to every point's `evaluation point`")
+    given, extra = parser.parse_known_args()
+    path = given.sweep
     if wandb_mode() == "online":
         sweep, table = yaml.safe_load(path.read_text()), None
         try:

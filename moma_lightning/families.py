@@ -8,7 +8,7 @@ import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from moma_lightning.hub import loading, resolve
-from moma_lightning.whole import load_whole, require_all_weights, require_vocabulary
+from moma_lightning.whole import load_whole, require_whole
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,5 @@ def load_folder(name: str, vae: AutoencoderKL | None = None) -> DiffusionPipelin
             given[part] = load_whole(getattr(transformers, index[part][1]), name, source | inside, dtype=torch.float32)
     with loading(name):
         pipe = family.pipeline.from_pretrained(**source, **family.without, **given, torch_dtype=torch.float32)
-    require_all_weights(name, pipe.components)
-    for part in TEXT_ENCODERS:
-        if part in given:
-            require_vocabulary(name, pipe.components[part.replace("text_encoder", "tokenizer")], given[part].config.vocab_size)
+    require_whole(name, pipe)
     return pipe

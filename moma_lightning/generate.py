@@ -62,6 +62,8 @@ def generate(
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     worded = [worded_by(prompt_template, text, label) for text in prompts]
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch finds no GPU here")
     reference, found, folder = read_picture(image), read_picture(mask), Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be is told before anything is loaded
     adapter, decoder = (adapter, decoder) if image else (None, None)

@@ -13,7 +13,7 @@ from torch import nn
 from moma_lightning.families import family_of, load_folder
 from moma_lightning.fetch import NOT_READ
 from moma_lightning.hub import find_file, hub_name, loading, local_path
-from moma_lightning.whole import require_all_weights
+from moma_lightning.whole import require_whole
 
 SUFFIXES = (".safetensors", ".ckpt")
 
@@ -48,7 +48,7 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
         hint = "; a file without a VAE needs foundation.vae" if "AutoencoderKL" in str(error) and vae is None else ""
         told = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} could not be read as a Stable Diffusion checkpoint with the configs of {config}: {told}{hint}") from error
-    require_all_weights(str(path), pipe.components)
+    require_whole(str(path), pipe)
     return pipe
 
 

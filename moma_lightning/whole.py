@@ -16,6 +16,15 @@ def load_whole(model_class: Any, name: str, source: Mapping[str, Any], **options
     return model
 
 
+def require_whole(name: str, pipe: Any) -> None:
+    """A diffusers pipeline with all of its weights, and of its tokenizers' words. Raises ValueError."""
+    parts = pipe.components
+    require_all_weights(name, parts)
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if parts.get(encoder) is not None and parts.get(tokenizer) is not None:
+            require_vocabulary(name, parts[tokenizer], parts[encoder].config.vocab_size)
+
+
 def require_all_weights(name: str, parts: Mapping[str, Any]) -> None:
     """diffusers leaves a parameter that the file lacks without memory, and says so in a warning only. Raises ValueError that names them."""
     modules = {part: module for part, module in parts.items() if isinstance(module, nn.Module)}

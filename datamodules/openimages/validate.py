@@ -44,7 +44,7 @@ def validate(config: ValidateConfig) -> int:
     folder = Path(config.shards).absolute()
     manifest = sharding.read_manifest(folder)
     if not manifest:
-        raise FileNotFoundError(f"{folder / sharding.MANIFEST} is missing: {folder} is no folder of shards")
+        raise FileNotFoundError(f"{folder / sharding.MANIFEST} is missing: {folder} holds no shards that were built here, with a manifest of what is in them")
     entries = [{"shard": name, "index": part.get("index"), **entry} for part in manifest.values() for name, entry in part["shards"].items()]
     with Engine(config.workers) as engine:
         found = sorted(engine.run(entries, [Stage(CheckShard, (folder, config.image_size))]), key=lambda item: item["shard"])

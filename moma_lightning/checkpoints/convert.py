@@ -57,6 +57,8 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
     path = Path(target)
     if path.suffix == ".th" and decoder is None and (beside := local_path(f"{source}/{DECODER}")) is not None:
         decoder = str(beside)
+    elif path.suffix in (".pt", ".pth", ".ckpt"):
+        raise CheckpointError(f"{target}: no format is called {path.suffix}; a folder, .th, .bin or .safetensors is")
     (state, variant), card = read_source(source), None
     if decoder is not None:
         trained, card = read_decoder(Path(decoder))
@@ -67,7 +69,11 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
     written = write(path, state, variant) if write else write_folders(path, state, variant, card)
     lost = {name: value for name, value in state.items() if name not in written}
     lines = [f"read     {source}: {summary(state)}", f"written  {target}: {summary(written)}"]
-    return "\n".join(lines + ([f"left out {summary(lost)}: the format of {path.name} does not hold them"] if lost else []))
+    if lost:
+        lines.append(f"left out {summary(lost)}: the format of {path.name} does not hold them")
+    if decoder is None and (beside := local_path(f"{source}/{DECODER}")) is not None:
+        lines.append(f"left out {beside}: what is converted is the adapter")
+    return "\n".join(lines)
 
 
 def read_source(source: str) -> tuple[State, str]:

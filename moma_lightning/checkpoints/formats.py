@@ -44,7 +44,8 @@ def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
         inside = hub_name(str(path)).path
         path = find_file(str(path), None if inside and Path(inside).suffix else ADAPTER_FILE)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}")
+        raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}, and a hub name needs its revision "
+                                "(owner/name@main)")  # fmt: skip
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return flatten(read_pickle(path), path), {}

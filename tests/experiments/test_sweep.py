@@ -42,14 +42,14 @@ def test_with_a_key_the_file_goes_to_the_server_with_the_points_arguments(tmp_pa
     monkeypatch.setattr(module, "wandb_mode", lambda: "online")
     monkeypatch.setattr(module.wandb, "sweep", lambda sweep, project: sent.append((sweep, project)) or "abc123")
     monkeypatch.setattr(module.subprocess, "run", lambda command, check: ran.append((command, check)))
-    monkeypatch.setattr(module.sys, "argv", ["sweep", str(written(tmp_path, method="bayes", project="mine")), "--run=x"])
+    monkeypatch.setattr("sys.argv", ["sweep", str(written(tmp_path, method="bayes", project="mine")), "--run=x"])
     module.main()
     ((sweep, project),) = sent
     assert project == "mine" and sweep["command"] == [*COMMAND, "--run=x"] and sweep["method"] == "bayes"
     assert ran == [(["wandb", "agent", "--project", "mine", "abc123"], True)]
     monkeypatch.setattr(module, "run_ablation", lambda config: tables.append((config.ablation.name, list(config.ablation.methods), config.run)))
     tables = []
-    monkeypatch.setattr(module.sys, "argv", ["sweep", str(Path("experiments/sweeps/beta.yaml")), "--run=x"])
+    monkeypatch.setattr("sys.argv", ["sweep", str(Path("experiments/sweeps/beta.yaml")), "--run=x"])
     module.main()
     ((name, methods, folder),) = tables
     assert (name, folder) == ("moma-beta", "x") and "moma_beta0.5" in methods, "a grid ends in its table, as without a key"

@@ -210,7 +210,8 @@ def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
     (unstamped / "train-00000.json").unlink()
     with pytest.raises(ValueError, match="train-00000.tar has no stamp"):
         setup(unstamped)
-    for content, told in (("{}", "tar has no stamp"), ("{", "json is beside .* and no JSON"), ('{"made_by": {}, "source_sha256": ""}', "json is not the stamp")):
+    unknown = '{"made_by": {}, "source_sha256": ""}'
+    for content, told in (("{}", "tar has no stamp"), ("{", "json is beside .* and no JSON"), (unknown, "json is not the stamp")):
         (unstamped / "train-00000.json").write_text(content)
         with pytest.raises(ValueError, match=f"train-00000.{told}"):
             setup(unstamped)
