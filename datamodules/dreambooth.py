@@ -105,7 +105,8 @@ class DreamBooth:
             raise FileNotFoundError(f"{self.dataset / name} has no picture ({', '.join(PICTURE_SUFFIXES)})")
         twice = [image.name for image in images if sum(image.stem == other.stem for other in images) > 1]
         if twice:
-            raise ValueError(f"{self.dataset / name}: {', '.join(twice)} differ in their format alone and would count as several pictures: keep one of each")
+            raise ValueError(f"{self.dataset / name}: {', '.join(twice)} differ in their format alone and would count as several pictures: "
+                             "keep one of each, or rename what is another picture")  # fmt: skip
         return Subject(name, label, label.lower() in LIVE_CLASSES, images, self._masks(name, images))
 
     def _masks(self, name: str, images: list[Path]) -> list[Path] | None:

@@ -92,10 +92,11 @@ class EvalConfig:
         for name in (*self.methods, *self.ablation.methods):
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
                 raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and {', '.join(RESERVED)} are keys of the summaries")
-        keys: dict[str, str] = {}
-        for name in dict.fromkeys([*self.methods, *self.ablation.methods]):
-            if (other := keys.setdefault(method_name(name), name)) != name:
-                raise ValueError(f"methods {other!r} and {name!r} would both be called {method_name(name)!r} in tables and figures: rename one")
+        for methods in (self.methods, self.ablation.methods):
+            keys: dict[str, str] = {}
+            for name in methods:
+                if (other := keys.setdefault(method_name(name), name)) != name:
+                    raise ValueError(f"methods {other!r} and {name!r} would both be called {method_name(name)!r} in tables and figures: rename one")
 
     @property
     def eval_folder(self) -> Path:

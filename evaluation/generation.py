@@ -167,5 +167,5 @@ def batches(pictures: list[list[Planned]], size: int) -> Iterator[list[list[Plan
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of PyTorch's allocator, or of the driver, Triton or cuBLAS, where that has left them too little."""
+    """Of PyTorch's allocator, or of the driver, Triton, cuBLAS or cuDNN, where that has left them too little."""
     return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

@@ -87,6 +87,7 @@ def oracle_rows(evaluation: Evaluation, subject: Subject, judges: Judges) -> lis
             "prompt_index": 0,
             "picture": 0,
             "seed": -1,
+            "picture_sha256": None,
         }
         rows.append(about | {score: values[0] for score, values in scores_of(group, judges).items()})
     return rows

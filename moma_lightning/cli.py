@@ -31,6 +31,10 @@ SUBCOMMANDS = ("fit", "validate")  # of the Trainer's; the stages have no others
 CHECKPOINTS = "checkpoints"
 #: Settings that make another training of it.
 COUNTS = ("model.", "data.", "seed_everything")
+DOES_NOT_COUNT = (
+    *(f"data.init_args.config.{name}" for name in ("num_workers", "val", "bad_samples")),
+    *(f"model.init_args.{name}" for name in ("training.", "grid", "clip", "foundation.sam")),
+)
 DECODER = "model.init_args.decoder"
 
 
@@ -124,7 +128,7 @@ class MoMACLI(LightningCLI):
             self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
             if self.trainer.checkpoint_callback is not None:
                 self.trainer.save_checkpoint(self.run.last_checkpoint)
-                self.run.mark_finished(self.trainer.global_step, getattr(model, "decoder_name", None))
+                self.run.mark_finished(self.trainer.global_step, getattr(model, "decoder_digest", None))
 
     def validate(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.validate` of `ckpt_path`, else of the run's last checkpoint. Prints; the run's own records stay as they are."""
@@ -155,10 +159,10 @@ class Run:
         return 0 <= max_steps <= json.loads(self._finished.read_text())["step"]
 
     def changed(self, config: dict[str, Any]) -> list[str]:
-        """What of model, data and seed is another in `config` than in the run's config.yaml, where both have it; how many workers load does not count."""
+        """What of model, data and seed is another in `config` than in the run's config.yaml, where both have it, and moves what is trained."""
         path = self.folder / "config.yaml"
         before = _flat(yaml.safe_load(path.read_text())) if path.exists() else {}
-        now = {key: value for key, value in _flat(config).items() if key.startswith(COUNTS) and not key.endswith(".num_workers")}
+        now = {key: value for key, value in _flat(config).items() if key.startswith(COUNTS) and not key.startswith(DOES_NOT_COUNT)}
         found = [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
         decoder, digest = now.get(DECODER), json.loads(self._finished.read_text()).get("decoder")
         if digest and decoder and decoder == before.get(DECODER) and local_path(decoder) is not None and identity(decoder) != digest:
@@ -167,8 +171,8 @@ class Run:
 
     @rank_zero_only
     def mark_finished(self, step: int, decoder: str | None = None) -> None:
-        """decoder: stage 1's result that stage 2 was trained with, kept by its digest."""
-        told = {"step": step} | ({} if decoder is None else {"decoder": identity(decoder)})
+        """decoder: digest of stage 1's result that stage 2 was trained with."""
+        told = {"step": step} | ({} if decoder is None else {"decoder": decoder})
         write_beside(self._finished, lambda path: path.write_text(json.dumps(told) + "\n"))
 
     @rank_zero_only

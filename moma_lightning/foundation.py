@@ -30,7 +30,7 @@ from moma_lightning.models.preprocess import preprocess
 from moma_lightning.models.text import TextConditioning, encode_text
 from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_lora, is_single_file, load_single_file
-from moma_lightning.whole import load_whole, require_all_weights
+from moma_lightning.whole import load_whole, require_all_weights, require_vocabulary
 
 MINI = "experiments/mini/foundation"
 
@@ -178,7 +178,9 @@ def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> t
     where = resolve(config.mllm)
     model = load_whole(AutoModelForImageTextToText, config.mllm, where, dtype=dtype, **bits)
     with loading(config.mllm):
-        return model, AutoProcessor.from_pretrained(**where)
+        processor = AutoProcessor.from_pretrained(**where)
+    require_vocabulary(config.mllm, processor.tokenizer, model.config.get_text_config().vocab_size)
+    return model, processor
 
 
 def mllm_width(config: FoundationConfig) -> int:

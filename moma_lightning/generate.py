@@ -65,7 +65,7 @@ def generate(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no GPU here")
     reference, found, folder = read_picture(image), read_picture(mask), Path(out)
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be is told before anything is loaded
+    folder.mkdir(parents=True, exist_ok=True)  # before models are loaded, which takes long
     adapter, decoder = (adapter, decoder) if image else (None, None)
     pipe = load_pipeline(foundation, adapter, decoder, dtype).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]

@@ -8,19 +8,23 @@ def to_rgb(picture: Image.Image, turn: bool = True) -> Image.Image:
     """8-bit RGB, turned as its EXIF says (unless told not to); transparent parts become white, like the background of I_wb."""
     picture = scaled_to_bytes(picture)
     picture = ImageOps.exif_transpose(picture) if turn else picture
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    picture = on_ground(picture, "white")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
     """8-bit grey, as a mask is read; turned as its EXIF says (unless told not to). Transparent parts become black: some masks are in alpha alone."""
     picture = scaled_to_bytes(picture)
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
-    return (ImageOps.exif_transpose(picture) if turn else picture).convert("L")
+    picture = ImageOps.exif_transpose(picture) if turn else picture
+    return on_ground(picture, "black").convert("L")
+
+
+def on_ground(picture: Image.Image, color: str) -> Image.Image:
+    """Transparent parts in this colour; other pictures as they are."""
+    if not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, color), layer)
 
 
 def scaled_to_bytes(picture: Image.Image) -> Image.Image:
@@ -41,7 +45,7 @@ def scaled_to_bytes(picture: Image.Image) -> Image.Image:
 
 def bytes_of_floats(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture)
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255 or 1 < values.max() < 2:
         raise ValueError("a floating-point picture has to be in 0..1 or in 0..255")
     grey = Image.fromarray((values * (255 if values.max() <= 1 else 1)).round().astype(np.uint8))
     grey.info = picture.info

@@ -37,8 +37,8 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
     summaries = {path.stem: json.loads(path.read_text()) for path in paths}
     tables = {key: summary for key, summary in summaries.items() if methods_of(summary)}
     now = options_of(config.methods)
-    stale = [key for key, summary in tables.items() if changed_since(summary.get("made_with", {}), config) or
-             any(now.get(name, options) != options for name, options in summary.get("methods", {}).items())]
+    stale = [key for key, summary in tables.items() if "methods" not in summary or changed_since(summary.get("made_with", {}), config) or
+             any(now.get(name, options) != options for name, options in summary["methods"].items())]
     for key in stale:
         path = config.ablations_folder / key
         logger.warning("%s is left out: it was made under another protocol or with other weights or options; run `evaluation ablate` again", path)

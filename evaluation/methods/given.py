@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
@@ -13,7 +14,7 @@ from datamodules.dreambooth import Subject
 from evaluation.methods.base import Method, Models, Reference
 from evaluation.protocols import Sampler
 from evaluation.stamps import load_picture
-from evaluation.tasks import PictureTask
+from evaluation.tasks import PictureTask, PromptKind
 
 COLUMNS = {"subject", "prompt", "path"}
 
@@ -57,6 +58,8 @@ class Folder(Method):
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.pictures: dict[tuple[str, str, str, str], list[Path]] = defaultdict(list)
         for row in self.rows():
+            if row.get("kind") and row["kind"] not in get_args(PromptKind):
+                raise ValueError(f"{self.table}: the kind {row['kind']!r} is none of {', '.join(get_args(PromptKind))}; leave it empty for all")
             self.pictures[row["subject"], row.get("reference") or "", row.get("kind") or "", row["prompt"]].append(self._path(row))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
@@ -67,7 +70,7 @@ class Folder(Method):
             paths = self.pictures.get((task.subject, name, kind, task.prompt), [])
             if task.picture < len(paths):
                 return paths[task.picture]
-        wanted = f"subject {task.subject!r}, reference {reference!r}, prompt {task.prompt!r}"
+        wanted = f"subject {task.subject!r}, reference {reference!r}, {task.kind} prompt {task.prompt!r}"
         raise ValueError(f"{self.table} names no picture number {task.picture + 1} of {wanted}")
 
     def _path(self, row: dict[str, str]) -> Path:

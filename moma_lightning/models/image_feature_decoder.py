@@ -244,7 +244,8 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
         check_hidden_size(folder, options.get("hidden_size"), foundation)
         dtype = getattr(torch, foundation.mllm_dtype)
         decoder = cls.from_foundation(foundation, DecoderConfig.from_dict(options["decoder"]), options["embed_dim"], dtype)
-        read_weights(folder, decoder.own_parameters())
+        unread = mllms.unread_parameters(decoder.mllm)  # which a trained vision tower's file once held
+        read_weights(folder, decoder.own_parameters(), {name for name, p in decoder.named_parameters() if p in unread})
         return decoder.eval()
 
 

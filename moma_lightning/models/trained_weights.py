@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Copy `model.safetensors` into `parameters`, by name, and log what was read; ValueError that names every key that does not fit."""
+def read_weights(folder: Path, parameters: Mapping[str, Tensor], unread: Collection[str] = ()) -> None:
+    """Copy `model.safetensors` into `parameters`, by name, and log what was read; ValueError that names every key that does not fit.
+
+    unread: names that a file may have besides.
+    """
     path = folder / WEIGHTS
-    tensors = read_tensors(path)
+    tensors = {name: tensor for name, tensor in read_tensors(path).items() if name in parameters or name not in unread}
     logger.info("%s", check_fit(str(path), tensors, parameters))
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

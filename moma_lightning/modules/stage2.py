@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, Int
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from moma_lightning import losses
@@ -49,7 +50,10 @@ class Stage2(TrainedPartModule):
     """Trains a MoMAAdapter by noise prediction; MLLM, UNet, VAE and text encoder stay frozen.
 
     decoder: folder that stage 1 wrote (`image_feature_decoder`), needed when `stage2.context` is "decoder".
+    decoder_digest: of what was in it, on rank 0.
     """
+
+    decoder_digest: str | None = None
 
     def __init__(self, foundation: FoundationConfig, stage2: Stage2Config, optimizer: OptimizerConfig,
                  decoder: str | None = None, grid: GridConfig = GridConfig(),  # noqa: B008 - never changed
@@ -59,6 +63,8 @@ class Stage2(TrainedPartModule):
         base, embed_dim = load_base(foundation), image_embed_dim(foundation)
         image_encoder = load_image_encoder(foundation) if stage2.context == "image_encoder" and not stage2.cached else None
         feature_decoder = load_decoder(decoder, foundation, embed_dim) if stage2.context == "decoder" and not stage2.cached else None
+        if feature_decoder is not None and rank_zero_only.rank == 0:
+            self.decoder_digest = identity(str(decoder))
         self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, embed_dim))
 
     def assemble(self, base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:

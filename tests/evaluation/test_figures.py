@@ -39,7 +39,7 @@ def evaluated(tmp_path_factory):
     config.ablations_folder.mkdir()
     one = {"dino": {"mean": 0.2, "lo": 0.1, "hi": 0.3}}
     difference = {"a": "noise_0.5", "b": "noise_1", "metric": "dino", "mean": 0.0, "lo": -0.1, "hi": 0.1}
-    own = {"made_with": made_with(config)}
+    own = {"made_with": made_with(config), "methods": {"noise_1": {"kind": "Painter"}}}
     noise = {"noise_1": one, "noise_0.5": one, "differences": [difference], "title": "More or less noise"} | own
     (config.ablations_folder / "noise.json").write_text(json.dumps(noise))
     (config.ablations_folder / "start.json").write_text(json.dumps({"moma_beta1": one, "from_scratch": one, "differences": []} | own))
@@ -142,7 +142,8 @@ def test_ablations_of_another_protocol_or_other_weights_are_left_out(evaluated, 
 def test_an_ablation_whose_own_weights_have_changed_is_left_out(evaluated, tmp_path):
     (tmp_path / "lora").write_text("one")
     path, one = evaluated.ablations_folder / "community.json", {"dino": {"mean": 0.2, "lo": 0.1, "hi": 0.3}}
-    path.write_text(json.dumps({"a": one, "b": one, "made_with": made_with(evaluated, [Moma(base=str(tmp_path / "lora"))])}))
+    own = {"methods": {"a": {"kind": "Moma"}}, "made_with": made_with(evaluated, [Moma(base=str(tmp_path / "lora"))])}
+    path.write_text(json.dumps({"a": one, "b": one} | own))
     try:
         assert "community" in [ablation.key for ablation in read_ablations(evaluated)]
         (tmp_path / "lora").write_text("another")

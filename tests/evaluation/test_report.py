@@ -71,7 +71,8 @@ def evaluated(tmp_path_factory):
     config.ablations_folder.mkdir()
     for name, values in (("beta", (0.5, 1.0)), ("steps", (6, 12))):
         rows = {f"{name}_{value:g}": {"dino": {"mean": value / 7, "lo": 0.1, "hi": 0.2}} for value in values}
-        (config.ablations_folder / f"{name}.json").write_text(json.dumps(rows | {"title": f"About {name}", "differences": [], "made_with": made_with(config)}))
+        about = {"title": f"About {name}", "differences": [], "made_with": made_with(config), "methods": {key: {"kind": "Painter"} for key in rows}}
+        (config.ablations_folder / f"{name}.json").write_text(json.dumps(rows | about))
     write_figures(config)
     write_report(config)
     return config

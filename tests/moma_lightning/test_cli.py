@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from moma_lightning import __main__ as entry
 from moma_lightning.cli import MoMACLI, Run, run_loggers
+from moma_lightning.digests import identity
 from moma_lightning.training.data_wait import DataWait
 from tests.forked import Forked
 
@@ -128,7 +129,7 @@ def test_a_finished_stage_2_is_not_taken_for_one_of_a_new_stage_1(tmp_path):
     (decoder / "model.safetensors").write_bytes(b"first")
     told = {"model": {"init_args": {"decoder": str(decoder)}}}
     (run.folder / "config.yaml").write_text(yaml.safe_dump(told))
-    run.mark_finished(10, str(decoder))
+    run.mark_finished(10, identity(str(decoder)))
     assert run.changed(told) == []
     (decoder / "model.safetensors").write_bytes(b"second")
     assert run.changed(told) == [f"model.init_args.decoder {str(decoder)!r} holds other weights now"]

@@ -169,6 +169,6 @@ def test_an_ip_adapter_with_another_projector_is_no_native_folder(tmp_path):
 def test_a_decoder_that_the_released_file_cannot_describe_is_refused(base, tmp_path):
     save_adapter(tiny_adapter(base), tmp_path / "run/adapter")
     (tmp_path / "run/image_feature_decoder").mkdir()
-    (tmp_path / "run/image_feature_decoder/config.json").write_text(json.dumps({"decoder": {"template": "paper", "learnable_token": None}}))
+    (tmp_path / "run/image_feature_decoder/config.json").write_text(json.dumps({"embed_dim": 4, "decoder": {"template": "paper", "learnable_token": None}}))
     with pytest.raises(SystemExit, match="the paper's template or a learnable token"):
         convert(tmp_path / "run", tmp_path / "x.th")

@@ -149,6 +149,20 @@ def test_a_trained_vision_tower_leaves_out_what_nothing_is_read_of(mllm, picture
     assert any(p.requires_grad for p in decoder.vision_parameters().values()) and fixed == {"post_layernorm.weight", "post_layernorm.bias", "encoder.layers"}
 
 
+def test_what_nothing_is_read_of_may_lie_in_a_decoders_file(mllm, tiny_foundation, tmp_path):
+    """As it did in those whose vision tower was trained before it was left out."""
+    decoder = build(mllm, trainable=["vision_tower", r"^mapping\.", r"^token$"])
+    decoder.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    unread = next(name for name, _ in decoder.named_parameters() if "post_layernorm" in name)
+    save_file(tensors | {unread: torch.ones(16)}, tmp_path / "model.safetensors")
+    loaded = ImageFeatureDecoder.from_pretrained(tmp_path, tiny_foundation)
+    assert torch.equal(loaded.token, decoder.token)
+    save_file(tensors | {"another": torch.ones(16)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="another: not expected"):
+        ImageFeatureDecoder.from_pretrained(tmp_path, tiny_foundation)
+
+
 def test_counts_of_trained_and_frozen_parameters(mllm, decoder):
     def count(module):
         return sum(p.numel() for p in module.parameters())

@@ -31,7 +31,7 @@ def test_transparent_is_white_whatever_is_below():
     assert to_rgb(Image.new("RGBA", (1, 1), (9, 9, 9, 0))).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("values", [[0.0, float("nan")], [-1.0, 1.0], [0.0, 65535.0]])
+@pytest.mark.parametrize("values", [[0.0, float("nan")], [-1.0, 1.0], [0.0, 65535.0], [0.0, 1.003]])
 def test_floats_of_an_unknown_range_are_refused(values):
     with pytest.raises(ValueError, match=r"0..1 or in 0..255"):
         to_grey(Image.fromarray(np.array([values], np.float32)))
@@ -42,3 +42,5 @@ def test_a_mask_may_be_in_alpha_alone():
     layer.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
     assert np.asarray(to_grey(layer)).tolist() == [[0, 255]]
     assert to_grey(Image.new("RGBA", (1, 1), "white")).getpixel((0, 0)) == 255, "opaque white is subject as before"
+    layer.getexif()[0x0112] = 6
+    assert to_grey(layer).size == (1, 2) and to_grey(layer, turn=False).size == (2, 1)

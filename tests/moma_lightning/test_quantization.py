@@ -101,7 +101,7 @@ def test_asks_for_int8(gpu, tiny_foundation, monkeypatch):
 
 
 def test_without_it_nothing_is_asked(tiny_foundation, monkeypatch):
-    assert set(asked(tiny_foundation, monkeypatch)) == {"pretrained_model_name_or_path", "dtype"}
+    assert set(asked(tiny_foundation, monkeypatch)) == {"pretrained_model_name_or_path", "dtype", "output_loading_info"}
 
 
 def test_the_optimizer_is_bitsandbytes_with_the_same_groups(gpu, monkeypatch):
