@@ -89,6 +89,8 @@ class EvalConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_processes < 1:
+            raise ValueError(f"batch_size {self.batch_size}, num_processes {self.num_processes}: each has to be 1 at least")
         for name in (*self.methods, *self.ablation.methods):
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
                 raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and {', '.join(RESERVED)} are keys of the summaries")

@@ -112,6 +112,13 @@ def test_method_names_must_be_folders(tmp_path, capsys, name):
     assert f"cannot be called {name!r}" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("option", ["--batch_size=0", "--num_processes=-1"])
+def test_there_is_one_of_each_at_least(option, capsys):
+    with pytest.raises(SystemExit):
+        parse(["generate", "--config", str(MINI), option])
+    assert "each has to be 1 at least" in " ".join(capsys.readouterr().err.split())
+
+
 def test_two_methods_of_one_display_name_are_refused(tmp_path, capsys):
     """In tables by that name one would take the other's row."""
     (tmp_path / "eval.yaml").write_text("run: runs/x\ndata: data\nmethods: {moma_mask0.5: TextOnly, moma_masking0.5: TextOnly}\n")

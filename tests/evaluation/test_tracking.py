@@ -24,7 +24,8 @@ def config(tmp_path_factory):
     with pytest.warns(UserWarning, match="copying its input"):
         write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
     config.ablations_folder.mkdir()
-    rows = {f"beta_{beta}": {"dino": {"mean": beta, "lo": 0.0, "hi": 1.0}} for beta in (0, 1)} | {"made_with": made_with(config)}
+    rows = {f"beta_{beta}": {"dino": {"mean": beta, "lo": 0.0, "hi": 1.0}} for beta in (0, 1)}
+    rows |= {"made_with": made_with(config), "methods": {f"beta_{beta}": {"beta": beta} for beta in (0, 1)}}
     (config.ablations_folder / "beta.json").write_text(json.dumps(rows))
     write_figures(config)
     write_report(config)
