@@ -82,7 +82,7 @@ def draw_grid(grid: Grid, inches: float = 1.25) -> Figure:
     """The grid as a figure: column heads, row titles over their rows, captions below pictures. inches: side of a picture."""
     step = inches + GAP
     heights = [step + TITLE * bool(row.title) + CAPTION * caption_lines(row, inches) for row in grid.rows]
-    heads = ["\n".join(textwrap.wrap(name, int(inches * 14))) for name in grid.columns]
+    heads = [head_of(name, int(inches * 14)) for name in grid.columns]
     head = GAP + HEAD * max((name.count("\n") + 1 for name in heads), default=0)
     size = (grid.width * step + GAP, head + sum(heights))
     with styled():
@@ -114,6 +114,12 @@ def draw_row(sheet: Axes, row: Row, top: float, inches: float) -> None:
 def at_size(path: str, pixels: int) -> Image.Image:
     """The picture on a white square of `pixels`, aspect ratio kept."""
     return ImageOps.pad(load_picture(Path(path)), (pixels, pixels), Image.Resampling.BICUBIC, color="white")
+
+
+def head_of(name: str, width: int) -> str:
+    """A column's head, broken at its comma where it is wider than its picture: `MoMA,` over `beta 1`."""
+    parts = [name] if len(name) <= width else name.replace(", ", ",\n").splitlines()
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
 
 
 def caption_lines(row: Row, inches: float) -> int:

@@ -12,7 +12,7 @@ from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
 from evaluation.figures.ablations import read_ablation, read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
-from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, spread, to_json
+from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, head_of, spread, to_json
 from evaluation.figures.scored import comparison, one_method, own_method
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
@@ -269,6 +269,11 @@ def test_a_drawn_grid_shows_each_picture_in_its_place(tmp_path):
     assert drawn.getpixel((round((GAP + 0.5) * DPI), middle)) == colors["red"]
     assert drawn.getpixel((round((2 * GAP + 1.5) * DPI), middle)) == colors["blue"]
     assert drawn.getpixel((2, 2)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("name", "head"), [("Reference", "Reference"), ("MoMA, beta 1", "MoMA,\nbeta 1"), ("DreamBooth LoRA", "DreamBooth\nLoRA")])
+def test_heads_are_broken_where_they_would_touch(name, head):
+    assert head_of(name, 11) == head and head_of(name, 20) == name
 
 
 def test_grids_survive_json():
