@@ -39,12 +39,16 @@ def load_folder(name: str, vae: AutoencoderKL | None = None) -> DiffusionPipelin
     Raises FileNotFoundError that says how to fetch what is missing, ValueError for a model that is not whole.
     """
     source, given = resolve(name), {"vae": vae} if vae is not None else {}
+    if "subfolder" in source:
+        raise ValueError(f"{name}: diffusers reads a pipeline from the root of a repository; fetch the folder inside, and name it here")
     with loading(name):
         family, index = family_of(name), DiffusionPipeline.load_config(**source)
     for part in TEXT_ENCODERS:
         if index.get(part, [None])[0]:
-            inside = {"subfolder": f"{source['subfolder']}/{part}" if "subfolder" in source else part}
-            given[part] = load_whole(getattr(transformers, index[part][1]), name, source | inside, dtype=torch.float32)
+            model_class = getattr(transformers, index[part][1], None)
+            if model_class is None:
+                raise ValueError(f"{name}: its model_index.json names {index[part][1]} as {part}, which transformers does not have")
+            given[part] = load_whole(model_class, name, source | {"subfolder": part}, dtype=torch.float32)
     with loading(name):
         pipe = family.pipeline.from_pretrained(**source, **family.without, **given, torch_dtype=torch.float32)
     require_whole(name, pipe)

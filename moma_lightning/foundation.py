@@ -176,7 +176,7 @@ def load_mllm(config: FoundationConfig, dtype: torch.dtype = torch.float32) -> t
     """The MLLM in `dtype`, quantized where the config says so, and its processor."""
     bits = quantized(config.mllm_quantization, getattr(torch, config.mllm_dtype)) if config.mllm_quantization else {}
     where = resolve(config.mllm)
-    model = load_whole(AutoModelForImageTextToText, config.mllm, where, dtype=dtype, **bits)
+    model = load_whole(AutoModelForImageTextToText, config.mllm, where, ("lm_head.",), dtype=dtype, **bits)
     with loading(config.mllm):
         processor = AutoProcessor.from_pretrained(**where)
     require_vocabulary(config.mllm, processor.tokenizer, model.config.get_text_config().vocab_size)

@@ -99,7 +99,7 @@ def read_picture(path: str | None) -> Image.Image | None:
 
 
 def words_of(prompt: str) -> str:
-    """What a file is called by: letters and digits of any script, and no more than 60."""
+    """What a file is called by: the prompt's letters and digits (of some scripts without their marks), no more than 60."""
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
 
 
@@ -107,5 +107,5 @@ def worded_by(template: str, prompt: str, label: str | None) -> str:
     """What the base reads. Raises ValueError for a template with other fields than `{prompt}` and `{label}`."""
     try:
         return template.format(prompt=prompt, label=label)
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the prompt template {template!r} may have {{prompt}} and {{label}} in braces, and nothing else") from error

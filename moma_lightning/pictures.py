@@ -39,7 +39,9 @@ def scaled_to_bytes(picture: Image.Image) -> Image.Image:
     if picture.mode == "I" and values.max() <= 255:
         return picture
     grey = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
-    grey.info = picture.info
+    grey.info = dict(picture.info)
+    if isinstance(key := grey.info.get("transparency"), int):
+        grey.info["transparency"] = key // 257
     return grey
 
 

@@ -8,11 +8,14 @@ from torch import nn
 from moma_lightning.hub import loading
 
 
-def load_whole(model_class: Any, name: str, source: Mapping[str, Any], **options: Any) -> Any:
-    """transformers' `from_pretrained` of `source` (`hub.resolve`). Raises ValueError that names the weights which `name` lacks."""
+def load_whole(model_class: Any, name: str, source: Mapping[str, Any], unread: tuple[str, ...] = (), **options: Any) -> Any:
+    """transformers' `from_pretrained` of `source` (`hub.resolve`). Raises ValueError that names the weights which `name` lacks.
+
+    unread: how weights begin that may be missing, since nothing is read of them.
+    """
     with loading(name):
         model, told = model_class.from_pretrained(**source, **options, output_loading_info=True)
-    refuse_lacking(name, sorted(told["missing_keys"]))
+    refuse_lacking(name, sorted(key for key in told["missing_keys"] if not key.startswith(unread)))
     return model
 
 

@@ -40,8 +40,8 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
     stale = [key for key, summary in tables.items() if "methods" not in summary or changed_since(summary.get("made_with", {}), config) or
              any(now.get(name, options) != options for name, options in summary["methods"].items())]
     for key in stale:
-        path = config.ablations_folder / key
-        logger.warning("%s is left out: it was made under another protocol or with other weights or options; run `evaluation ablate` again", path)
+        why = "it was made under another protocol or with other weights or options" if "methods" in tables[key] else "it does not say its options"
+        logger.warning("%s is left out: %s; run `evaluation ablate` again", config.ablations_folder / key, why)
     return [read_ablation(key, summary) for key, summary in tables.items() if key not in stale]
 
 

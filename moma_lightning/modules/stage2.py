@@ -25,6 +25,7 @@ from moma_lightning.foundation import (
     load_image_encoder,
     vae_name,
 )
+from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter, Reference
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
@@ -50,7 +51,7 @@ class Stage2(TrainedPartModule):
     """Trains a MoMAAdapter by noise prediction; MLLM, UNet, VAE and text encoder stay frozen.
 
     decoder: folder that stage 1 wrote (`image_feature_decoder`), needed when `stage2.context` is "decoder".
-    decoder_digest: of what was in it, on rank 0.
+    decoder_digest: of what was in it, on rank 0; None for one on the hub.
     """
 
     decoder_digest: str | None = None
@@ -63,8 +64,8 @@ class Stage2(TrainedPartModule):
         base, embed_dim = load_base(foundation), image_embed_dim(foundation)
         image_encoder = load_image_encoder(foundation) if stage2.context == "image_encoder" and not stage2.cached else None
         feature_decoder = load_decoder(decoder, foundation, embed_dim) if stage2.context == "decoder" and not stage2.cached else None
-        if feature_decoder is not None and rank_zero_only.rank == 0:
-            self.decoder_digest = identity(str(decoder))
+        if stage2.context == "decoder" and decoder is not None and local_path(decoder) is not None and rank_zero_only.rank == 0:
+            self.decoder_digest = identity(decoder)
         self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, embed_dim))
 
     def assemble(self, base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:

@@ -131,6 +131,11 @@ def test_a_finished_stage_2_is_not_taken_for_one_of_a_new_stage_1(tmp_path):
     (run.folder / "config.yaml").write_text(yaml.safe_dump(told))
     run.mark_finished(10, identity(str(decoder)))
     assert run.changed(told) == []
+    settings = {"num_workers": 4, "val": "b.tar", "flip": False}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(told | {"data": {"init_args": {"config": settings | {"num_workers": 0, "val": "a.tar"}}}}))
+    assert run.changed(told | {"data": {"init_args": {"config": settings}}}) == [], "neither moves what is trained"
+    moved = run.changed(told | {"data": {"init_args": {"config": settings | {"flip": True}}}})
+    assert moved == ["data.init_args.config.flip True, it was False"]
     (decoder / "model.safetensors").write_bytes(b"second")
     assert run.changed(told) == [f"model.init_args.decoder {str(decoder)!r} holds other weights now"]
     shutil.rmtree(decoder)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from moma_lightning import losses
 from moma_lightning.batch import TripletBatch
 from moma_lightning.checkpoints import load_adapter, save_adapter
+from moma_lightning.digests import identity
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.modules.stage2_parts import build_adapter
 from moma_lightning.optim import OptimizerConfig
@@ -52,6 +53,11 @@ def build(foundation, decoder_folder):
 def trainer(folder, steps: int, **options) -> Trainer:
     return Trainer(max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
                    enable_model_summary=False, num_sanity_val_steps=0, **{"enable_checkpointing": False, **options})
+
+
+def test_the_decoder_that_it_was_trained_with_is_known(build, decoder_folder):
+    """By its digest, which a finished run keeps, from a cache too."""
+    assert [build(**options).decoder_digest for options in ({}, {"cached": True}, {"context": "image_encoder"})] == [identity(decoder_folder)] * 2 + [None]
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -52,6 +52,21 @@ def test_a_transformer_that_lacks_a_weight_is_refused(copied, part, load):
         load(copied)
 
 
+def test_a_head_that_nothing_is_read_of_may_be_missing(copied):
+    (path,) = Path(copied.mllm).glob("*.safetensors")
+    tensors = load_file(path)
+    assert any(name.startswith(("lm_head", "language_model.lm_head")) for name in tensors)
+    save_file({name: value for name, value in tensors.items() if "lm_head" not in name}, path, {"format": "pt"})
+    load_mllm(copied)
+
+
+def test_a_text_encoder_of_an_unknown_class_is_told(copied):
+    path = Path(copied.base) / "model_index.json"
+    path.write_text(path.read_text().replace("CLIPTextModel", "FlaxCLIPTextModel"))
+    with pytest.raises(ValueError, match="names FlaxCLIPTextModel as text_encoder"):
+        load_base(copied)
+
+
 def test_a_tokenizer_without_its_words_is_refused(copied):
     (Path(copied.base) / "tokenizer/tokenizer.json").unlink()
     with pytest.raises(ValueError, match="its tokenizer knows . tokens"):
