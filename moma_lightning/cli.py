@@ -29,7 +29,7 @@ __all__ = ["MoMACLI", "Run", "ShardedStrategy"]  # the strategy: importing it ma
 
 SUBCOMMANDS = ("fit", "validate")  # of the Trainer's; the stages have no others
 CHECKPOINTS = "checkpoints"
-#: Settings that make another training of it.
+#: How settings begin that make another training of it, and among these some that move nothing of what is trained.
 COUNTS = ("model.", "data.", "seed_everything")
 DOES_NOT_COUNT = (
     *(f"data.init_args.config.{name}" for name in ("num_workers", "val", "bad_samples")),

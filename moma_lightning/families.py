@@ -1,5 +1,6 @@
 """The two families of base models, told apart by what `model_index.json` lists: Stable Diffusion (1.x, 2.x) and SDXL."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,13 @@ STABLE_DIFFUSION = Family(StableDiffusionPipeline, {"safety_checker": None, "req
 SDXL = Family(StableDiffusionXLPipeline, {"add_watermarker": False})
 
 
-def family_of(name: str) -> Family:
-    """The family of a folder or hub name. Raises ValueError for a model of neither, SDXL's refiner among them."""
-    index = DiffusionPipeline.load_config(**resolve(name))
+def index_of(name: str) -> dict[str, Any]:
+    """`model_index.json` of a folder or hub name."""
+    return DiffusionPipeline.load_config(**resolve(name))
+
+
+def family_of(name: str, index: Mapping[str, Any]) -> Family:
+    """The family of a model by its `index_of`. Raises ValueError for a model of neither, SDXL's refiner among them."""
     parts = {part for part, value in index.items() if isinstance(value, list | tuple) and value[0]}
     if not parts >= {"unet", "vae", "text_encoder"} or "text_encoder_3" in parts:
         raise ValueError(f"{name} is neither Stable Diffusion nor SDXL: its model_index.json lists {', '.join(sorted(parts))}")
@@ -42,7 +47,8 @@ def load_folder(name: str, vae: AutoencoderKL | None = None) -> DiffusionPipelin
     if "subfolder" in source:
         raise ValueError(f"{name}: diffusers reads a pipeline from the root of a repository; fetch the folder inside, and name it here")
     with loading(name):
-        family, index = family_of(name), DiffusionPipeline.load_config(**source)
+        index = index_of(name)
+    family = family_of(name, index)
     for part in TEXT_ENCODERS:
         if index.get(part, [None])[0]:
             model_class = getattr(transformers, index[part][1], None)

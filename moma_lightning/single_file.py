@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from moma_lightning.families import family_of, load_folder
+from moma_lightning.families import family_of, index_of, load_folder
 from moma_lightning.fetch import NOT_READ
 from moma_lightning.hub import find_file, hub_name, loading, local_path
 from moma_lightning.whole import require_whole
@@ -39,7 +39,7 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
             raise ValueError(f"{name} is a LoRA: it needs the whole model as a diffusers folder or hub name in foundation.base_config, not the file {config}")
         return with_lora(load_folder(config, vae), path)
     folder = config_folder(config)
-    family = family_of(str(folder))
+    family = family_of(str(folder), index_of(str(folder)))
     try:
         pipe = family.pipeline.from_single_file(
             str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, feature_extractor=None, **family.without, **given,

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from moma_lightning.families import family_of
+from moma_lightning.families import family_of, index_of
 from moma_lightning.models.attention import Conditioning, Recorder
 from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.mask_estimation import estimate_mask
@@ -191,7 +191,7 @@ def test_a_refiner_and_other_families_are_refused(tmp_path, parts):
     index = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]} | parts
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="is neither Stable Diffusion nor SDXL: its model_index.json lists"):
-        family_of(str(tmp_path))
+        family_of(str(tmp_path), index_of(str(tmp_path)))
 
 
 def test_the_context_side_in_stock_sdxl_draws_the_same_picture(base, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from moma_lightning.training import checkpoint_folder
+from moma_lightning.training import checkpoint_folder, strategy
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 
 TENSORS = {"state_dict": {"weight": torch.ones(4, 4)}}
@@ -80,3 +80,10 @@ def test_a_full_disk_leaves_the_folder_from_before(tmp_path, monkeypatch):
     save(path, 2)
     assert torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".last.ckpt-2", "last.ckpt"]
+
+
+def test_a_parameter_that_never_had_a_gradient_is_not_asked_for():
+    """A fresh optimizer is given state for all that is trained; the folder has it for what was stepped."""
+    fresh = {"state": {0: {"step": 1}, 1: {"step": 1}, 10: {"step": 1}}, "param_groups": []}
+    entries = ["optimizer_states.0.state.1.step", "optimizer_states.0.state.1.exp_avg", "optimizer_states.1.state.10.step", "state_dict.0"]
+    assert strategy._saved(fresh, "optimizer_states.0.state.", entries) == {"state": {1: {"step": 1}}, "param_groups": []}
