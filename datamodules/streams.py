@@ -197,4 +197,5 @@ def _require_a_good_sample(shards: list[str], config: TripletConfig, bad: BadSam
     """A part without a good sample is odd but harmless while others have some; without any, the stream would never end."""
     decoded = map(functools.partial(_decode_or_report, config=config, bad=bad), read_shards(shards, bad))
     if not any(triplet is not None for triplet in decoded):
-        raise BadSampleError(f"none of {len(shards)} shards ({shards[0]}, ...) has a usable sample: see {bad.path}")
+        why = f"see {bad.path}" if bad.path.exists() else "they are empty"
+        raise BadSampleError(f"none of {len(shards)} shards ({shards[0]}, ...) has a usable sample: {why}")

@@ -11,8 +11,11 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from evaluation.methods.base import Models
 from evaluation.methods.tuned import TunedMethod, Weights, reworded
 from evaluation.tasks import PictureTask
+from moma_lightning.families import SDXL, family_of, index_of
+from moma_lightning.single_file import is_single_file
 
 #: The neutral texts of the paper's supplement (CLIP's ImageNet templates), as diffusers' textual_inversion script has them.
 TEMPLATES = (
@@ -40,11 +43,16 @@ class TextualInversion(TunedMethod):
     batch_size: int = 4
     templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
 
+    def require(self, models: Models) -> None:
+        super().require(models)
+        base, configs = models.foundation.base, models.foundation.base_config
+        name = configs if is_single_file(base) and configs is not None else base
+        if family_of(name, index_of(name)) is SDXL:
+            raise ValueError(f"TextualInversion learns a word of one text encoder, and {name} (SDXL) reads prompts with two: use DreamBoothLora")
+
     @contextmanager
     def tuned(self, label: str, weights: Weights | None = None) -> Iterator[dict[str, nn.Parameter]]:
         pipeline = self.pipeline
-        if len(pipeline.tokenizers) > 1:
-            raise ValueError("TextualInversion learns a word of one text encoder, and this base (SDXL) reads prompts with two: use DreamBoothLora")
         tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
         embedding = text_encoder.get_input_embeddings()
         pipeline.tokenizer = copy.deepcopy(tokenizer)

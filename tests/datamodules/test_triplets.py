@@ -187,6 +187,12 @@ def test_no_good_sample_at_all_raises(shards, tools, workers):
     assert re.search("none of 4 shards", error_of(lambda: list(module.val_dataloader())))
 
 
+def test_shards_without_samples_raise_and_name_no_log(shards, tools):
+    for number in range(4):
+        tools.write_tar(shards / f"train-{number:05d}.tar", {})
+    assert re.search(r"none of 4 shards .* has a usable sample: they are empty", error_of(lambda: epochs(tools.datamodule(shards), 1)))
+
+
 @quiet
 def test_a_reader_with_bad_shards_only_goes_on_with_the_next_pass(shards, tools):
     for number in range(1, 4):

@@ -1,6 +1,7 @@
 """Textual Inversion and DreamBooth-LoRA on tiny random models: what is trained, what is kept, and that the base comes back."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +82,20 @@ def test_the_base_is_put_back(kind, pipeline, subject):
     assert not torch.equal(pixels(tuned), pixels(drawn))
 
 
-def test_on_sdxl_lora_trains_and_textual_inversion_says_that_it_cannot(subject):
+def test_on_sdxl_lora_trains(subject):
     pipeline, given = MoMAPipeline.from_base(tiny_sdxl_base()), (subject, Reference(subject.images[0]), [task()])
     before, drawn = state(pipeline), ready(TextOnly(), pipeline).generate(*given)
     tuned = ready(TUNED["lora"](), pipeline).generate(*given)
     assert not torch.equal(pixels(tuned), pixels(drawn)) and state(pipeline) == before
+
+
+@pytest.mark.parametrize("file", [None, "base.safetensors"])
+def test_textual_inversion_refuses_sdxl_before_anything_is_loaded(tmp_path, file):
+    parts = {"_class_name": "StableDiffusionXLPipeline", **{part: ["diffusers", "Any"] for part in ("unet", "vae", "text_encoder", "text_encoder_2")}}
+    (tmp_path / "model_index.json").write_text(json.dumps(parts))
+    foundation = FoundationConfig(base=file, base_config=str(tmp_path)) if file else FoundationConfig(base=str(tmp_path))
     with pytest.raises(ValueError, match="SDXL.* reads prompts with two: use DreamBoothLora"):
-        ready(TUNED["ti"](), pipeline).generate(*given)
-    assert state(pipeline) == before
+        TUNED["ti"]().require(Models(foundation))
 
 
 @pytest.mark.parametrize("kind", TUNED)
