@@ -78,6 +78,8 @@ class TripletDataModule(LightningDataModule):
 
     def _require_whole_epochs(self) -> None:
         """Workers read ahead: what they hold when an epoch is cut off would be lost."""
+        if self.trainer and self.trainer.overfit_batches:
+            raise ValueError("trainer.overfit_batches: every epoch has other batches here; to overfit, train on a shard of a few samples")
         limit = getattr(self.trainer, "limit_train_batches", 1.0)
         cut = limit < 1.0 if isinstance(limit, float) else isinstance(limit, int) and limit < self.config.steps_per_epoch
         if cut and not self.trainer.fast_dev_run:

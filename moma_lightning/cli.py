@@ -7,19 +7,21 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from moma_lightning.digests import identity
 from moma_lightning.files import write_beside
 from moma_lightning.hub import local_path
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 from moma_lightning.training.data_wait import DataWait
+from moma_lightning.training.epoch_ends import EpochEnds
 from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal, ended_together
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.strategy import ShardedStrategy
@@ -30,12 +32,14 @@ __all__ = ["MoMACLI", "Run", "ShardedStrategy"]  # the strategy: importing it ma
 SUBCOMMANDS = ("fit", "validate")  # of the Trainer's; the stages have no others
 CHECKPOINTS = "checkpoints"
 #: How settings begin that make another training of it, and among these some that move nothing of what is trained.
-COUNTS = ("model.", "data.", "seed_everything")
+COUNTS = ("model.", "data.", "seed_everything", *(f"trainer.{name}" for name in ("accumulate_grad_batches", "gradient_clip", "precision", "callbacks")))
 DOES_NOT_COUNT = (
     *(f"data.init_args.config.{name}" for name in ("num_workers", "val", "bad_samples")),
     *(f"model.init_args.{name}" for name in ("training.", "grid", "clip", "foundation.sam")),
 )
 DECODER = "model.init_args.decoder"
+#: What ends a training, of the Trainer's settings.
+ENDS = ("max_steps", "max_epochs", "max_time")
 
 
 class MoMACLI(LightningCLI):
@@ -50,7 +54,7 @@ class MoMACLI(LightningCLI):
         parser_mode = {"parser_mode": "omegaconf"}
         super().__init__(
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -80,6 +84,8 @@ class MoMACLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             raise SystemExit("trainer.default_root_dir is not set: name the run's folder, e.g. runs/mini/stage1")
         self.run = Run(Path(config.trainer.default_root_dir))
+        if config.trainer.enable_checkpointing is False:
+            raise SystemExit("trainer.enable_checkpointing is false: a run goes on from its checkpoints; see checkpoint.* for how often they are written")
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write last.ckpt even so, over the real run's
         if self.subcommand == "validate":
@@ -88,26 +94,38 @@ class MoMACLI(LightningCLI):
                 raise SystemExit(f"{self.run.last_checkpoint} is not there: train first, or name a checkpoint by --ckpt_path")
         if self.subcommand != "fit" or config.trainer.fast_dev_run:
             return
-        if config.ckpt_path is None and self.run.is_finished(config.trainer.max_steps):
-            now = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-            if changed := self.run.changed(now):
-                raise SystemExit(f"{self.run.folder}: training is complete, with other settings than these ({'; '.join(changed)}): "
-                                 "give the former ones, name another trainer.default_root_dir, or remove the folder to train anew")
-            rank_zero_info(f"{self.run.folder}: training is complete; raise trainer.max_steps to go on, or remove the folder to train anew")
-            raise SystemExit(0)
+        if config.ckpt_path is not None or not self.run.last_checkpoint.exists():
+            return
+        now = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        changed = "; ".join(self.run.changed(now))
+        if not self.run.is_finished(**ends(config.trainer)):
+            if changed:
+                rank_zero_warn(f"{self.run.folder}: training goes on with other settings than before ({changed})")
+            return
+        if changed:
+            raise SystemExit(f"{self.run.folder}: training is complete, with other settings than these ({changed}): "
+                             "give the former ones, name another trainer.default_root_dir, or remove the folder to train anew")
+        rank_zero_info(f"{self.run.folder}: training is complete; raise trainer.max_steps to go on, or remove the folder to train anew")
+        raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         loggers = config["logger"]
         if loggers in (None, True):
             loggers = run_loggers(self.run) if self.subcommand == "fit" and not config["fast_dev_run"] else False
-        callbacks: list[Callback] = [*(config["callbacks"] or []), RandomStates(), StopOnNonFinite()]
-        if not config["fast_dev_run"]:
-            callbacks.append(StopOnSignal(self.run.last_checkpoint))
-        if config["enable_progress_bar"] is not False:
+        given: list[Callback] = config["callbacks"] or []
+
+        def is_given(kind: type[Callback]) -> bool:
+            return any(isinstance(callback, kind) for callback in given)
+
+        callbacks = list(given)
+        if config["enable_progress_bar"] is not False and not is_given(ProgressBar):
             callbacks.append(RichProgressBar())
+        callbacks += [RandomStates(), StopOnNonFinite(), EpochEnds()]
+        if not config["fast_dev_run"]:
+            callbacks.append(StopOnSignal(self.run.last_checkpoint))  # which saves what those before it have found
         if loggers:
-            callbacks += [LearningRateMonitor("step"), DataWait()]
+            callbacks += [DataWait()] if is_given(LearningRateMonitor) else [LearningRateMonitor("step"), DataWait()]
         plugins = [*_as_list(config["plugins"]), WholeCheckpointIO()]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # torchrun inside a SLURM job numbers its own processes
             plugins.append(SLURMEnvironment(auto_requeue=False))  # StopOnSignal saves; experiments/cluster/slurm.sh requeues
@@ -126,9 +144,9 @@ class MoMACLI(LightningCLI):
             self.run.forget()
         with ended_together(self.trainer):
             self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
-            if self.trainer.checkpoint_callback is not None:
-                self.trainer.save_checkpoint(self.run.last_checkpoint)
-                self.run.mark_finished(self.trainer.global_step, getattr(model, "decoder_digest", None))
+            self.trainer.save_checkpoint(self.run.last_checkpoint)
+            until = ends(self.config[self.subcommand].trainer)
+            self.run.mark_finished(self.trainer.global_step, until, getattr(model, "decoder_digest", None))
 
     def validate(self, model: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """`Trainer.validate` of `ckpt_path`, else of the run's last checkpoint. Prints; the run's own records stay as they are."""
@@ -137,11 +155,32 @@ class MoMACLI(LightningCLI):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that does not save a resumed step once more in its next micro-batch, whose gradients would be lost."""
+    """ModelCheckpoint that never saves between two micro-batches, whose gradients would be lost, nor before a last validation, which would be left out.
+
+    So it does not save a resumed step once more in its next micro-batch, lets training that is told to stop (by EarlyStopping or `max_time`) finish
+    its step first, and leaves the last step to `MoMACLI.fit`, which saves it behind its validation.
+    """
+
+    _step, _is_within, _is_told_to_stop = 0, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step
+        self._last_global_step_saved = self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._is_within, self._step = trainer.global_step == self._step, trainer.global_step
+        self._stop_between_steps(trainer)
+        if trainer.global_step != trainer.max_steps:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._stop_between_steps(trainer)
+
+    def _stop_between_steps(self, trainer: Trainer) -> None:
+        self._is_told_to_stop |= trainer.should_stop
+        trainer.should_stop = self._is_told_to_stop and not self._is_within
 
 
 class Run:
@@ -152,27 +191,32 @@ class Run:
         self.last_checkpoint = folder / CHECKPOINTS / "last.ckpt"
         self._finished, self._wandb_id = folder / "finished.json", folder / "wandb_id"
 
-    def is_finished(self, max_steps: int) -> bool:
-        """Whether `max_steps` steps were trained to the end, what is exported at the end included."""
+    def is_finished(self, **until: Any) -> bool:
+        """Whether training came to this end (`ends`), or has `max_steps` steps, with what is exported at the end."""
         if not (self._finished.exists() and self.last_checkpoint.exists()):
             return False
-        return 0 <= max_steps <= json.loads(self._finished.read_text())["step"]
+        told = self._told()
+        return told.get("until") == until or 0 <= until["max_steps"] <= told["step"]
+
+    def _told(self) -> dict[str, Any]:
+        """By `mark_finished`."""
+        return json.loads(self._finished.read_text()) if self._finished.exists() else {}
 
     def changed(self, config: dict[str, Any]) -> list[str]:
-        """What of model, data and seed is another in `config` than in the run's config.yaml, where both have it, and moves what is trained."""
+        """What `COUNTS` is another in `config` than in the run's config.yaml, which is of its last training, where both have it."""
         path = self.folder / "config.yaml"
         before = _flat(yaml.safe_load(path.read_text())) if path.exists() else {}
         now = {key: value for key, value in _flat(config).items() if key.startswith(COUNTS) and not key.startswith(DOES_NOT_COUNT)}
         found = [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
-        decoder, digest = now.get(DECODER), json.loads(self._finished.read_text()).get("decoder")
+        decoder, digest = now.get(DECODER), self._told().get("decoder")
         if digest and decoder and decoder == before.get(DECODER) and local_path(decoder) is not None and identity(decoder) != digest:
             found.append(f"{DECODER} {decoder!r} holds other weights now")
         return found
 
     @rank_zero_only
-    def mark_finished(self, step: int, decoder: str | None = None) -> None:
-        """decoder: digest of stage 1's result that stage 2 was trained with."""
-        told = {"step": step} | ({} if decoder is None else {"decoder": decoder})
+    def mark_finished(self, step: int, until: dict[str, Any], decoder: str | None = None) -> None:
+        """until: the settings that it was trained by (`ends`). decoder: digest of stage 1's result that stage 2 was trained with."""
+        told = {"step": step, "until": until} | ({} if decoder is None else {"decoder": decoder})
         write_beside(self._finished, lambda path: path.write_text(json.dumps(told) + "\n"))
 
     @rank_zero_only
@@ -192,9 +236,18 @@ class Run:
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config beside the checkpoints, and shows it to wandb."""
+    """Saves the resolved config in the run's folder, and shows it to wandb, once training begins: a run that was refused leaves no trace."""
 
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        path = Path(trainer.default_root_dir) / self.config_filename
+        write_beside(path, lambda beside: self.parser.save(self.config, beside, skip_none=False, overwrite=True, multifile=False))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_unset=False)))
@@ -226,6 +279,11 @@ def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
     """Nested settings by dotted names."""
     return {name: leaf for key, value in values.items() for name, leaf in
             (_flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {f"{before}{key}": value}).items()}  # fmt: skip
+
+
+def ends(trainer: Any) -> dict[str, Any]:
+    """What of the Trainer's settings says when training ends, as JSON has it."""
+    return json.loads(json.dumps({name: trainer.get(name) for name in ENDS}, default=str))
 
 
 def _as_list(value: Any) -> list[Any]:

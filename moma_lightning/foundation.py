@@ -103,13 +103,16 @@ STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_sch
 
 
 def load_base(config: FoundationConfig) -> Base:
-    """Load the base model in fp32, frozen. Raises FileNotFoundError that says how to fetch what is missing."""
+    """Load the base model in fp32, frozen. Raises FileNotFoundError that says how to fetch what is missing, ValueError for a model distilled from guidance."""
     vae = None
     if config.vae:
         with loading(config.vae):
             vae = AutoencoderKL.from_pretrained(**resolve(config.vae), torch_dtype=torch.float32)
         require_all_weights(config.vae, {"vae": vae})
     pipe = load_single_file(config.base, config.base_config, vae) if is_single_file(config.base) else load_folder(config.base, vae)
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ValueError(f"{config.base} is distilled to read its guidance as an input (a latent consistency model), which MoMA's sampler does not give: "
+                         "take the model that it was distilled from")  # fmt: skip
     install_processors(pipe.unet)
     base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
     if "text_encoder_2" in pipe.components:
@@ -120,8 +123,13 @@ def load_base(config: FoundationConfig) -> Base:
 
 def ddim(config: Mapping[str, Any]) -> DDIMScheduler:
     """The paper's sampler with a base model's own noise schedule; what its config does not say is Stable Diffusion's."""
+    return DDIMScheduler.from_config(config, **unsaid(config))
+
+
+def unsaid(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler's config leaves out of Stable Diffusion's noise schedule."""
     said = set(config) - set(config.get("_use_default_values", ()))
-    return DDIMScheduler.from_config(config, **{key: value for key, value in STABLE_DIFFUSION_SCHEDULE.items() if key not in said})
+    return {key: value for key, value in STABLE_DIFFUSION_SCHEDULE.items() if key not in said}
 
 
 class ImageEncoder(nn.Module):

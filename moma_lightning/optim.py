@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,13 +37,37 @@ def configure(
     """What `LightningModule.configure_optimizers` returns, for named parameters; frozen ones are passed over.
 
     `total_steps` is the trainer's `estimated_stepping_batches`. Raises ValueError when nothing is trained, when a
-    multiplier's regex names no trained parameter, or when a falling schedule meets a training without an end.
+    multiplier's regex names no trained parameter, when a falling schedule meets a training without an end, and when a checkpoint of other groups is read.
     """
     optimizer = build(parameters, config)
     if config.schedule != "constant" and not math.isfinite(total_steps):
         raise ValueError(f"schedule {config.schedule!r} needs an end of training: set trainer.max_steps or max_epochs")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
+    optimizer.register_load_state_dict_pre_hook(require_same_groups)
+    scheduler = ConfiguredLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ConfiguredLR(torch.optim.lr_scheduler.LambdaLR):
+    """LambdaLR for a training that goes on by its config: learning rates, decay and betas are not the checkpoint's, where they have changed.
+
+    Lightning reads it after the optimizer, whose groups it puts right.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
+        self.given = [{name: group[name] for name in ("lr", "betas", "weight_decay")} for group in optimizer.param_groups]
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"base_lrs": self.base_lrs, "given": self.given})
+        for group, given, factor in zip(self.optimizer.param_groups, self.given, self.lr_lambdas, strict=True):
+            group |= given | {"initial_lr": given["lr"], "lr": given["lr"] * factor(self.last_epoch)}
+
+
+def require_same_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state_dict["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise ValueError("the checkpoint's optimizer has other groups of parameters: `optimizer.lr_multipliers` are not those that it was trained with; "
+                         "give those, or train under another trainer.default_root_dir")
 
 
 def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -65,16 +89,16 @@ def adamw8bit(trained: list[tuple[str, nn.Parameter]]) -> type[torch.optim.Optim
 
 
 def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: one for each learning rate and decay that occurs, in a fixed order."""
+    """AdamW's groups, in a fixed order: matrices and the rest, of each multiplier and of what has none."""
     for pattern in config.lr_multipliers:
         if not any(re.search(pattern, name) for name, _ in trained):
             raise ValueError(f"lr_multipliers: {pattern!r} is found in no trained parameter's name")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
     for name, parameter in trained:
-        factor = next((f for pattern, f in config.lr_multipliers.items() if re.search(pattern, name)), 1.0)
-        decay = config.weight_decay if len(whole_shape(parameter)) > 1 else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
-    return [{"params": p, "lr": config.lr * factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
+        found = next((pattern for pattern in config.lr_multipliers if re.search(pattern, name)), None)
+        groups.setdefault((found, len(whole_shape(parameter)) > 1), []).append(parameter)
+    return [{"params": p, "lr": config.lr * (1.0 if found is None else config.lr_multipliers[found]), "weight_decay": config.weight_decay if is_matrix else 0.0}
+            for (found, is_matrix), p in groups.items()]  # fmt: skip
 
 
 def schedule_factor(step: int, config: OptimizerConfig, total_steps: float) -> float:

@@ -17,7 +17,7 @@ from moma_lightning.batch import white_background
 from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder
 from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
-from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
+from moma_lightning.models.attention import Conditioning, ContextConditioning, MoMAAttnProcessor, Recorder
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
@@ -71,12 +71,24 @@ class MoMAPipeline(DiffusionPipeline):
 
     def to(self, *args, **kwargs) -> "MoMAPipeline":
         super().to(*args, **kwargs)
+        kwargs.pop("silence_dtype_warnings", None)  # of diffusers' own
         for part in (self.adapter, self.decoder, self.clip):
             if isinstance(part, nn.Module):
                 part.to(*args, **kwargs)
         if isinstance(self.masker, nn.Module):
             self.masker.to(self.device)  # SAM makes float32 of its points, and stays in it
         return self
+
+    def enable_model_cpu_offload(self, *args, **kwargs) -> None:
+        """As diffusers has it for the base's models; adapter, decoder and image encoder stay on the GPU."""
+        super().enable_model_cpu_offload(*args, **kwargs)
+        for part in (self.adapter, self.decoder, self.clip):
+            if isinstance(part, nn.Module):
+                part.to(self._execution_device)
+
+    def load_ip_adapter(self, *args, **kwargs) -> None:
+        """Raises ValueError: diffusers' processors would take the place of MoMA's."""
+        raise ValueError("an IP-Adapter is read as any adapter here: load_pipeline(foundation, adapter='ip-adapter_sd15.safetensors')")
 
     @torch.no_grad()
     def __call__(
@@ -86,7 +98,7 @@ class MoMAPipeline(DiffusionPipeline):
         mask: Image.Image | Tensor | None = None,
         label: str | None = None,
         *,
-        beta: float | Sequence[float] = 1.0,
+        beta: float | Sequence[float] | Tensor = 1.0,
         mask_strength: float = 1.0,
         context_scale: float = 1.0,
         image_embeds: Float[Tensor, "rows dim"] | None = None,
@@ -120,8 +132,9 @@ class MoMAPipeline(DiffusionPipeline):
         mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
             "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
         negative_prompt: for all prompts, or one a prompt.
-        Raises ValueError for a label that no prompt names, a mask_strength outside [0, 1], an empty mask, a reference or image_embeds without
-        adapter, a reference without label, a context that nothing can embed, and a height or width that the autoencoder cannot divide.
+        Raises ValueError for a label that no prompt names, settings out of their range, as many betas or image_embeds as there are no prompts, an
+        empty mask, a reference or image_embeds without adapter, a reference without label, a context that nothing can embed, and a height or width
+        that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
@@ -135,6 +148,11 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError(f"{counts}: each has to be 1 at least")
         if image_embeds is not None and self.adapter is None:
             raise ValueError("image_embeds need an adapter: load_pipeline(..., adapter=...)")
+        for name, count in (("beta", torch.as_tensor(beta).numel()), ("image_embeds", 1 if image_embeds is None else len(image_embeds))):
+            if count not in (1, len(prompts)):
+                raise ValueError(f"{count} of {name} for {len(prompts)} prompts: give one, or one a prompt")
+        if image is not None or image_embeds is not None:
+            self._require_processors()
         height, width = height or self.default_size(), width or self.default_size()
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise ValueError(f"height {height} and width {width} have to be divisible by {self.vae_scale_factor}")
@@ -144,6 +162,7 @@ class MoMAPipeline(DiffusionPipeline):
         subject = image if isinstance(image, Subject) or image is None else self.prepare_subject(image, mask, label, height * width)
         context = self._context(subject, asked, image_embeds, context_scale, num_images_per_prompt, guided)
         dtype = text.encoder_hidden_states.dtype
+        self.scheduler.set_timesteps(num_inference_steps, device=device)  # first, since it says how large Euler's noise is
         latents = self.prepare_latents(batch, self.unet.config.in_channels, height, width, dtype, device, generator, latents)
         guide = None
         if subject is not None:
@@ -152,7 +171,6 @@ class MoMAPipeline(DiffusionPipeline):
             spelled, label = (self.maybe_convert_prompt(texts, self.tokenizer) for texts in (prompts, subject.label))  # as encode_text reads them
             tokens = label_tokens(self.tokenizers, spelled, label).to(device)
             guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
         masks: list[Tensor] = []
         made: dict[tuple[int, str], Any] = {}
@@ -170,12 +188,16 @@ class MoMAPipeline(DiffusionPipeline):
             if guide is not None:
                 masks.append(guide.update(recorder))
         images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
         return MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)
 
-    def prepare_subject(self, image: Image.Image, mask: Image.Image | Tensor | None, label: str | None, area: int) -> Subject:
-        """Mask, white-background picture and reference features of a subject, at about `area` pixels, aspect ratio kept."""
+    def prepare_subject(self, image: object, mask: Image.Image | Tensor | None, label: str | None, area: int) -> Subject:
+        """Mask, white-background picture and reference features of the subject of a PIL picture, at about `area` pixels, aspect ratio kept."""
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image is one PIL picture or a Subject that was prepared of one, not {type(image).__name__}: a call is for one subject")
         if self.adapter is None or label is None:
             raise ValueError("a reference picture needs an adapter (load_pipeline(..., adapter=...)) and a label, the word for its subject")
+        self._require_processors()
         multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)  # sides that the UNet can halve
         pixels = picture_pixels(image, area, multiple).to(self._execution_device)
         found = foreground(self._find(image) if mask is None else mask, ImageOps.exif_transpose(image).size, pixels.shape[-2:]).to(pixels.device)
@@ -186,10 +208,19 @@ class MoMAPipeline(DiffusionPipeline):
         encoded = self._encode(seen)
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for, and its features would outlive a CUDA graph's memory
             features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
-        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label)
+        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant)
 
     def default_size(self) -> int:
-        return self.unet.config.sample_size * self.vae_scale_factor
+        """Sides of the pictures that the UNet was made for. Raises ValueError where they are not squares."""
+        size = self.unet.config.sample_size
+        if not isinstance(size, int):
+            raise ValueError(f"the UNet's sample_size is {size}: give height and width")
+        return size * self.vae_scale_factor
+
+    def _require_processors(self) -> None:
+        if not all(isinstance(processor, MoMAAttnProcessor) for processor in self.unet.attn_processors.values()):
+            raise ValueError("the UNet's attention processors are no longer MoMA's (attention slicing, fused projections, another UNet, a pipeline that "
+                             "shares it): call moma_lightning.models.adapter.install_processors(pipe.unet)")  # fmt: skip
 
     def _find(self, image: Image.Image) -> Tensor:
         if self.masker is None:
@@ -248,8 +279,10 @@ def load_pipeline(
 
     adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote. dtype: float32, or one of
     16 bits for all but SAM; with float32 the MLLM keeps `foundation.mllm_dtype`.
-    Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings.
+    Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings, and for another dtype.
     """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r}: float32, bfloat16 and float16 are known, by these names")
     foundation = foundation or FoundationConfig()
     base = load_base(foundation)
     sam = foundation.sam

@@ -38,7 +38,7 @@ VARIANTS: dict[Variant, VariantSettings] = {
 class SubjectSettings:
     """How the subject attention acts in one call; the fields are `MoMAPipeline.__call__`'s arguments."""
 
-    beta: float | Sequence[float]
+    beta: float | Sequence[float] | Tensor
     mask_strength: float
     mask_threshold: float
     mask_layers: Sequence[int] | None
@@ -47,8 +47,12 @@ class SubjectSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.mask_strength <= 1:
             raise ValueError(f"mask_strength {self.mask_strength}: 1 masks fully, 0 not at all; give a number from 0 to 1")
-        if np.min(self.beta) < 0:
+        if not torch.as_tensor(self.beta).min() >= 0:
             raise ValueError(f"beta {self.beta}: the subject attention's strength is 0 or more")
+        if not 0 <= self.mask_threshold < 1:
+            raise ValueError(f"mask_threshold {self.mask_threshold}: the label's attention is scaled to [0, 1], and more than the threshold is subject")
+        if self.mask_layers is not None and not len(self.mask_layers):
+            raise ValueError("mask_layers names no layer: give None for all")
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Subject:
     mask: Float[Tensor, "1 1 height width"]
     latent_size: tuple[int, int]
     label: str
+    variant: Variant  # of the adapter that it was prepared for
     mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 
@@ -72,11 +77,13 @@ class SubjectGuide:
 
     def __init__(self, adapter: MoMAAdapter, subject: Subject, label_tokens: Float[Tensor, "prompts text"], repeats: int,
                  latent_size: Sequence[int], settings: SubjectSettings):
+        if subject.variant != adapter.variant:
+            raise ValueError(f"the subject was prepared for a {subject.variant!r} adapter, this one is {adapter.variant!r}: prepare it anew")
         self.variant, self.settings, self.latent_size = VARIANTS[adapter.variant], settings, (latent_size[0], latent_size[1])
         reference_mask = MaskPyramid(subject.mask, subject.latent_size, settings.mask_strength)
         self.subject = adapter.subject_conditioning(subject.features, reference_mask)
         self.label_tokens = label_tokens.repeat_interleave(repeats, 0)
-        self.beta = torch.tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
+        self.beta = torch.as_tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
         self.is_silent = not adapter.has_subject or not self.beta.any()
         self.mask_context = self.variant.mask_context and adapter.has_subject
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
@@ -156,6 +163,8 @@ def foreground(mask: Image.Image | Tensor, shown: tuple[int, int], size: Sequenc
     elif mask.dtype == torch.uint8:
         mask = mask / 255
     height, width = mask.shape[-2:]
+    if mask.numel() != height * width:
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} has several channels, or has them last: give height x width")
     if not 0.95 < width * shown[1] / (height * shown[0]) < 1.05:
         raise ValueError(f"a mask of {width}x{height} does not fit a picture that is shown at {shown[0]}x{shown[1]}: give one of the picture as it is shown")
     mask = mask.float().reshape(1, 1, height, width)

@@ -4,12 +4,11 @@ from evaluation.methods.base import Method, Models, Reference
 from evaluation.methods.diffusion import IpAdapter, Moma, TextOnly
 from evaluation.methods.dreambooth_lora import DreamBoothLora
 from evaluation.methods.given import Folder, RealImages
-from evaluation.methods.pipelines import BlipDiffusion, Pipeline
+from evaluation.methods.pipelines import Pipeline
 from evaluation.methods.stock_ip_adapter import StockIpAdapter
 from evaluation.methods.textual_inversion import TextualInversion
 
 __all__ = [
-    "BlipDiffusion",
     "DreamBoothLora",
     "Folder",
     "IpAdapter",

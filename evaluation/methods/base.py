@@ -1,5 +1,6 @@
 """What can be evaluated: one small interface."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from datamodules.dreambooth import Subject, load_mask, load_picture
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import identity
-from moma_lightning.foundation import FoundationConfig
+from moma_lightning.foundation import FoundationConfig, unsaid
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 from moma_lightning.single_file import is_lora, is_single_file
 
@@ -127,10 +128,14 @@ class Method(ABC):
 
 
 def use_scheduler(pipeline: Any, sampler: Sampler) -> None:
-    """Give the pipeline the protocol's scheduler, configured by its own. Raises ValueError for a name that diffusers lacks."""
+    """Give the pipeline the protocol's scheduler, configured by its own, where that leaves something out as Stable Diffusion's.
+
+    Raises ValueError for a name that diffusers lacks.
+    """
     if sampler.scheduler is None:
         return
     scheduler = getattr(diffusers, sampler.scheduler, None)
     if scheduler is None:
         raise ValueError(f"diffusers has no scheduler {sampler.scheduler!r}")
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    config, known = pipeline.scheduler.config, inspect.signature(scheduler).parameters
+    pipeline.scheduler = scheduler.from_config(config, **{name: value for name, value in unsaid(config).items() if name in known})

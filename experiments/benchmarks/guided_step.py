@@ -78,7 +78,7 @@ class Setting:
         pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet))
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
-        subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL)
+        subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL, self.adapter.variant)
         tokens, self.made = label_tokens(pipe.tokenizers, [PROMPT] * pictures, LABEL).to(device), {}
         self.guide = SubjectGuide(self.adapter, subject, tokens, 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
 from moma_lightning.models.trained_weights import check_fit
+from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations, hold_in_bfloat16
 from moma_lightning.training.sharding import plain_name, shard, whole_like
 from moma_lightning.training.strategy import FlatShardedStrategy, shard_mesh
@@ -118,6 +120,8 @@ class TrainedPartModule(LightningModule):
         if other := [f"{key}: {value} in the checkpoint, {now.get(key)} now" for key, value in checkpoint.get("options", now).items() if value != now.get(key)]:
             raise ValueError("\n  ".join([f"{source} was trained with other options: train under another trainer.default_root_dir", *other]))
         logger.info("%s", check_fit(str(source), checkpoint["state_dict"], whole_like(self.kept())))
+        if "ema" in checkpoint and self._trainer is not None and not any(isinstance(callback, EMA) for callback in self._trainer.callbacks):
+            rank_zero_warn(f"{source} holds an average of the weights (EMA), which is left out: no EMA is among trainer.callbacks")
 
     def configure_optimizers(self) -> Any:
         return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)

@@ -209,7 +209,7 @@ class Stage2(TrainedPartModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps):  # not written: Lightning would write this step's values later
             return loss
-        self._log_bands("train", values.detach(), timesteps)
+        self._log_bands(values.detach(), timesteps)
         if self.config.subject:
             self.log_dict({f"lambda/{i}": layer.lambda_.detach()[0] for i, layer in self.adapter.subject.items()}, batch_size=len(batch))
         return loss
@@ -222,11 +222,10 @@ class Stage2(TrainedPartModule):
         if batch_idx == 0:
             self.grid_samples = batch if isinstance(batch, TripletBatch) else batch.without_reference()
 
-    def _log_bands(self, split: str, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> None:
-        """Loss by quarter of the noise schedule: `train/loss_t0` is the least noisy."""
+    def _log_bands(self, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> None:
+        """Loss by quarter of the noise schedule, `train/loss_t0` the least noisy. NaN where the batch has no sample: Lightning writes the last value again."""
         bands = timesteps * BANDS // self.noise_scheduler.config.num_train_timesteps
-        for band in bands.unique().tolist():
-            self.log(f"{split}/loss_t{band}", values[bands == band].mean(), batch_size=int((bands == band).sum()))
+        self.log_dict({f"train/loss_t{band}": values[bands == band].mean() for band in range(BANDS)}, batch_size=len(values))
 
     def on_validation_epoch_end(self) -> None:
         if not self.grid.pictures or self.grid_samples is None or self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:

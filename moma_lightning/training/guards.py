@@ -57,7 +57,7 @@ class StopOnSignal(Callback):
         if trainer.global_step == self._step:  # gradients are being accumulated: a checkpoint would lose them
             return
         self._step = trainer.global_step
-        if self._is_agreed(trainer):
+        if self._step != trainer.max_steps and self._is_agreed(trainer):  # behind the last step it ends by itself
             trainer.save_checkpoint(self.last)
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
             raise Preempted(0 if self._is_anothers_child(trainer) else 128 + (self.requested or signal.SIGTERM))

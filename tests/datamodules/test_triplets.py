@@ -319,6 +319,12 @@ def test_an_epoch_that_is_cut_off_is_refused(shards, tools, tmp_path, limit):
         trainer.fit(Recorder(), tools.datamodule(shards, prepared=False))
 
 
+def test_batches_that_are_to_be_overfitted_are_refused(shards, tools, tmp_path):
+    trainer = Trainer(accelerator="cpu", max_epochs=1, overfit_batches=4, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="trainer.overfit_batches: every epoch has other batches here"):
+        trainer.fit(Recorder(), tools.datamodule(shards, prepared=False))
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"steps_per_epoch": 0}, {"num_workers": -1}])
 def test_numbers_that_cannot_work_are_named(shards, tools, options):
     with pytest.raises(ValueError, match=f"data.config.{next(iter(options))} is"):

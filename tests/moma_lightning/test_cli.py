@@ -1,7 +1,6 @@
 """The command line on a module of one weight: config, loggers, checkpoints, going on after a kill."""
 
 import csv
-import json
 import os
 import shutil
 import subprocess
@@ -24,12 +23,18 @@ from tests.forked import Forked
 class OneWeight(LightningModule):
     """Each step adds 1 to the weight: its value tells how many steps were trained."""
 
-    def __init__(self, slope: float = 1.0, die_at: int = -1, echo: str = ""):
+    def __init__(self, slope: float = 1.0, die_at: int = -1, die_in_validation: bool = False, echo: str = "", strict: str = "one"):
         super().__init__()
-        self.slope, self.die_at, self.echo = slope, die_at, echo
+        self.slope, self.die_at, self.die_in_validation, self.echo, self.strict = slope, die_at, die_in_validation, echo, strict
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
+    def on_load_checkpoint(self, checkpoint):
+        if self.strict != "one":
+            raise ValueError("was trained with other options")
+
     def validation_step(self, batch, batch_idx):
+        if self.die_in_validation and not self.trainer.sanity_checking:
+            os._exit(9)
         self.log("val/weight", self.weight.detach())
 
     def training_step(self, batch, batch_idx):
@@ -91,6 +96,11 @@ def logged_steps(folder) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
+def validated_steps(folder) -> list[int]:
+    with (folder / "runs/tiny/stage1/metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["val/weight"]]
+
+
 def test_a_run_leaves_config_metrics_and_the_last_step(run, tmp_path):
     trainer = run("--model.slope", "2.0").trainer
     assert sum(isinstance(callback, DataWait) for callback in trainer.callbacks) == 1
@@ -129,7 +139,7 @@ def test_a_finished_stage_2_is_not_taken_for_one_of_a_new_stage_1(tmp_path):
     (decoder / "model.safetensors").write_bytes(b"first")
     told = {"model": {"init_args": {"decoder": str(decoder)}}}
     (run.folder / "config.yaml").write_text(yaml.safe_dump(told))
-    run.mark_finished(10, identity(str(decoder)))
+    run.mark_finished(10, {}, identity(str(decoder)))
     assert run.changed(told) == []
     settings = {"num_workers": 4, "val": "b.tar", "flip": False}
     (run.folder / "config.yaml").write_text(yaml.safe_dump(told | {"data": {"init_args": {"config": settings | {"num_workers": 0, "val": "a.tar"}}}}))
@@ -140,6 +150,86 @@ def test_a_finished_stage_2_is_not_taken_for_one_of_a_new_stage_1(tmp_path):
     assert run.changed(told) == [f"model.init_args.decoder {str(decoder)!r} holds other weights now"]
     shutil.rmtree(decoder)
     assert run.changed(told) == [], "it is needed no longer"
+
+
+def test_a_refused_run_does_not_change_what_is_known_of_the_finished_one(run, tmp_path):
+    run()
+    with pytest.raises(ValueError, match="was trained with other options"):
+        run("--model.strict", "other", "--trainer.max_steps", "9")
+    with pytest.raises(SystemExit, match="model.init_args.strict 'other', it was 'one'"):
+        run("--model.strict", "other")
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("option, value", [("accumulate_grad_batches", "2"), ("gradient_clip_val", "0.5"), ("precision", "bf16-mixed")])
+def test_how_it_was_trained_is_a_setting_too(run, option, value):
+    run()
+    with pytest.raises(SystemExit, match=rf"other settings than these \(trainer.{option} "):
+        run(f"--trainer.{option}", value)
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so(run, tmp_path):
+    run()
+    with pytest.warns(UserWarning, match=r"goes on with other settings than before \(model.init_args.slope 2.0, it was 1.0\)"):
+        run("--model.slope", "2.0", max_steps=6)
+
+
+def test_a_run_by_epochs_or_stopped_early_is_finished(run, tmp_path):
+    run(max_steps=-1, max_epochs=1)
+    with pytest.raises(SystemExit) as stop:
+        run(max_steps=-1, max_epochs=1)
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit, match="slope 2.0, it was 1.0"):
+        run("--model.slope", "2.0", max_steps=-1, max_epochs=1)
+    run(max_steps=-1, max_epochs=2)
+    assert last_step(tmp_path) == 16
+
+
+def early_stopping(metric: str, **options) -> dict:
+    return {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": metric} | options}
+
+
+def test_a_run_that_stopped_early_is_finished(run, tmp_path):
+    stop_at_once = {"max_steps": 40, "callbacks": [early_stopping("val/weight", patience=1, mode="min")]}
+    run(**stop_at_once)
+    assert last_step(tmp_path) == 16
+    with pytest.raises(SystemExit) as stop:
+        run(**stop_at_once)
+    assert stop.value.code == 0
+
+
+def test_an_epoch_that_has_ended_does_not_end_again(run, tmp_path):
+    """EarlyStopping would find no metric, the log would be a step ahead, the epoch count one."""
+    watched = {"callbacks": [early_stopping("val/weight", patience=9)]}
+    run(max_steps=8, **watched)
+    cli = run(max_steps=16, **watched)
+    assert logged_steps(tmp_path) == list(range(16)) and cli.trainer.current_epoch == 2
+    assert validated_steps(tmp_path) == [7, 15]
+
+
+def test_training_that_is_told_to_stop_finishes_its_step(run, tmp_path):
+    """Five batches are two and a half windows of two; a quarter of an epoch is two batches."""
+    options = {"max_steps": 40, "accumulate_grad_batches": 4, "val_check_interval": 2, "callbacks": [early_stopping("val/weight", patience=0, mode="min")]}
+    cli = run(**options)
+    assert last_step(tmp_path) == 1 and cli.trainer.fit_loop.epoch_loop.batch_progress.current.completed == 4
+
+
+def test_a_bar_and_a_monitor_of_ones_own_stay_alone(run):
+    own = [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in ("TQDMProgressBar", "LearningRateMonitor")]
+    kinds = [type(callback).__name__ for callback in run(max_steps=1, enable_progress_bar=True, callbacks=own).trainer.callbacks]
+    assert "RichProgressBar" not in kinds and kinds.count("LearningRateMonitor") == 1
+
+
+def test_a_run_without_checkpoints_is_refused(run):
+    with pytest.raises(SystemExit, match="enable_checkpointing is false"):
+        run(enable_checkpointing=False)
+
+
+def test_with_a_logger_of_ones_own_the_config_is_in_the_runs_folder(run, tmp_path):
+    run(logger={"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "elsewhere")}})
+    assert [path.parent for path in tmp_path.rglob("config.yaml")] == [tmp_path / "runs/tiny/stage1"]
 
 
 def test_more_steps_go_on_from_a_finished_run(run, tmp_path):
@@ -177,7 +267,7 @@ def test_a_run_cut_before_its_exports_were_made_is_taken_up_again(run, tmp_path)
     run()
     (tmp_path / "runs/tiny/stage1/finished.json").unlink()
     assert run().trainer.global_step == 5
-    assert Run(tmp_path / "runs/tiny/stage1").is_finished(5)
+    assert (tmp_path / "runs/tiny/stage1/finished.json").exists()
 
 
 def test_without_checkpoints_a_run_begins_anew(run, tmp_path):
@@ -195,6 +285,19 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(run, tmp_path, caplog
         cli = run()
     assert "going on from" in caplog.text
     assert (cli.trainer.global_step, float(cli.model.weight.detach())) == (5, 5.0)
+
+
+@pytest.mark.parametrize("max_steps, saved", [(16, 8), (8, 6)])
+def test_a_validation_that_was_cut_off_is_made_up_for(run, tmp_path, max_steps, saved):
+    """A run's last step is not saved before its validation, so that it is trained again."""
+    options = {"max_steps": max_steps, "val_check_interval": 8}
+    killed = Forked("moma_lightning", "fit", "--config", str(config(tmp_path, **options)), "--model.die_in_validation", "true", log=tmp_path / "log")
+    assert killed.wait(250) == 9, (tmp_path / "log").read_text()
+    assert last_step(tmp_path) == saved
+    cli = run(**options)
+    assert validated_steps(tmp_path) == list(range(7, max_steps, 8)) and float(cli.model.weight.detach()) == max_steps
+    with (tmp_path / "runs/tiny/stage1/metrics.csv").open() as file:
+        assert [float(row["val/weight"]) for row in csv.DictReader(file) if row["val/weight"]] == list(range(8, max_steps + 1, 8))
 
 
 def test_wandb_is_offline_without_a_key_and_knows_the_config(run, tmp_path, monkeypatch):
@@ -259,10 +362,10 @@ def test_usage_imports_nothing_large():
 
 
 def test_a_finished_mark_counts_only_with_its_checkpoint(tmp_path):
-    run = Run(tmp_path)
-    run.mark_finished(10)
-    assert json.loads((tmp_path / "finished.json").read_text()) == {"step": 10}
-    assert not run.is_finished(10)
+    run, until = Run(tmp_path), {"max_steps": -1, "max_epochs": 3, "max_time": None}
+    run.mark_finished(10, until)
+    assert not run.is_finished(**until)
     run.last_checkpoint.parent.mkdir()
     run.last_checkpoint.touch()
-    assert run.is_finished(10) and not run.is_finished(11) and not run.is_finished(-1)
+    assert run.is_finished(**until) and not run.is_finished(**until | {"max_epochs": 4})
+    assert run.is_finished(**until | {"max_steps": 10}) and not run.is_finished(**until | {"max_steps": 11})

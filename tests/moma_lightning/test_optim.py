@@ -91,3 +91,38 @@ def test_trains():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05 * first
+
+
+def trained(config: OptimizerConfig, steps: int, states: list | None = None) -> tuple[list, dict]:
+    """The states after some steps, begun from `states`, and what was configured, as Lightning saves and restores them."""
+    parts = model()
+    made = configure(parts.named_parameters(), config, 10)
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    for part, state in zip((optimizer, scheduler), states or [], strict=False):
+        part.load_state_dict(state)
+    for _ in range(steps):
+        sum(parameter.sum() for group in optimizer.param_groups for parameter in group["params"]).backward()
+        optimizer.step()
+        scheduler.step()
+    return [optimizer.state_dict(), scheduler.state_dict()], made
+
+
+def test_a_training_that_goes_on_has_the_configs_options_and_the_checkpoints_moments():
+    first = OptimizerConfig(lr=1.0, weight_decay=0.1, schedule="linear", lr_multipliers={"mllm": 0.5})
+    states, _ = trained(first, 4)
+    _, same = trained(first, 0, states)
+    assert [(g["lr"], g["weight_decay"]) for g in same["optimizer"].param_groups] == [(g["lr"], g["weight_decay"]) for g in states[0]["param_groups"]]
+    _, other = trained(OptimizerConfig(lr=0.1, betas=(0.5, 0.6), weight_decay=0.0, schedule="linear", lr_multipliers={"mllm": 0.2}), 0, states)
+    optimizer, scheduler = other["optimizer"], other["lr_scheduler"]["scheduler"]
+    assert [round(g["lr"], 9) for g in optimizer.param_groups] == [0.012, 0.012, 0.06, 0.06], "six tenths of the new rates, mllm's first"
+    assert {(g["betas"], g["weight_decay"]) for g in optimizer.param_groups} == {((0.5, 0.6), 0.0)}
+    assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {4.0}
+    optimizer.step()
+    scheduler.step()
+    assert [round(g["lr"], 9) for g in optimizer.param_groups] == [0.01, 0.01, 0.05, 0.05]
+
+
+def test_a_checkpoint_of_other_groups_is_refused():
+    states, _ = trained(OptimizerConfig(lr_multipliers={"mllm": 0.5}), 1)
+    with pytest.raises(ValueError, match="lr_multipliers` are not those that it was trained with"):
+        trained(OptimizerConfig(), 0, states)

@@ -21,6 +21,7 @@ from moma_lightning.digests import identity
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.modules.stage2_parts import build_adapter
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.training.ema import EMA
 
 EMBED = 12
 
@@ -205,6 +206,19 @@ def test_logged_lambda_is_that_of_the_logged_step(build, tmp_path):
     assert sorted(rows) == [1, 3] and [float(rows[step][name]) for step in (1, 3)] == pytest.approx([seen[1], seen[3]])
 
 
+def test_a_quarter_of_the_schedule_without_a_sample_is_logged_as_nan(build, tmp_path):
+    """And not as what it was the last time."""
+    module, drawn = build(), iter([[0, 300, 999], [100, 100, 600]])
+    module.random_draws = lambda latents, generator, drop: (torch.zeros_like(latents), torch.tensor(next(drawn)), None)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fitted = Trainer(max_steps=2, default_root_dir=tmp_path, accelerator="cpu", logger=logger, log_every_n_steps=1, enable_progress_bar=False,
+                     enable_model_summary=False, enable_checkpointing=False)
+    fitted.fit(module, loader(0, 1))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [[row[f"train/loss_t{band}"] == "nan" for band in range(4)] for row in rows] == [[False, False, True, False], [False, True, False, True]]
+
+
 def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build, tmp_path):
     module = build()
     module.grid = GridConfig(pictures=2, num_inference_steps=2)
@@ -215,6 +229,14 @@ def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build, tmp_path)
     with pytest.warns(UserWarning, match="5-0 is not redrawn: .*'cat' does not occur"):
         trainer(tmp_path, 1).fit(module, loader(0), DataLoader([odd], batch_size=None))
     assert Image.open(next((tmp_path / "pictures").iterdir())).height < 2 * 40
+
+
+def test_an_average_that_is_left_out_is_told_of(build, tmp_path):
+    first = trainer(tmp_path, 1, callbacks=[EMA(0.5)])
+    first.fit(build(), loader(0))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last.ckpt holds an average of the weights \(EMA\), which is left out"):
+        trainer(tmp_path, 2).fit(build(), loader(1), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_the_picture_grid_of_validation_is_written(build, tmp_path):
