@@ -123,7 +123,7 @@ class DreamBooth:
         folders = {p.name for p in self.dataset.iterdir() if p.is_dir() and not p.name.startswith(".")}
         unknown = sorted(folders - self.table.classes.keys())
         if unknown:
-            warnings.warn(f"{self.dataset}: folders {unknown} have no class in {PROMPTS_FILE} and are left out", stacklevel=3)
+            warnings.warn(f"{self.dataset}: folders {unknown} are left out: {PROMPTS_FILE} has no line `folder,class` of them (of letters, digits, spaces, ._-)", stacklevel=3)
 
 
 def load_picture(path: Path) -> Image.Image:

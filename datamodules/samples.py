@@ -136,13 +136,16 @@ def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:
         if not isinstance(fields, dict) or not isinstance(fields.get(name), str) or not fields[name].strip():
             raise BadSampleError(f"{name} is missing")
     caption, label = fields["caption"].strip(), fields["label"].strip()
+    full_caption = fields.get("caption_full") or caption
+    if not isinstance(full_caption, str):
+        raise BadSampleError(f"caption_full is no text: {full_caption!r}")
     try:
-        f"{caption}{label}{fields.get('caption_full')}".encode()
+        f"{caption}{label}{full_caption}".encode()
     except UnicodeEncodeError as error:
         raise BadSampleError(f"caption holds half a character: {error.reason}") from error
     if not contains_label(caption, label):
         raise BadSampleError(f"label is absent from the caption: {label!r} in {caption!r}")
-    return caption, label, fields.get("caption_full") or caption
+    return caption, label, full_caption
 
 
 def _picture_and_mask(sample: dict[str, Any], image_size: int):

@@ -124,7 +124,8 @@ def expand_shards(patterns: str | list[str]) -> list[str]:
     found: dict[str, str] = {}  # by the whole path: one shard may be written in two ways
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for path in braceexpand.braceexpand(pattern):
-            matches = [path] if "://" in path or path.startswith("pipe:") else glob.glob(path)
+            is_file = "://" in path or path.startswith("pipe:") or os.path.exists(path)
+            matches = [path] if is_file else glob.glob(os.path.expanduser(path))
             if not matches:
                 raise ValueError(f"no shard matches {path!r} (in {Path.cwd()}): write the shards first, or correct the path")
             found |= {match if "://" in match or match.startswith("pipe:") else os.path.abspath(match): match for match in matches}

@@ -37,7 +37,9 @@ def run_ablation(config: EvalConfig) -> dict:
     evaluation = Evaluation.open(config)
     summary = summarise(score(evaluation, ablation.methods))
     title = ablation.title or ablation.name
-    page = [f"# {title}\n", protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n", method_table(summary), difference_table(summary)]
+    page = [f"# {title}\n", protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n", method_table(summary)]
+    if summary["differences"]:
+        page.append(difference_table(summary))
     if ablation.published is not None:
         page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(PUBLISHED[ablation.published], ablation.published)]
     about = {"title": title, "made_with": made_with(config, ablation.methods.values()), "methods": options_of(ablation.methods)}

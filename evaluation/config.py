@@ -94,6 +94,8 @@ class EvalConfig:
         for name in (*self.methods, *self.ablation.methods):
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in RESERVED:
                 raise ValueError(f"a method cannot be called {name!r}: its name is a folder, and {', '.join(RESERVED)} are keys of the summaries")
+        if self.ablation.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.ablation.name):
+            raise ValueError(f"an ablation cannot be called {self.ablation.name!r}: its name is that of two files")
         for methods in (self.methods, self.ablation.methods):
             keys: dict[str, str] = {}
             for name in methods:

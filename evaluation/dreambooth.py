@@ -15,7 +15,7 @@ from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.generation import generate
 from evaluation.made_with import made_with, options_of
 from evaluation.metrics.configs import hub_names
-from evaluation.oracle import check_oracle, incomplete
+from evaluation.oracle import check_oracle, incomplete, single
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
@@ -42,7 +42,8 @@ def run_scoring(config: EvalConfig) -> pd.DataFrame | None:
 def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     folder, protocol = evaluation.config.eval_folder, evaluation.protocol
     summary = summarise(scores)
-    found = incomplete(evaluation.data, protocol) + check_oracle(scores, protocol, len(evaluation.subjects)) + above_oracle(scores, summary)
+    subjects = evaluation.subjects
+    found = incomplete(evaluation.data, protocol) + check_oracle(scores, protocol, len(subjects)) + single(scores, subjects) + above_oracle(scores, summary)
     for sentence in found:
         warnings.warn(sentence, stacklevel=2)
     buffer = io.BytesIO()
@@ -55,7 +56,7 @@ def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "made_with": made_with(config, config.methods.values())}
     about |= {"methods": options_of(config.methods), "protocol": asdict(protocol)}
     write_json(folder / "protocol.json", about)
-    write_bytes(folder / "table.md", score_page(summary, protocol, len(evaluation.subjects), found).encode())
+    write_bytes(folder / "table.md", score_page(summary, protocol, len(subjects), found).encode())
     logger.info("%s\n%s", folder / "table.md", method_table(summary))
 
 

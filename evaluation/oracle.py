@@ -1,8 +1,10 @@
 """The first thing to look at: do the real pictures score what others have published for them?"""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
-from datamodules.dreambooth import DreamBooth
+from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.metrics import ClipConfig, DinoConfig
 from evaluation.protocols import Protocol
 from evaluation.statistics import by_subject, mean_of
@@ -43,6 +45,14 @@ def incomplete(data: DreamBooth, protocol: Protocol) -> list[str]:
         return []
     count = f"{len(data.missing)} of the {len(data.table.classes)} subjects have no pictures in {data.dataset} ({', '.join(data.missing)})"
     return [f"{count}: these means are of the others, comparable with no published score, and what the real pictures score was not checked"]
+
+
+def single(scores: pd.DataFrame, subjects: Sequence[Subject]) -> list[str]:
+    """A sentence where subjects have no other picture that theirs could be compared to: rows of the real pictures are of the other subjects."""
+    names = [subject.name for subject in subjects if len(subject.images) == 1]
+    if not names or (scores["prompt_kind"] != "real").all():
+        return []
+    return [f"{len(names)} of {len(subjects)} subjects have one picture, and no part in what the real pictures score ({', '.join(names)})"]
 
 
 def is_dreambooths(config: DinoConfig | ClipConfig) -> bool:

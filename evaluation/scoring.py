@@ -70,7 +70,6 @@ def subject_rows(evaluation: Evaluation, name: str, method: Method, subject: Sub
 def oracle_rows(evaluation: Evaluation, subject: Subject, judges: Judges) -> list[dict[str, Any]]:
     """Each real picture against the others of its subject: what a perfect method could reach (DreamBooth, Table 1)."""
     if len(subject.images) < 2:
-        logger.warning("%s has one picture: it is left out of the real pictures' score", subject.name)
         return []
     rows = []
     pictures = real_pictures(evaluation, subject)

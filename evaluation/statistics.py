@@ -38,6 +38,8 @@ EXTRAS = {
 METRICS = TABLE_1 | EXTRAS
 RESAMPLES = 2000
 LEVEL = 0.95
+#: With fewer subjects percentile intervals of their means are so narrow that more than a tenth leaves out zero where nothing differs.
+ENOUGH_SUBJECTS = 8
 
 Interval = dict[str, float]
 
@@ -102,8 +104,8 @@ def prompt_form(prompt: str, label: str) -> str:
 
 
 def leaves_out_zero(cell: Mapping[str, Any]) -> bool:
-    """Whether a difference's interval lies on one side of zero; a single subject has no interval (lo = hi)."""
-    return cell["lo"] < cell["hi"] and (cell["lo"] > 0 or cell["hi"] < 0)
+    """Whether a difference's interval, of enough subjects, lies on one side of zero."""
+    return cell.get("subjects", ENOUGH_SUBJECTS) >= ENOUGH_SUBJECTS and (cell["lo"] > 0 or cell["hi"] < 0)
 
 
 def protocols_of(scores: pd.DataFrame) -> dict[str, str]:
@@ -150,17 +152,21 @@ def method_interval(table: pd.DataFrame, resamples: int = RESAMPLES) -> Interval
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame, resamples: int = RESAMPLES) -> Interval | None:
-    """first - second, tables from `by_subject`, over the subjects that both have, both resampled with the same subjects."""
-    common = first.index.intersection(second.index)
-    if not len(common):
+    """first - second, tables from `by_subject`, over the `subjects` that both have, both resampled with the same subjects."""
+    first, second = in_common(first, second)
+    if first.empty:
         return None
-    first, second = first.loc[common], second.loc[common]
-    drawn = draws(len(common), resamples)
-    return interval(mean_of(first) - mean_of(second), resampled_means(first, drawn) - resampled_means(second, drawn))
+    drawn = draws(len(first), resamples)
+    return interval(mean_of(first) - mean_of(second), resampled_means(first, drawn) - resampled_means(second, drawn)) | {"subjects": len(first)}
+
+
+def in_common(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    common = first.index.intersection(second.index)
+    return first.loc[common], second.loc[common]
 
 
 def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi}]}`; pairs of generated methods.
+    """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi, subjects}]}`; pairs of generated methods.
 
     Raises ValueError for scores of several protocols.
     """
@@ -186,16 +192,15 @@ def oracles(scores: pd.DataFrame) -> list[str]:
 
 
 def above_oracle(scores: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
-    """A sentence for each method that is closer to the subject than its real pictures are to each other: it copies its input."""
+    """A sentence for each method that is closer to the subject than its real pictures are to each other: it copies its input.
+
+    Over the subjects that both have: those with a single picture have no score of the real ones.
+    """
     warnings = []
     for oracle in oracles(scores):
-        for method, metrics in summary.items():
-            if method in ("differences", oracle):
-                continue
-            for metric in summary[oracle]:
-                if metric in metrics and metrics[metric]["mean"] > summary[oracle][metric]["mean"]:
-                    warnings.append(
-                        f"{method} passes {oracle} in {metric} ({metrics[metric]['mean']:.3f} > "
-                        f"{summary[oracle][metric]['mean']:.3f}): it may be copying its input"
-                    )
+        for method in [name for name in summary if name not in ("differences", *oracles(scores))]:
+            for metric in [metric for metric in summary[oracle] if metric in summary[method]]:
+                made, real = in_common(by_subject(scores, method, metric), by_subject(scores, oracle, metric))
+                if len(made) and mean_of(made) > mean_of(real):
+                    warnings.append(f"{method} passes {oracle} in {metric} ({mean_of(made):.3f} > {mean_of(real):.3f}): it may be copying its input")
     return warnings

@@ -6,7 +6,7 @@ from typing import Any
 
 from evaluation import published
 from evaluation.protocols import MODIFIED, PRESETS, Protocol, changes
-from evaluation.statistics import LEVEL, METRICS, TABLE_1, Interval, leaves_out_zero
+from evaluation.statistics import ENOUGH_SUBJECTS, LEVEL, METRICS, TABLE_1, Interval, leaves_out_zero
 
 TITLES = {
     "dino": "DINO",
@@ -60,7 +60,7 @@ def method_table(summary: dict[str, Any]) -> str:
 
 
 def difference_table(summary: dict[str, Any]) -> str:
-    """A row a pair, a column a metric; bold where the interval leaves out zero (one subject has no interval)."""
+    """A row a pair, a column a metric; bold where the interval leaves out zero."""
     columns = shown(summary)
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for row in summary["differences"]:
@@ -86,8 +86,12 @@ def protocol_line(protocol: Protocol, subjects: int) -> str:
         f"Protocol `{protocol.name}`, digest `{protocol.digest}`: {subjects} subjects, {references} reference, "
         f"compared to {protocol.comparison} real pictures, {protocol.pictures_per_prompt} a prompt, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, seed {sampler.seed}; DINO `{protocol.dino.model}`, "
-        f"CLIP `{protocol.clip.model}`{changed_fields(protocol)}. Brackets: {LEVEL:.0%} bootstrap interval over subjects."
+        f"CLIP `{protocol.clip.model}`{changed_fields(protocol)}. Brackets: {LEVEL:.0%} bootstrap interval over subjects{of_few(subjects)}."
     )
+
+
+def of_few(subjects: int) -> str:
+    return f" (of fewer than {ENOUGH_SUBJECTS} too narrow, and none in bold)" if subjects < ENOUGH_SUBJECTS else ""
 
 
 def changed_fields(protocol: Protocol) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evaluation.config import EvalConfig
@@ -34,7 +35,7 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
     """Every `<run>/ablations/*.json` that holds a table of this protocol and these weights (`made_with`), and of the main evaluation's options where
     a method is in both; the paper's own two come first."""
     paths = sorted(config.ablations_folder.glob("*.json"), key=lambda path: ({"masking": 0, "beta": 1}.get(path.stem, 2), path.stem))
-    summaries = {path.stem: json.loads(path.read_text()) for path in paths}
+    summaries = {path.stem: read_json(path) for path in paths}
     tables = {key: summary for key, summary in summaries.items() if methods_of(summary)}
     now = options_of(config.methods)
     stale = [key for key, summary in tables.items() if "methods" not in summary or changed_since(summary.get("made_with", {}), config) or
@@ -43,6 +44,13 @@ def read_ablations(config: EvalConfig) -> list[Ablation]:
         why = "it was made under another protocol or with other weights or options" if "methods" in tables[key] else "it does not say its options"
         logger.warning("%s is left out: %s; run `evaluation ablate` again", config.ablations_folder / key, why)
     return [read_ablation(key, summary) for key, summary in tables.items() if key not in stale]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it, or run `evaluation ablate` again") from error
 
 
 def read_ablation(key: str, summary: dict[str, Any]) -> Ablation:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import product
@@ -40,11 +41,20 @@ class Folder(Method):
     table: str
 
     def rows(self) -> list[dict[str, str]]:
-        with open(self.table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := COLUMNS - set(reader.fieldnames or ()):
-                raise ValueError(f"{self.table} lacks the columns {', '.join(sorted(missing))}")
-            return list(reader)
+        """Raises ValueError, with the table's name, for one that is not UTF-8, lacks a column, or has a row without one of these cells."""
+        try:
+            text = Path(self.table).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.table} is not UTF-8: {error}") from error
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if missing := COLUMNS - set(reader.fieldnames or ()):
+            raise ValueError(f"{self.table} lacks the columns {', '.join(sorted(missing))}")
+        rows = []
+        for row in reader:
+            if empty := sorted(column for column in COLUMNS if not row[column]):
+                raise ValueError(f"{self.table}, line {reader.line_num}: {', '.join(empty)} is empty")
+            rows.append(row)
+        return rows
 
     def weights(self, models: Models) -> dict[str, str | None]:
         name = f"{self.table} and its pictures"

@@ -35,6 +35,8 @@ def test_a_good_sample(as_read):
     ({"json": fields(caption="  ")}, "caption is missing"),
     ({"json": fields(label="")}, "label is missing"),
     ({"json": fields(caption="a caterpillar on a lake")}, "label is absent from the caption: 'cat'"),
+    ({"json": fields(caption_full=5)}, "caption_full is no text: 5"),
+    ({"json": fields(caption_full=["a cat"])}, "caption_full is no text"),
     ({"png": None}, "picture is missing"),
     ({"png": b"x" * 50}, "picture cannot be read"),
     ({"mask_png": None}, "mask is missing"),

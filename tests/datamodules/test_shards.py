@@ -170,6 +170,8 @@ def test_patterns(tmp_path):
     assert expand_shards([both[1], both[0], str(tmp_path / "a-*.tar")]) == both
     assert expand_shards("https://host/x-{0..1}.tar") == ["https://host/x-0.tar", "https://host/x-1.tar"]
     assert expand_shards([both[0], f"{tmp_path}/./a-0.tar", os.path.relpath(both[0])]) == [os.path.relpath(both[0])]
+    (tmp_path / "a[1].tar").touch()
+    assert expand_shards(str(tmp_path / "a[1].tar")) == [str(tmp_path / "a[1].tar")], "the file of that name, and no pattern"
     with pytest.raises(ValueError, match=r"no shard matches '.*c-\*.tar'"):
         expand_shards(str(tmp_path / "c-*.tar"))
 

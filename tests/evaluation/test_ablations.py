@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,22 @@ def test_without_published_numbers_there_is_no_such_section(tmp_path):
     config.ablation = AblationConfig("steps", methods={"few": Painter(0.2), "many": Painter(0.1)})
     run_ablation(config)
     assert "paper" not in (config.ablations_folder / "steps.md").read_text()
+
+
+def test_one_row_has_no_differences_and_a_table_cut_short_is_named(tmp_path):
+    config = fake_config(tmp_path, {})
+    config.ablation = AblationConfig("steps", methods={"few": Painter(0.2)})
+    run_ablation(config)
+    assert "Difference" not in (config.ablations_folder / "steps.md").read_text()
+    (config.ablations_folder / "steps.json").write_text('{"a":')
+    with pytest.raises(ValueError, match="steps.json cannot be read"):
+        read_ablations(config)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".", ""])
+def test_an_ablations_name_is_a_files(tmp_path, name):
+    with pytest.raises(ValueError, match="an ablation cannot be called"):
+        replace(fake_config(tmp_path, {}), ablation=AblationConfig(name, methods={"few": Painter(0.2)}))
 
 
 def test_settings_of_the_main_evaluation_share_its_pictures_or_are_refused(tmp_path):

@@ -56,6 +56,7 @@ def test_wrong_overrides_are_refused(overrides):
 
 @pytest.mark.parametrize(("overrides", "told"), [
     ({"context_prompts": -1}, "0 or more"), ({"pictures_per_prompt": 0}, "1 or more"), ({"context_prompts": 0, "texture_prompts": 0}, "no prompt of any kind"),
+    ({"subjects": []}, "names no subject"),
     ({"subjects": ["tabby", "tabby"]}, "a subject twice"), ({"text_template": "A photo depicts"}, "has to have {prompt}, and"),
     ({"sampler": {"num_inference_steps": 0}}, "at least 1"), ({"text_template": "{prompt}, {label}"}, "nothing else in braces"),
     ({"sampler": {"prompt_template": "a photo"}}, "{prompt} and may have {label}")])  # fmt: skip

@@ -264,6 +264,14 @@ def test_a_part_of_the_set_is_told_in_the_table(tmp_path):
     assert incomplete(evaluation.data, replace(evaluation.protocol, subjects=("red_mug",))) == []
 
 
+def test_subjects_of_one_picture_are_named(tmp_path):
+    config = fake_config(tmp_path, {"a": Painter(0.3), "real_images": RealImages()})
+    for path in sorted((tmp_path / "data/dataset/red_mug").glob("*.png"))[1:]:
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"1 of 3 subjects have one picture, .* \(red_mug\)"):
+        write_tables(Evaluation.open(config), scored(config))
+
+
 def test_breakdowns_and_weights_are_written(tmp_path):
     config = fake_config(tmp_path, METHODS)
     with pytest.warns(UserWarning, match="copy passes"):

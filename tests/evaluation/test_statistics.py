@@ -6,11 +6,13 @@ import pandas as pd
 import pytest
 
 from evaluation.statistics import (
+    ENOUGH_SUBJECTS,
     METRICS,
     TABLE_1,
     above_oracle,
     by_subject,
     difference,
+    leaves_out_zero,
     method_interval,
     prompt_form,
     prompt_intervals,
@@ -80,7 +82,7 @@ def test_summary_has_the_published_form():
     assert set(summary["weak"]) == {"dino", "clip_i", "clip_t_context"}
     assert set(summary["real"]) == {"dino", "clip_i"}
     assert {(d["a"], d["b"], d["metric"]) for d in summary["differences"]} == {("strong", "weak", m) for m in ("dino", "clip_i", "clip_t_context")}
-    assert all(set(d) == {"a", "b", "metric", "mean", "lo", "hi"} for d in summary["differences"])
+    assert all(set(d) == {"a", "b", "metric", "mean", "lo", "hi", "subjects"} for d in summary["differences"])
 
 
 def test_texture_prompts_count_for_clip_t_texture_only():
@@ -101,6 +103,26 @@ def test_a_method_above_the_oracle_is_named():
     found = above_oracle(scores, summarise(scores, resamples=10))
     assert len(found) == 2
     assert all(sentence.startswith("copy passes real") for sentence in found)
+
+
+def test_the_oracle_is_passed_over_the_subjects_that_it_has():
+    """y has one picture, so that nothing is known of its real ones."""
+    real = frame({"real": {"x": [0.6]}}, kind="real")
+    copies, fair = ({"copies": {"x": [0.7], "y": [0.2]}}, {"fair": {"x": [0.55], "y": [0.95]}})
+    found = [above_oracle(scores, summarise(scores, resamples=10)) for scores in (pd.concat([frame(made), real]) for made in (copies, fair))]
+    assert [sentence.split(" (")[0] for sentence in found[0]] == ["copies passes real in dino", "copies passes real in clip_i"] and not found[1]
+    assert "(0.700 > 0.600)" in found[0][0]
+
+
+def test_few_subjects_do_not_stand_out():
+    """Two subjects' interval reaches from the one to the other: where nothing differs it leaves out zero half of the time."""
+    few, enough = ({f"s{i}": [0.1 + i / 100] for i in range(count)} for count in (ENOUGH_SUBJECTS - 1, ENOUGH_SUBJECTS))
+    nothing = {name: [0.0] for name in enough}
+    for values, expected in ((few, False), (enough, True)):
+        scores = frame({"a": values, "b": nothing})
+        found = difference(by_subject(scores, "a", "dino"), by_subject(scores, "b", "dino"))
+        assert found["subjects"] == len(values) and found["lo"] > 0 and leaves_out_zero(found) is expected
+    assert not leaves_out_zero({"lo": -0.1, "hi": 0.1, "subjects": 30})
 
 
 def of_protocol(name: str, digest: str, shift: float) -> pd.DataFrame:
