@@ -123,7 +123,8 @@ class DreamBooth:
         folders = {p.name for p in self.dataset.iterdir() if p.is_dir() and not p.name.startswith(".")}
         unknown = sorted(folders - self.table.classes.keys())
         if unknown:
-            warnings.warn(f"{self.dataset}: folders {unknown} are left out: {PROMPTS_FILE} has no line `folder,class` of them (of letters, digits, spaces, ._-)", stacklevel=3)
+            why = f"{PROMPTS_FILE} has no line `folder,class` of them, in letters, digits, spaces and ._-"
+            warnings.warn(f"{self.dataset}: folders {unknown} are left out: {why}", stacklevel=3)
 
 
 def load_picture(path: Path) -> Image.Image:
