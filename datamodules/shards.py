@@ -19,7 +19,7 @@ from typing import Any
 
 import braceexpand
 
-from moma_lightning.files import commit, place_beside, write_bytes
+from moma_lightning.files import commit, place_beside, write_json
 
 REQUIRED_FIELDS = ("caption", "caption_full", "label", "image_id", "source", "license", "author")
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # that are read; `ShardSample` says which are written
@@ -103,10 +103,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest by split; empty when there is none."""
     path = folder / MANIFEST
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation import published
 from evaluation.config import EvalConfig
-from evaluation.dreambooth import write_json
 from evaluation.generation import generate
 from evaluation.made_with import made_with, options_of
 from evaluation.plan import Evaluation
@@ -15,11 +14,9 @@ from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.statistics import summarise
 from evaluation.tables import difference_table, method_table, protocol_line, published_table
-from moma_lightning.files import write_bytes
+from moma_lightning.files import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
-
-PUBLISHED = {"masking": published.MASKING, "beta": published.BETA}
 
 
 def run_ablation(config: EvalConfig) -> dict:
@@ -41,9 +38,10 @@ def run_ablation(config: EvalConfig) -> dict:
     if summary["differences"]:
         page.append(difference_table(summary))
     if ablation.published is not None:
-        page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(PUBLISHED[ablation.published], ablation.published)]
-    about = {"title": title, "made_with": made_with(config, ablation.methods.values()), "methods": options_of(ablation.methods)}
-    write_json(config.ablations_folder / f"{ablation.name}.json", {**about, "sampler": asdict(evaluation.protocol.sampler), **summary})
+        page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(published.ABLATIONS[ablation.published], ablation.published)]
+    about = {"title": title, "made_with": made_with(config, ablation.methods.values()), "methods": options_of(ablation.methods),
+             "published": ablation.published, "sampler": asdict(evaluation.protocol.sampler)}  # fmt: skip
+    write_json(config.ablations_folder / f"{ablation.name}.json", about | summary)
     write_bytes(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
     logger.info("%s\n%s", title, method_table(summary))
     return summary

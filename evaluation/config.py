@@ -14,7 +14,7 @@ from evaluation.protocols import Protocol, named
 from moma_lightning.foundation import FoundationConfig
 
 #: Of summaries and ablations, beside their methods.
-RESERVED = ("differences", "title", "made_with", "methods", "sampler")
+RESERVED = ("differences", "title", "made_with", "methods", "published", "sampler")
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """DreamBooth-style evaluation from pictures to table: scores.parquet, summary.json, table.md, per_{subject,prompt}.csv, protocol.json."""
 
 import io
-import json
 import logging
 import warnings
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import git_revision
 from evaluation.statistics import METRICS, Interval, above_oracle, prompt_intervals, subject_means, summarise
 from evaluation.tables import method_table, score_page
-from moma_lightning.files import write_bytes
+from moma_lightning.files import write_bytes, write_json
 from moma_lightning.hub import require_cached
 
 logger = logging.getLogger(__name__)
@@ -78,10 +77,6 @@ def prompt_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
         return cell[key] if key == "mean" or cell["lo"] < cell["hi"] else float("nan")
 
     return pd.DataFrame({name: {form: value(cells[method], key) for form, cells in found.items() if method in cells} for name, method, key in named})
-
-
-def write_json(path, content) -> None:
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def run_dreambooth(config: EvalConfig) -> None:

@@ -99,25 +99,20 @@ def scores_of(group: Group, judges: Judges) -> dict[str, list[float]]:
 
 
 def column(name: str, group: Group, judges: Judges) -> list[float]:
+    protocol = judges.protocol
     if name in FIDELITY:
-        fidelity = SubjectSimilarity(judges.encoders[FIDELITY[name]])
-        fidelity.update(group.images, group.real_images)
-        return fidelity.per_picture().tolist()
+        return SubjectSimilarity(judges.encoders[FIDELITY[name]]).of(group.images, group.real_images)
     if name in TEXT:
-        text = TextAlignment(judges.encoders[TEXT[name]], judges.protocol.text_template, judges.protocol.clip_t_scale)
-        text.update(group.images, group.prompts)
-        return text.per_picture().tolist()
+        return TextAlignment(judges.encoders[TEXT[name]], protocol.text_template, protocol.clip_t_scale).of(group.images, group.prompts)
     if name in MASKED:
-        masked = MaskedSimilarity(judges.encoders[MASKED[name]], judges.protocol.mask_background)
-        masked.update(group.images, group.masks(judges), group.real_images, [judges.mask_of_real(real) for real in group.real])
-        return masked.per_picture().tolist()
+        metric = MaskedSimilarity(judges.encoders[MASKED[name]], protocol.mask_background)
+        return metric.of(group.images, group.masks(judges), group.real_images, [judges.mask_of_real(real) for real in group.real])
     return OTHERS[name](group, judges)
 
 
 def background(group: Group, judges: Judges) -> list[float]:
     metric = BackgroundAlignment(judges.encoders["clip"], judges.protocol.text_template, judges.protocol.clip_t_scale)
-    metric.update(group.images, group.masks(judges), group.prompts)
-    return metric.per_picture().tolist()
+    return metric.of(group.images, group.masks(judges), group.prompts)
 
 
 def diversity(group: Group, judges: Judges) -> list[float]:
@@ -130,9 +125,7 @@ def diversity(group: Group, judges: Judges) -> list[float]:
 def copy_paste(group: Group, judges: Judges) -> list[float]:
     if group.reference is None:
         raise ValueError("the copy-paste score is of generated pictures: there is no input")
-    metric = CopyPaste(judges.encoders["dino"])
-    metric.update(group.images, group.reference.image, [real.image for real in group.others])
-    return metric.per_picture().tolist()
+    return CopyPaste(judges.encoders["dino"]).of(group.images, group.reference.image, [real.image for real in group.others])
 
 
 OTHERS: dict[str, Callable[[Group, Judges], list[float]]] = {

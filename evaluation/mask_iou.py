@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from evaluation.config import EvalConfig
-from evaluation.dreambooth import write_json
 from evaluation.extra_scores import Judges
 from evaluation.figures.sampled import STRENGTHS, Studio, mask_path
 from evaluation.methods import Moma
@@ -20,7 +19,7 @@ from evaluation.plan import Evaluation
 from evaluation.stamps import load_picture
 from evaluation.statistics import draws, interval
 from evaluation.tables import markdown, signed_interval, with_interval
-from moma_lightning.files import write_bytes
+from moma_lightning.files import write_bytes, write_json
 from moma_lightning.models.masks import resize_mask
 
 logger = logging.getLogger(__name__)

@@ -17,5 +17,7 @@ TABLE_1: dict[str, tuple[float | None, ...]] = {
 MASKING = {1.0: (0.618, 0.348, 0.803, 0.335), 0.5: (0.603, 0.322, 0.797, 0.231), 0.0: (0.575, 0.298, 0.788, 0.322)}
 #: Table 4: strength of the subject features.
 BETA = {1.0: (0.618, 0.348, 0.803, 0.335), 0.5: (0.591, 0.348, 0.788, 0.338), 0.0: (0.583, 0.349, 0.782, 0.319)}
+#: By the name that an ablation's `published` has for them.
+ABLATIONS = {"masking": MASKING, "beta": BETA}
 
 assert all(len(row) == len(statistics.TABLE_1) for table in (TABLE_1, MASKING, BETA) for row in table.values())

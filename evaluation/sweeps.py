@@ -8,7 +8,6 @@ import wandb
 from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.config import EvalConfig
-from evaluation.dreambooth import write_json
 from evaluation.figures.grids import draw_grid
 from evaluation.figures.scored import comparison
 from evaluation.generation import generate
@@ -17,7 +16,8 @@ from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.statistics import METRICS, summarise
-from moma_lightning.wandb_mode import wandb_mode
+from evaluation.tracking import wandb_run
+from moma_lightning.files import write_json
 
 
 def point_name(method: Moma) -> str:
@@ -44,13 +44,7 @@ def run_point(config: EvalConfig) -> dict:
     summary = summarise(scores)
     write_json(config.sweeps_folder / f"{name}.json", summary)
     if config.wandb.enabled:
-        folder = config.sweeps_folder / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        with wandb.init(
-            project=config.wandb.project, name=config.wandb.name or name, group=config.wandb.group, tags=config.wandb.tags, mode=wandb_mode(), dir=folder,
-            job_type="sweep", config={"moma": asdict(config.moma), "protocol": asdict(config.resolved_protocol())},
-            settings=wandb.Settings(silent=True, console="off"),
-        ) as run:  # fmt: skip
+        with wandb_run(config, config.sweeps_folder, "sweep", config.wandb.name or name, {"moma": asdict(config.moma)}) as run:
             run.log({metric: summary[name][metric]["mean"] for metric in METRICS if metric in summary[name]})
             if (grid := comparison(scores, config.report.subjects, config.report.prompts)) is not None:
                 run.log({"pictures": wandb.Image(draw_grid(grid))})

@@ -1,12 +1,13 @@
 """Markdown tables in the form of the paper's Table 1."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evaluation import published
 from evaluation.protocols import MODIFIED, PRESETS, Protocol, changes
 from evaluation.statistics import ENOUGH_SUBJECTS, LEVEL, METRICS, TABLE_1, Interval, leaves_out_zero
+from moma_lightning.dotted import flat
 
 TITLES = {
     "dino": "DINO",
@@ -96,12 +97,9 @@ def of_few(subjects: int) -> str:
 
 def changed_fields(protocol: Protocol) -> str:
     """What a modified preset has otherwise than the preset, as far as it is known which one it was."""
-    def told(fields: dict[str, Any], before: str = "") -> Iterator[str]:
-        for name, value in fields.items():
-            yield from told(value, f"{before}{name}.") if isinstance(value, dict) else [f"`{before}{name}: {json.dumps(value)}`"]
-
     before = PRESETS.get(protocol.name.removesuffix(MODIFIED))
-    listed = [] if before is None else list(told({key: value for key, value in changes(protocol, before).items() if key != "name"}))
+    changed = {} if before is None else flat(changes(protocol, before))
+    listed = [f"`{name}: {json.dumps(value)}`" for name, value in changed.items() if name != "name"]
     return f"; other than the preset's: {', '.join(listed)}" if listed else ""
 
 

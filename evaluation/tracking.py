@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import wandb
@@ -18,20 +19,18 @@ def log_evaluation(config: EvalConfig, figures: Sequence[Path]) -> None:
     """Log `eval/<method>/<metric>`, the tables of the last scoring and ablations, those of `figures` that are PNGs, and the report's grid."""
     if not config.wandb.enabled:
         return
-    folder = config.eval_folder / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
-    with wandb.init(
-        project=config.wandb.project,
-        name=config.wandb.name,
-        group=config.wandb.group,
-        tags=config.wandb.tags,
-        job_type="evaluation",
-        mode=wandb_mode(),
-        dir=folder,
-        config={"protocol": asdict(config.resolved_protocol()), "adapter": config.adapter, "decoder": config.decoder},
-        settings=wandb.Settings(silent=True, console="off"),
-    ) as run:
+    with wandb_run(config, config.eval_folder, "evaluation", config.wandb.name, {"adapter": config.adapter, "decoder": config.decoder}) as run:
         run.log({**means(config), **tables(config), **images(config, figures)})
+
+
+def wandb_run(config: EvalConfig, folder: Path, job_type: str, name: str | None, about: Mapping[str, Any]) -> wandb.Run:
+    """A run in `<folder>/wandb` that is told the protocol and `about`."""
+    folder = folder / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
+    return wandb.init(
+        project=config.wandb.project, name=name, group=config.wandb.group, tags=config.wandb.tags, job_type=job_type, mode=wandb_mode(), dir=folder,
+        config={"protocol": asdict(config.resolved_protocol()), **about}, settings=wandb.Settings(silent=True, console="off"),
+    )  # fmt: skip
 
 
 def means(config: EvalConfig) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 
 from experiments.benchmarks import growth, guided_step, loading, scoring, training_step, whole_subject
 from experiments.benchmarks.timing import Case, measure, reached
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_json
 
 
 def all_cases(full: bool, compiled: bool = False) -> list[Case]:
@@ -33,7 +33,7 @@ def line(name: str, entry: dict) -> str:
 def save(path: Path, entries: dict[str, dict]) -> None:
     """Entries of other cases, measured before, stay."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    write_beside(path, lambda beside: beside.write_text(json.dumps(known | entries, indent=1) + "\n"))
+    write_json(path, known | entries)
 
 
 def main(arguments: list[str] | None = None) -> None:

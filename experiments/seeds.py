@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from evaluation.dreambooth import write_json
 from evaluation.statistics import LEVEL, METRICS, above_oracle, protocols_of, summarise
 from evaluation.tables import TITLES, difference_table, markdown, method_table
-from moma_lightning.files import write_bytes
+from moma_lightning.files import write_bytes, write_json
 
 #: Methods of seeds.yaml that use nothing the stages trained.
 UNTRAINED = ("text_only", "ip_adapter")

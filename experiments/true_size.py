@@ -6,71 +6,34 @@ adapter's parameters, and no others, receive gradients. About 12 GB of memory an
 
 import resource
 import time
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from jsonargparse import auto_cli
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
-from experiments.mini.recipe.captions import build_tokenizer
-from moma_lightning.batch import TripletBatch
-from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
-from moma_lightning.models.adapter import install_processors
+from experiments.benchmarks.true_models import SD15, random_batch, random_stage
+from moma_lightning import optim
 from moma_lightning.modules.stage2 import Stage2
-from moma_lightning.modules.stage2_parts import Stage2Config, build_adapter
-from moma_lightning.optim import OptimizerConfig, configure
-from moma_lightning.plan.stages import stage2_of
-from moma_lightning.training.options import TrainingOptions
-
-UNET: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # diffusers' other defaults are SD 1.5's
-VAE: dict[str, Any] = dict(
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512, scaling_factor=0.18215,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
-TEXT: dict[str, Any] = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-VIT_H: dict[str, Any] = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024)
+from moma_lightning.plan.stages import read_experiment
 
 
-def random_base() -> Base:
-    """Stable Diffusion 1.5 with random weights; the mini world's tokenizer, whose vocabulary is a part of CLIP's size."""
-    tokenizer, unet = build_tokenizer(), UNet2DConditionModel(**UNET)
-    install_processors(unet)
-    eos = tokenizer.eos_token_id
-    text = CLIPTextModel(CLIPTextConfig(**TEXT, eos_token_id=eos, bos_token_id=tokenizer.bos_token_id, pad_token_id=eos))
-    return Base(frozen(unet), frozen(AutoencoderKL(**VAE)), frozen(text), tokenizer, DDIMScheduler(**STABLE_DIFFUSION_SCHEDULE))
-
-
-def random_batch(size: int) -> TripletBatch:
-    mask = torch.zeros(1, 1, size, size)
-    mask[..., size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
-    return TripletBatch(torch.rand(1, 3, size, size) * 2 - 1, mask, ["a cat on the beach"], ["cat"], ["0"])
-
-
-def main(size: int = 512, checkpointing: bool = False) -> None:
+def main(stage: Path = SD15 / "stage2.yaml", size: int = 512, checkpointing: bool = False) -> None:
     """Print the loss before and after one step, which parameters got gradients, time and peak memory.
 
     Args:
+        stage: The YAML whose models these are. CLIP's embedding is the context: the MLLM would not fit beside the rest.
         size: Pixels.
         checkpointing: Recompute the UNet's activations in the backward pass.
     """
     torch.manual_seed(0)
-    base, encoder = random_base(), ImageEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)), CLIPImageProcessor())
-    config = Stage2Config(context="image_encoder", context_dropout=0.0)
-    adapter = build_adapter(base, FoundationConfig(ip_adapter=None), config, encoder.embed_dim)
-    module = stage2_of(base, encoder, None, adapter, config, OptimizerConfig(), TrainingOptions())
-    with torch.no_grad():
-        for layer in module.adapter.subject.values():
-            layer.lambda_.fill_(0.1)  # at its first value, 0, K' and V' have no gradient by construction
-    if checkpointing:
-        module.unet.train().enable_gradient_checkpointing()
-    optimizer = configure(module.named_parameters(), OptimizerConfig(), 1)["optimizer"]
-    batch, begun = random_batch(size), time.perf_counter()
+    experiment, cpu = read_experiment(stage), torch.device("cpu")
+    model = experiment.model | {"stage2": experiment.model["stage2"] | {"context": "image_encoder", "context_dropout": 0.0}}
+    experiment = replace(experiment, model=model, batch_size=1, image_size=size).with_checkpointing("all" if checkpointing else "none")
+    module, batch = random_stage(experiment, cpu), random_batch(experiment, cpu)
+    assert isinstance(module, Stage2)
+    module.configure_model()
+    optimizer, begun = optim.build(module.named_parameters(), optim.OptimizerConfig()), time.perf_counter()
     loss = module.sample_losses(batch, torch.Generator().manual_seed(0), drop=True)[0].mean()
     loss.backward()
     optimizer.step()

@@ -17,7 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from moma_lightning.digests import identity
-from moma_lightning.files import write_beside
+from moma_lightning.dotted import flat
+from moma_lightning.files import write_beside, write_json
 from moma_lightning.hub import local_path
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 from moma_lightning.training.data_wait import DataWait
@@ -205,8 +206,8 @@ class Run:
     def changed(self, config: dict[str, Any]) -> list[str]:
         """What `COUNTS` is another in `config` than in the run's config.yaml, which is of its last training, where both have it."""
         path = self.folder / "config.yaml"
-        before = _flat(yaml.safe_load(path.read_text())) if path.exists() else {}
-        now = {key: value for key, value in _flat(config).items() if key.startswith(COUNTS) and not key.startswith(DOES_NOT_COUNT)}
+        before = flat(yaml.safe_load(path.read_text())) if path.exists() else {}
+        now = {key: value for key, value in flat(config).items() if key.startswith(COUNTS) and not key.startswith(DOES_NOT_COUNT)}
         found = [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
         decoder, digest = now.get(DECODER), self._told().get("decoder")
         if digest and decoder and decoder == before.get(DECODER) and local_path(decoder) is not None and identity(decoder) != digest:
@@ -216,8 +217,7 @@ class Run:
     @rank_zero_only
     def mark_finished(self, step: int, until: dict[str, Any], decoder: str | None = None) -> None:
         """until: the settings that it was trained by (`ends`). decoder: digest of stage 1's result that stage 2 was trained with."""
-        told = {"step": step, "until": until} | ({} if decoder is None else {"decoder": decoder})
-        write_beside(self._finished, lambda path: path.write_text(json.dumps(told) + "\n"))
+        write_json(self._finished, {"step": step, "until": until} | ({} if decoder is None else {"decoder": decoder}))
 
     @rank_zero_only
     def wandb_id(self) -> str:
@@ -273,12 +273,6 @@ class ContinuedCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = ContinuedWriter(log_dir=self.log_dir)
         return self._experiment
-
-
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    return {name: leaf for key, value in values.items() for name, leaf in
-            (_flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {f"{before}{key}": value}).items()}  # fmt: skip
 
 
 def ends(trainer: Any) -> dict[str, Any]:

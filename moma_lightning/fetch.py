@@ -3,7 +3,6 @@
 import fnmatch
 import glob
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from omegaconf import OmegaConf
 
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_json
 from moma_lightning.hub import HubName, hub_name, loading, local_path
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
@@ -47,8 +46,7 @@ def fetch(experiment: str | None = None, models: str | list[str] | None = None, 
     done = [entry for name in dict.fromkeys(names) for entry in fetch_model(name)]
     print(f"{len(done)} files, {sum(entry.bytes for entry in done) / 1e9:.2f} GB")
     if out:
-        text = json.dumps([asdict(entry) for entry in done], indent=1)
-        write_beside(Path(out), lambda path: path.write_text(text + "\n"))
+        write_json(Path(out), [asdict(entry) for entry in done])
         print(f"digests: {out}")
 
 

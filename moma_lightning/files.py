@@ -2,12 +2,14 @@
 
 import errno
 import glob
+import json
 import os
 import platform
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -35,6 +37,11 @@ def write_beside(path: Path, write: Callable[[Path], object], durable: bool = Tr
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """`write_beside` of what is in memory."""
     write_beside(path, lambda beside: beside.write_bytes(content), durable)
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """`write_beside` of a value as JSON, its letters as they are."""
+    write_bytes(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def place_beside(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """`python -m moma_lightning generate`: pictures of a subject, from one picture of it and prompts."""
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 from moma_lightning.foundation import MINI, FoundationConfig
 from moma_lightning.pipeline import load_pipeline
 
@@ -78,9 +77,9 @@ def generate(
         text = prompts[i // num_images_per_prompt]
         path = folder / f"{first + i:03d}-{words_of(text)}.png"
         write_beside(path, picture.save)
-        record = json.dumps(dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, dtype=dtype,
-                                 prompt_template=prompt_template, **settings, foundation=asdict(foundation)), indent=2)  # fmt: skip
-        write_beside(path.with_suffix(".json"), lambda beside: beside.write_text(record + "\n"))
+        record = dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, dtype=dtype,
+                      prompt_template=prompt_template, **settings, foundation=asdict(foundation))  # fmt: skip
+        write_json(path.with_suffix(".json"), record, indent=2)
         print(path)
 
 

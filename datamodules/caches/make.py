@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from datamodules.caches import samples as cached
 from datamodules.caches.stamp import LIST, CacheStamp, source_state
 from datamodules.samples import BadSampleError, BadSamples, Triplet, decode, read_shards
-from datamodules.shards import expand_shards, write_json
+from datamodules.shards import expand_shards
 from datamodules.streams import TripletConfig, batched, of_pictures
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 from moma_lightning.modules.base import TrainedPartModule
 
 logger = logging.getLogger(__name__)

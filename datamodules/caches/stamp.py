@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.shards import sha256, write_json
+from datamodules.shards import sha256
+from moma_lightning.files import write_json
 
 #: The names of all shards that a cache is to hold, written before the first of them.
 LIST = "shards.json"

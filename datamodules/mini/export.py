@@ -21,8 +21,8 @@ from PIL import Image
 from datamodules.mini import world
 from datamodules.mini.prompts import prompts_and_classes, texture_prompts, view_prompts
 from datamodules.mini.render import render
-from datamodules.shards import ShardSample, write_json, write_shards
-from moma_lightning.files import commit, place_beside
+from datamodules.shards import ShardSample, write_shards
+from moma_lightning.files import commit, place_beside, write_json
 
 #: Shards -> split of the world and first number of their identities; far apart, so that validation identities are new to the
 #: adapters and to the base models alike. Nothing is trained or chosen on "heldout": stage 1 is judged on it in the end.

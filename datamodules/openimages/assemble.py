@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datamodules import shards as sharding
 from datamodules.openimages.perceptual import Lookalikes
 from datamodules.openimages.units import path_of, read_rows
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 
 SOURCE = "openimages-v7"
 #: What choosing needs of every row.
@@ -103,7 +103,7 @@ class ShardStage:
         entry = sharding.write_shard(path, self.samples(item, lines))
         offsets = member_offsets(path)
         lines = [line | offsets[line["key"]] for line in lines]
-        write_beside(index.with_suffix(".json"), lambda beside: beside.write_text(json.dumps(entry)))
+        write_json(index.with_suffix(".json"), entry)
         write_beside(index, lambda beside: pd.DataFrame(lines).to_parquet(beside, index=False))
         return item | entry
 

@@ -27,7 +27,8 @@ from datamodules.openimages.given_captions import write_captions
 from datamodules.openimages.sources import DIGITS, Sources
 from datamodules.openimages.tables import COLUMNS, SplitTable
 from datamodules.openimages.units import CaptionStage, PictureStage, write_units
-from moma_lightning.files import write_beside
+from moma_lightning.dotted import flat
+from moma_lightning.files import write_beside, write_json
 
 #: Raised when the same configuration would give other bytes: what an older version left half done is then not gone on with.
 FORMAT = 3
@@ -124,7 +125,7 @@ class Builder:
         done = self.work / "units.json"
         if not done.exists():
             counts = write_units([self.work / "ordered" / f"{digit}.parquet" for digit in DIGITS], self.work / "units", self.config.run.unit)
-            write_beside(done, lambda beside: beside.write_text(json.dumps(counts)))
+            write_json(done, counts)
         units, count = json.loads(done.read_text())
         return units, count
 
@@ -186,7 +187,7 @@ class Builder:
             "config": self.decides, "count": len(chosen), "shards": shards, "index": f"{split}-index.parquet", "funnel": funnel,
             "tables": tables, "notes": dict(sorted(chosen.notes.items())), "versions": versions(),
         }  # fmt: skip
-        sharding.write_json(self.out / sharding.MANIFEST, sharding.read_manifest(self.out) | {split: part})
+        write_json(self.out / sharding.MANIFEST, sharding.read_manifest(self.out) | {split: part})
         if not self.config.run.keep_work:
             removing = self.work.with_name(f".{self.work.name}.removing")  # half removed, it would be gone on with
             self.work.rename(removing)
@@ -198,7 +199,7 @@ class Builder:
         """Shards of another configuration go, with their part of the manifest, before the first new one comes."""
         manifest, mine = sharding.read_manifest(self.out), self.work / "index"
         if manifest.pop(self.config.split, None) is not None:
-            sharding.write_json(self.out / sharding.MANIFEST, manifest)
+            write_json(self.out / sharding.MANIFEST, manifest)
         marker, wanted = mine / "config.json", json.dumps(self.decides)
         if not (marker.exists() and marker.read_text() == wanted):
             shutil.rmtree(mine, ignore_errors=True)
@@ -257,12 +258,6 @@ def _require_same_or_more(out: Path, split: str, there: dict[str, Any], wanted: 
         what = "by an older version" if "format" in others else f"of other options ({', '.join(sorted(others))})"
         raise ValueError(f"{out} holds the finished split {split} {what}: write elsewhere with --out, or replace it "
                          "with --run.overwrite true")  # fmt: skip
-
-
-def flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    parts = ({f"{name}.{key}": each for key, each in flat(value).items()} if isinstance(value, dict) else {name: value} for name, value in options.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _is_whole(out: Path, part: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from datamodules.openimages.config import SelectConfig
 from datamodules.openimages.hierarchy import class_names, descendants
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 
 MASK_NAME = re.compile(r"[0-9a-f]{16}_[A-Za-z0-9_]+_[A-Za-z0-9]+\.png")
 ROWS_AT_ONCE = 256  # rows of a Parquet row group: what whoever merges the digits' files holds of each in memory
@@ -50,7 +50,7 @@ class JoinDigit:
             funnel = join(tables, given, self.names, self.humans, self.select)
             rows = ordered(funnel.rows, self.seed)
             write_beside(path, lambda beside: rows.to_parquet(beside, index=False, row_group_size=ROWS_AT_ONCE))
-            write_beside(counts, lambda beside: beside.write_text(json.dumps(funnel.reasons)))
+            write_json(counts, funnel.reasons)
         return item | {"reasons": json.loads(counts.read_text())}
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Ablation:
-    """One file of `<run>/ablations`. values: the number of each row, None where rows are no numbers."""
+    """One file of `<run>/ablations`. values: the number of each row, None where rows are no numbers. published: the paper's table that it stands for."""
 
     key: str
     title: str
@@ -25,6 +25,7 @@ class Ablation:
     rows: dict[str, Cells]
     values: list[float] | None
     differences: dict[str, Cells]
+    published: str | None
 
     @property
     def metrics(self) -> list[str]:
@@ -61,7 +62,8 @@ def read_ablation(key: str, summary: dict[str, Any]) -> Ablation:
     labels = [f"{axis_name(axis)} {value:g}" for value in values] if values else list(map(method_name, rows))
     names = dict(zip(rows, labels, strict=True))
     title = summary.get("title") or axis_name(key).capitalize()
-    return Ablation(key, title, axis_name(axis), {names[name]: cells for name, cells in rows.items()}, values, difference_rows(summary, names))
+    named = {names[name]: cells for name, cells in rows.items()}
+    return Ablation(key, title, axis_name(axis), named, values, difference_rows(summary, names), summary.get("published", key))
 
 
 def settings_of(summary: dict[str, Any], name: str) -> dict[str, Any]:

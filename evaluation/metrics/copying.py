@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from evaluation.metrics.encoders import ImageTextEncoder
 from evaluation.metrics.per_picture import PerPicture
 
 
@@ -15,10 +14,6 @@ class SeedDiversity(PerPicture):
     A picture's value is 1 - its mean cosine with the others of its prompt; the mean of these is 1 - the mean over pairs. NaN where a
     prompt has one picture. Values are in [0, 2]; 0: the same picture each time.
     """
-
-    def __init__(self, encoder: ImageTextEncoder):
-        super().__init__()
-        self.encoder = encoder
 
     def update(self, images: Sequence[Image.Image]) -> None:
         """`images`: all pictures of one prompt and reference."""
@@ -39,10 +34,6 @@ class CopyPaste(PerPicture):
     """
 
     higher_is_better = False
-
-    def __init__(self, encoder: ImageTextEncoder):
-        super().__init__()
-        self.encoder = encoder
 
     def update(self, images: Sequence[Image.Image], reference: Image.Image, others: Sequence[Image.Image]) -> None:
         """`reference`: the input of all `images`; `others`: the subject's real pictures without it."""

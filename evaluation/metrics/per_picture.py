@@ -1,10 +1,14 @@
 """What the scores have in common: one value a picture, gathered over processes, then a mean."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from evaluation.metrics.encoders import ImageTextEncoder
 
 
 class PerPicture(Metric):
@@ -14,9 +18,15 @@ class PerPicture(Metric):
     higher_is_better = True
     values: list[Tensor] | Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: ImageTextEncoder):
         super().__init__()
+        self.encoder = encoder
         self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def of(self, *given: Any) -> list[float]:
+        """Values of the pictures of one `update`."""
+        self.update(*given)
+        return self.per_picture().tolist()
 
     def add(self, values: Float[Tensor, " pictures"]) -> None:
         self.values.append(values.to(self.device))  # type: ignore[union-attr]

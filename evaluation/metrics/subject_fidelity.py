@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from evaluation.metrics.encoders import ImageTextEncoder
 from evaluation.metrics.per_picture import PerPicture
 
 
@@ -13,10 +12,6 @@ class SubjectSimilarity(PerPicture):
 
     DINO or CLIP-I, as the encoder says (DreamBooth, section 4.1). Values are in [-1, 1].
     """
-
-    def __init__(self, encoder: ImageTextEncoder):
-        super().__init__()
-        self.encoder = encoder
 
     def update(self, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> None:
         """`images`: generated pictures of one subject; `real`: every real picture each of them is compared to."""

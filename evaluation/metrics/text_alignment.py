@@ -18,8 +18,8 @@ class TextAlignment(PerPicture):
     """
 
     def __init__(self, encoder: ImageTextEncoder, template: str = "{prompt}", scale: float = 1.0):
-        super().__init__()
-        self.encoder, self.template, self.scale = encoder, template, scale
+        super().__init__(encoder)
+        self.template, self.scale = template, scale
 
     def update(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         if len(images) != len(prompts):

@@ -156,7 +156,7 @@ def subject_charts(scores: pd.DataFrame) -> list[Chart]:
 
 
 def ablation_section(ablation: Ablation) -> dict[str, Any]:
-    paper = {"masking": published.MASKING, "beta": published.BETA}.get(ablation.key)
+    paper = published.ABLATIONS.get(ablation.published or "")
     if ablation.values and len(ablation.values) > 1:
         rows = list(ablation.rows.values())
         charts = [as_chart(sweep_figure(ablation.values, rows, ablation.axis, [m]), f"{metric_name(m)} over {ablation.axis}") for m in ablation.metrics]

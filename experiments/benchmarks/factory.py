@@ -34,7 +34,7 @@ from datamodules.openimages.config import RunConfig, SelectConfig, ShardConfig, 
 from datamodules.openimages.engine import Engine, Item, Stage
 from datamodules.openimages.sources import DIGITS
 from datamodules.openimages.units import path_of, read_rows, row_of, write_rows, write_units
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 
 #: The factory's stages and its own process's steps, in their order, as the table calls them.
 STEPS = {"start": "all imported", "SplitTable": "annotations to tables", "JoinDigit": "masks joined and filtered", "units": "cut into units",
@@ -226,7 +226,7 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace, rows: int, w
     found = summary(args.folder / "log.jsonl", rows, workers or 0)
     print(table(rows, workers, found, wall), flush=True)
     results.append({"rows": rows, "workers": workers, "side": args.side, "wall": wall, "steps": found})
-    write_beside(args.out, lambda beside: beside.write_text(json.dumps(results, indent=1) + "\n"))
+    write_json(args.out, results)
 
 
 def _alone(what: str, rows: int, args: argparse.Namespace, workers: int) -> float:

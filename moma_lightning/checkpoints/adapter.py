@@ -3,7 +3,6 @@
 The native file's `image_proj.` and `ip_adapter.` entries are IP-Adapter's layout, so the context side is a valid IP-Adapter file.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from moma_lightning.checkpoints.formats import ADAPTER_FILE, CheckpointError, State, read_adapter_file, write_safetensors
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_json
 from moma_lightning.models.adapter import MoMAAdapter, Variant
 from moma_lightning.models.trained_weights import check_fit
 
@@ -49,7 +48,7 @@ def write_native(folder: Path, state: Mapping[str, Tensor], variant: str, card: 
     num_tokens = len(state["image_proj.proj.weight"]) // len(state["image_proj.norm.weight"])
     written = {"variant": variant, "num_tokens": num_tokens, "subject": subject} | (card or {})
     write_safetensors(folder / ADAPTER_FILE, state, {"moma_variant": variant})
-    write_beside(folder / CARD_FILE, lambda p: p.write_text(json.dumps(written, indent=2) + "\n"))
+    write_json(folder / CARD_FILE, written, indent=2)
     return folder / ADAPTER_FILE
 
 

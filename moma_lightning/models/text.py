@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moma_lightning.training.options import blocks_of
+from moma_lightning.models.blocks import blocks_of
 
 
 class TextConditioning(NamedTuple):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], config: dict[str, 
     """Write both files, each whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_beside(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_beside(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_json(folder / CONFIG, config, indent=2)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

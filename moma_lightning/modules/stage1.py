@@ -14,10 +14,11 @@ from moma_lightning.batch import CachedBatch, TripletBatch, white_background
 from moma_lightning.digests import identity
 from moma_lightning.foundation import FoundationConfig, ImageEncoder, image_embed_dim, load_image_encoder
 from moma_lightning.metrics import EmbeddingMatch
+from moma_lightning.models.blocks import blocks_of
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule, stated
-from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.options import TrainingOptions
 from moma_lightning.training.sharding import plain_name, whole_parameters
 
 #: What `val/cosine` and `val/r_at_1` are measured against, beside the decoder itself.

@@ -28,6 +28,7 @@ from moma_lightning.foundation import (
 from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter, Reference
 from moma_lightning.models.attention import Conditioning
+from moma_lightning.models.blocks import blocks_of
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.kept_reference import kept_reference, read_reference
 from moma_lightning.models.latents import scaled
@@ -41,7 +42,7 @@ from moma_lightning.optim import OptimizerConfig
 from moma_lightning.picture_grid import picture_grid
 from moma_lightning.pipeline import MoMAPipeline
 from moma_lightning.subject import VARIANTS
-from moma_lightning.training.options import TrainingOptions, blocks_of
+from moma_lightning.training.options import TrainingOptions
 from moma_lightning.training.sharding import whole_parameters
 
 BANDS = 4

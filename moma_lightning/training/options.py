@@ -51,9 +51,3 @@ def hold_in_bfloat16(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.dtype == torch.float32 and not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a transformers model: the members of every list called `layers` or `blocks`."""
-    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.split(".")[-1] in ("layers", "blocks")]
-    return [block for members in lists for block in members]

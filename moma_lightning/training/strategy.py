@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import CustomPolicy
 
+from moma_lightning.models.blocks import blocks_of
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.quantization import refuse_quantized
 from moma_lightning.training import checkpoint_folder
 from moma_lightning.training.checkpoint_io import naming
-from moma_lightning.training.options import blocks_of
 from moma_lightning.training.sharding import note_layouts, over_ranks, piece, shard_optimizer_state, shard_state, whole
 
 #: The parts of a checkpoint that hold tensors; everything else is small and the same on every rank.

@@ -26,7 +26,8 @@ def test_tables_are_written_beside_the_papers(tmp_path, name, row):
     summary = run_ablation(config)
     written = json.loads((config.ablations_folder / f"{name}.json").read_text())
     assert written["methods"]["none"] == Painter(0.9).options() and written["sampler"]["num_inference_steps"] == 8
-    assert {key: value for key, value in written.items() if key not in ("methods", "sampler")} == {"title": "A title", "made_with": made_with(config)} | summary
+    told = {"title": "A title", "made_with": made_with(config), "published": name}
+    assert {key: value for key, value in written.items() if key not in ("methods", "sampler")} == told | summary
     assert list(summary) == ["full", "none", "differences"] and summary["full"]["dino"]["mean"] > summary["none"]["dino"]["mean"]
     page = (config.ablations_folder / f"{name}.md").read_text()
     assert page.startswith("# A title") and "| full |" in page and row in page and "not comparable with mini" in page

@@ -104,7 +104,7 @@ def test_what_one_process_makes_is_not_made_by_the_others_of_torchrun(monkeypatc
     assert ran == ["generate", "score", "dreambooth", "ablate", "point"]
 
 
-@pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with", "methods", "sampler"])
+@pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with", "methods", "published", "sampler"])
 def test_method_names_must_be_folders(tmp_path, capsys, name):
     (tmp_path / "eval.yaml").write_text(f"run: runs/x\ndata: data\nmethods: {{{name}: TextOnly}}\n")
     with pytest.raises(SystemExit):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
+from evaluation.figures.ablations import read_ablation
 from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
 from evaluation.figures.style import DPI
 from evaluation.figures.tables import read_scores
@@ -24,7 +25,7 @@ from evaluation.made_with import made_with
 from evaluation.methods import Moma, RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
-from evaluation.report.page import grids, stage_charts, stale
+from evaluation.report.page import ablation_section, grids, stage_charts, stale
 from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
 from evaluation.scoring import score
@@ -275,6 +276,15 @@ def test_short_numbers(number, text):
 def test_signed_numbers_have_a_sign_on_both_ends():
     value = value_of({"mean": 0.1, "lo": -0.1, "hi": 0.3}, signed=True)
     assert (value.text, value.interval, value.short) == ("+0.100", "[\u22120.100, +0.300]", "\u2212.100 … +.300")
+
+
+@pytest.mark.parametrize(("key", "said", "shown"), [
+    ("moma-beta", {"published": "beta"}, True), ("beta", {"published": None}, False), ("beta", {}, True), ("steps", {}, False),
+])  # fmt: skip
+def test_an_ablation_stands_beside_the_papers_table_that_it_names(key, said, shown):
+    """A sweep is not called as the table; files that do not say go by their name."""
+    rows = {name: {"dino": {"mean": 0.5, "lo": 0.4, "hi": 0.6}} for name in ("moma_beta0", "moma_beta1")}
+    assert (ablation_section(read_ablation(key, rows | said))["published"] is not None) == shown
 
 
 def test_published_columns_are_those_the_paper_has():

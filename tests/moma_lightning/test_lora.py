@@ -12,12 +12,12 @@ from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import load_file
 
 from moma_lightning.__main__ import main
+from moma_lightning.models.blocks import blocks_of
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.lora import LoraOptions
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.optim import OptimizerConfig
 from moma_lightning.plan.stages import read_experiment
-from moma_lightning.training.options import blocks_of
 from tests import tiny_mllms
 from tests.moma_lightning.test_stage1 import batch, loader
 

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import FoundationConfig, load_mllm, mllm_width
+from moma_lightning.models.blocks import blocks_of
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.instruction import PICTURE, instruction
 from moma_lightning.models.mllm import FAMILIES
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.optim import OptimizerConfig
-from moma_lightning.training.options import blocks_of
 from tests import tiny_mllms
 
 EMBED = 12

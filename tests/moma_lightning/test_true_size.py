@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch import nn
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from experiments.mini.recipe import llava
-from experiments.true_size import TEXT, UNET, VAE, VIT_H
 from moma_lightning import losses, optim
 from moma_lightning.checkpoints import CheckpointError, adapter_state, load_into
 from moma_lightning.checkpoints.released_mllm import PASSED_OVER, renamed
@@ -87,16 +85,13 @@ def test_a_stage_2_step_of_stable_diffusion():
     assert all(p.grad is not None and p.grad.shape == p.shape for p in adapter.parameters())
 
 
-def test_the_measured_step_has_the_same_sizes():
-    """`experiments.true_size` states the configs once more, for a script needs no tests beside it."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
-
+def test_the_planners_configs_have_the_same_sizes():
+    """Those of the step that `experiments.true_size` measures, too."""
+    config = FoundationConfig(**yaml.safe_load((Path(__file__).parents[2] / "experiments/sd15_llava7b/foundation.yaml").read_text()))
     with torch.device("meta"):
-        parts: list[nn.Module] = [UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**TEXT)),
-                                  CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H))]  # fmt: skip
-    assert [round(count(part.parameters()) / 1e6, 2) for part in parts] == [859.52, 83.65, 123.06, 632.08]
-    assert count(parts[0].parameters()) == count(sd15_unet().parameters()) and count(parts[3].parameters()) == count(true_size.vit_h().parameters())
+        base, encoder = architectures.build_base(config), architectures.build_image_encoder(config)
+    assert [round(count(part.parameters()) / 1e6, 2) for part in (base.unet, base.vae, base.text_encoder, encoder)] == [859.52, 83.65, 123.06, 632.08]
+    assert count(base.unet.parameters()) == count(sd15_unet().parameters()) and count(encoder.parameters()) == count(true_size.vit_h().parameters())
 
 
 @pytest.fixture(scope="module")

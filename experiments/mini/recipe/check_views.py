@@ -17,11 +17,11 @@ from datamodules.dreambooth import load_mask
 from datamodules.mini.views import VIEWS
 from evaluation.cli import parse
 from evaluation.config import EvalConfig
-from evaluation.dreambooth import write_json
 from evaluation.figures.tables import read_scores
 from evaluation.metrics import Masker
 from evaluation.metrics.masked import subject_alone
 from evaluation.stamps import load_picture
+from moma_lightning.files import write_json
 
 SIDE = 64
 #: The turns a subject is compared with, in degrees, clockwise on screen.
@@ -44,7 +44,7 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return np.asarray(cut(Image.new("RGB", mask.shape[::-1]), mask).convert("L")) < 128
 
 
-def fit_of_turns(subject: np.ndarray, reference: np.ndarray) -> Float[np.ndarray, "turns"]:
+def fit_of_turns(subject: np.ndarray, reference: np.ndarray) -> Float[np.ndarray, " turns"]:
     """IoU of a subject's outline with the reference's in each of TURNS, the better of mirrored or not. Both bool masks."""
     own = outline(subject)
     turned = [outline(np.asarray(Image.fromarray(reference).rotate(-degrees))) for degrees in TURNS.values()]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.mini.recipe.common import FOUNDATION
-from moma_lightning.files import write_beside
+from moma_lightning.files import write_beside, write_json
 
 #: The part of the recipe that makes each folder.
 RECIPES = {"base/vae": "autoencoder", "base/unet": "unet", "base/text_encoder": "clip", "base/tokenizer": "clip", "base/scheduler": "unet",
@@ -51,7 +51,7 @@ def main():
     for path in FOUNDATION.rglob("config.json"):
         load_as_fp32(path)
     content = manifest()
-    write_beside(FOUNDATION / "manifest.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(FOUNDATION / "manifest.json", content)
     print(f"{content['bytes'] / 2**20:.1f} MiB in {len(content['files'])} files")
 
 

@@ -11,7 +11,8 @@ import pytest
 from datamodules.mini.export import triplets
 from datamodules.openimages.build import build
 from datamodules.openimages.inspect import InspectConfig, histogram, inspect, member, read_index, strangeness
-from datamodules.shards import read_manifest, write_json, write_shards
+from datamodules.shards import read_manifest, write_shards
+from moma_lightning.files import write_json
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from datamodules import shards as sharding
 from datamodules.mini.prompts import prompts_and_classes
 from datamodules.openimages.build import build
 from datamodules.openimages.validate import ValidateConfig, validate
+from moma_lightning.files import write_json
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def rewrite(shard: Path, change) -> None:
     manifest = sharding.read_manifest(shard.parent)
     del manifest["train"]["index"]
     manifest["train"]["shards"][shard.name]["sha256"] = sharding.sha256(shard)
-    sharding.write_json(shard.parent / sharding.MANIFEST, manifest)
+    write_json(shard.parent / sharding.MANIFEST, manifest)
 
 
 UNSOUGHT = "; pictures of the evaluation were not looked for (--dreambooth FOLDER)"
@@ -86,7 +87,7 @@ def test_an_index_that_is_gone_or_broken_is_named(built, capsys):
 
 
 def test_a_split_without_samples_is_bad(tmp_path, capsys):
-    sharding.write_json(tmp_path / sharding.MANIFEST, {"train": {"count": 0, "shards": {}}})
+    write_json(tmp_path / sharding.MANIFEST, {"train": {"count": 0, "shards": {}}})
     code, out = verdict(tmp_path, capsys)
     assert code == 1 and out == f"train: has no samples\nBAD: 0 samples in 0 shards, 1 problems{UNSOUGHT}\n"
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from moma_lightning.training.options import blocks_of
+from moma_lightning.models.blocks import blocks_of
 from tests.moma_lightning.training.sharded_run import build, global_batch
 
 
