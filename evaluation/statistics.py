@@ -104,8 +104,8 @@ def prompt_form(prompt: str, label: str) -> str:
 
 
 def leaves_out_zero(cell: Mapping[str, Any]) -> bool:
-    """Whether a difference's interval, of enough subjects, lies on one side of zero."""
-    return cell.get("subjects", ENOUGH_SUBJECTS) >= ENOUGH_SUBJECTS and (cell["lo"] > 0 or cell["hi"] < 0)
+    """Whether a difference's interval, of enough subjects, lies on one side of zero; a single subject has none (lo = hi)."""
+    return cell.get("subjects", ENOUGH_SUBJECTS) >= ENOUGH_SUBJECTS and cell["lo"] < cell["hi"] and (cell["lo"] > 0 or cell["hi"] < 0)
 
 
 def protocols_of(scores: pd.DataFrame) -> dict[str, str]:

@@ -54,7 +54,8 @@ def test_subjects(root):
 
 def test_a_class_is_live_however_it_is_written(root):
     path = root / "dataset/prompts_and_classes.txt"
-    path.write_text(path.read_text().replace("dog,dog", "dog,Dog"))
+    path.write_text(path.read_text().replace("dog, dog", "pet, Dog"))
+    (root / "dataset/dog").rename(root / "dataset/pet")
     assert [subject.is_live for subject in DreamBooth(root).subjects] == [False, True]
 
 

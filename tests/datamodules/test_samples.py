@@ -55,6 +55,15 @@ def test_truncated_jpeg(as_read, tools):
         decode(as_read(png=None, jpg=file[: len(file) // 2]), 16)
 
 
+def test_a_jpeg_is_decoded_no_smaller_than_it_is_shown(as_read, tools):
+    """Stripes that a decoding at half size would wash out."""
+    stripes = Image.fromarray(np.tile(np.repeat(np.uint8([0, 255]), 2), (64, 16))).convert("RGB")
+    jpeg = tools.encode(stripes, "JPEG", quality=100)
+    files = {"png": None, "mask_png": tools.encode(tools.mask((64, 64)))}
+    reduced, whole = (decode(as_read(**files | {name: file}), 40) for name, file in (("jpg", jpeg), ("png", tools.encode(Image.open(io.BytesIO(jpeg))))))
+    torch.testing.assert_close(reduced.pixel_values, whole.pixel_values, atol=0.02, rtol=0)
+
+
 def test_empty_masks(as_read, tools):
     noise = Image.fromarray(np.full((16, 16), 9, np.uint8))  # what JPEG leaves of an empty mask
     with pytest.raises(BadSampleError, match="mask is empty"):

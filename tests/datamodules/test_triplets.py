@@ -49,6 +49,13 @@ def test_batch(shards, tools):
         assert caption.endswith(f" {number}") and pixels[1, 5, 5] == pytest.approx(number / 127.5 - 1, abs=1e-6)
 
 
+def test_the_full_caption_is_the_samples_own_where_it_has_one(tmp_path, tools):
+    fields = {"caption": "a toy robot in the city", "caption_full": "a red toy robot in the city", "label": "toy robot"}
+    tools.write_tar(tmp_path / "train-00000.tar", {"s00": tools.sample(0, json=json.dumps(fields).encode()), "s01": tools.sample(1)})
+    batch = next(iter(tools.datamodule(tmp_path).val_dataloader()))
+    assert (batch.caption[0], batch.full_caption) == (fields["caption"], [fields["caption_full"], batch.caption[1]])
+
+
 def test_epochs_have_a_fixed_length_and_go_through_pass_after_pass(shards, tools):
     loader = tools.datamodule(shards, steps_per_epoch=3).train_dataloader()
     assert len(loader) == 3 == len(list(loader)) == len(list(loader))
@@ -74,6 +81,40 @@ def test_it_tells_how_long_batches_were_waited_for(shards, tools, monkeypatch):
 def test_same_seed_same_batches(shards, tools):
     assert epochs(tools.datamodule(shards), 2) == epochs(tools.datamodule(shards), 2)
     assert epochs(tools.datamodule(shards), 2) != epochs(tools.datamodule(shards, seed=1), 2)
+
+
+@pytest.mark.parametrize(("count", "buffer"), [(12, 0), (1, 12)], ids=["shards", "samples"])
+def test_the_order_is_new_in_each_pass_and_for_each_seed(tmp_path, tools, count, buffer):
+    """Of the shards, here of one sample each, and of the samples, here in one shard."""
+    for number, keys in enumerate([ALL] if count == 1 else [[key] for key in ALL]):
+        tools.write_tar(tmp_path / f"train-{number:05d}.tar", {key: tools.sample(0) for key in keys})
+    orders = [batch.key for seed in (0, 1) for batch in tools.datamodule(
+        tmp_path, batch_size=12, steps_per_epoch=2, shuffle_buffer=buffer, seed=seed).train_dataloader()]  # fmt: skip
+    assert all(sorted(order) == ALL for order in orders) and len(set(map(tuple, orders))) == 4
+
+
+def test_pictures_are_flipped_anew_by_each_reader_in_each_pass_and_for_each_seed(tmp_path, tools):
+    for number in range(2):
+        tools.write_tar(tmp_path / f"train-{number:05d}.tar", {f"s{row:02d}": tools.sample(row) for row in range(24)})
+
+    def flips(rank: int, seed: int) -> list[tuple[bool, ...]]:
+        """Of one rank of two in two passes over its one shard of 24, by the mask's place."""
+        module = tools.datamodule(tmp_path, flip=True, shuffle_buffer=0, batch_size=24, seed=seed)
+        stream = TrainStream(module.config, module.train_shards, module.bad_samples, rank, 2, {})
+        return [tuple(batch.subject_mask[:, 0, 5, 11].bool().tolist()) for batch, *_ in itertools.islice(stream._batches(0, 1), 2)]
+
+    drawn = [*flips(0, 0), *flips(1, 0), *flips(0, 1)]
+    assert len(set(drawn)) == 6 and 0.4 < sum(map(sum, drawn)) / (6 * 24) < 0.6
+
+
+def test_training_cuts_and_flips_at_random_and_validation_neither(tmp_path, tools):
+    """A subject on the left of a wide picture: the most central square with all of it has it at its left edge."""
+    wide = tools.sample(0, png=tools.encode(tools.picture(0, (32, 16))), mask_png=tools.encode(tools.mask((32, 16))))
+    tools.write_tar(tmp_path / "train-00000.tar", dict.fromkeys(ALL, wide))
+    module = tools.datamodule(tmp_path, flip=True, batch_size=12, steps_per_epoch=1)
+    trained, validated = (next(iter(loader)).subject_mask[:, 0, 5] for loader in (module.train_dataloader(), module.val_dataloader()))
+    assert len(trained.unique(dim=0)) > 4
+    assert torch.equal(validated, (torch.arange(16) < 6).float().expand(12, -1))
 
 
 def test_ranks_and_workers_share_a_pass(shards, tools):
@@ -261,6 +302,9 @@ def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     with pytest.warns(UserWarning, match="reading goes on with the next pass"):
         resumed.load_state_dict(killed.state_dict())
     assert resumed.progress.positions == {0: (2, 0), 1: (2, 0)}
+    with pytest.warns(UserWarning, match="reading goes on with the next pass"):
+        resumed.load_state_dict(state | {"readers": [2, 1], "positions": {0: (1, 4), 1: (3, 2)}})
+    assert resumed.progress.positions == {0: (4, 0), 1: (4, 0)}, "no reader reads what the fastest has read"
 
 
 class Recorder(LightningModule):

@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -211,7 +212,9 @@ def test_siglip_texts_are_lower_case_and_padded_on_the_right_to_full_length(sigl
     padded = torch.tensor([ids + [encoder.tokenizer.pad_token_id] * (12 - len(ids))])
     tokens = encoder.model.text_model(padded).last_hidden_state[:, -1]
     expected = encoder.model.text_model.head(tokens)
+    encoder.tokenizer = Mock(wraps=encoder.tokenizer)  # which writes all in lower case itself
     both = encoder.encode_texts(["A CAT in the snow", "a mug"])
+    assert encoder.tokenizer.call_args.args == (["a cat in the snow", "a mug"],)
     torch.testing.assert_close(both[:1], expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
 

@@ -82,6 +82,8 @@ def test_moma_is_given_picture_mask_and_label(evaluation):
     given = call(Moma(beta=0.0, mask_strength=1.0, context_scale=0.3, num_inference_steps=5, guidance_scale=4.0), evaluation, Recorder())
     assert (given["beta"], given["mask_strength"], given["context_scale"]) == ([0.0] * 3, 1.0, 0.3)
     assert (given["num_inference_steps"], given["guidance_scale"]) == (5, 4.0)
+    given = call(Moma(mask_threshold=0.4, mask_layers=[1, 3], guide_subject=True), evaluation, Recorder())
+    assert (given["mask_threshold"], given["mask_layers"], given["guide_subject"]) == (0.4, [1, 3], True)
 
 
 def test_a_reference_is_prepared_once_for_all_its_batches(evaluation):
@@ -105,6 +107,12 @@ def test_a_solver_of_its_own(evaluation):
     assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
     call(Moma(), evaluation, pipeline)
     assert type(pipeline.scheduler).__name__ == SAMPLER.scheduler, "the next method has the protocol's again"
+
+
+def test_a_held_pipeline_comes_back_with_its_own_scheduler():
+    models, pipeline = Models(FoundationConfig()), SimpleNamespace(scheduler="own", to=lambda device: pipeline)
+    models.hold("key", lambda: pipeline).scheduler = "that of a method"
+    assert models.hold("key", lambda: pytest.fail("loaded again")).scheduler == "own"
 
 
 def test_texture_prompts_may_have_a_beta_of_their_own(evaluation):

@@ -38,7 +38,8 @@ def test_presets_say_what_they_are_named_after():
     assert (paper.references, dreambooth.references, paper.pictures_per_prompt) == ("every", "first", 4)
     assert (dreambooth.dino.model, dreambooth.dino.resize, dreambooth.dino.crop) == ("vit_small_patch16_224.dino", 256, 224)
     assert (dreambooth.clip.model, dreambooth.clip_t_scale, dreambooth.text_template) == ("openai/clip-vit-base-patch32", 1.0, "{prompt}")
-    assert (dreambooth.sampler.num_inference_steps, dreambooth.sampler.guidance_scale) == (50, 7.5)
+    assert (dreambooth.comparison, dreambooth.aggregation, dreambooth.mask_background) == ("all", "pictures", "white")
+    assert dreambooth.sampler == paper.sampler == Sampler("DDIMScheduler", 50, 7.5, beta=1.0, mask_strength=1.0, seed=0, masks="sam")
 
 
 def test_overrides_reach_nested_fields_and_rename():
@@ -99,6 +100,8 @@ def test_noise_is_shared_by_references_and_differs_otherwise(data):
         seeds[task.kind, task.prompt_index, task.picture].add(task.seed)
     assert all(len(found) == 1 for found in seeds.values())
     assert len(set.union(*seeds.values())) == len(seeds)
+    others = tasks_of(named("moma-paper", {"sampler": {"seed": 1}}), data, data.subjects[0])
+    assert not {task.seed for task in others} & set.union(*seeds.values())
 
 
 def test_seeds_never_change():

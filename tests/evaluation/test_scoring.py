@@ -2,6 +2,7 @@ import json
 import logging
 import os
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,14 @@ from PIL import Image
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import breakdowns, write_tables
-from evaluation.extra_scores import Judges
+from evaluation.extra_scores import Group, Judges, column
 from evaluation.generation import generate
 from evaluation.methods import RealImages, Reference
-from evaluation.metrics import Masker
+from evaluation.metrics import CachedEncoder, Masker
 from evaluation.metrics.masked import background_alone, subject_alone
 from evaluation.oracle import check_oracle, incomplete
 from evaluation.plan import Evaluation
-from evaluation.protocols import PRESETS, named
+from evaluation.protocols import PRESETS, ExtraScore, named
 from evaluation.scoring import comparison, score
 from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, random_picture, write_data
 
@@ -193,6 +194,51 @@ def test_copying_shows_in_the_copy_paste_score_and_blur_does_not(tmp_path):
     means, real = table.groupby("method").copy_paste.mean(), table[(table.method == "real_images") & (table.reference_index == 0)]
     assert means["copy"] == pytest.approx(1 - real.dino.mean(), abs=1e-5)
     assert means["blurred"] < means["copy"]
+
+
+def test_each_score_asks_its_own_encoder(tmp_path):
+    asked = {"dino": "dino", "clip_i": "clip", "clip_t": "clip", "dino_masked": "dino", "clip_i_masked": "clip", "clip_t_background": "clip",
+             "copy_paste": "dino", "diversity": "dino", "siglip2_t": "siglip2", "siglip2_i": "siglip2"}  # fmt: skip
+    asked |= {name: name for name in ("dinov2", "dinov3", "dreamsim")}
+    assert set(asked) == {"dino", "clip_i", "clip_t", *get_args(ExtraScore)}
+    random_picture(1).save(tmp_path / "real.png")
+    real = Reference(tmp_path / "real.png")
+    group = Group("context", [random_picture(2)] * 2, ["a"] * 2, [real], real, (real,), per_prompt=2)
+    for name, wanted in asked.items():
+        encoders = {each: CachedEncoder(ColorEncoder()) for each in asked.values()}
+        column(name, group, Judges(PRESETS["dreambooth"], encoders, Masker(CentreSam())))
+        assert [each for each, cached in encoders.items() if cached.encoder.seen] == [wanted], name
+
+
+def test_the_protocols_template_scale_and_background_reach_the_scores(tmp_path):
+    settings = {"text_template": "A photo depicts {prompt}", "clip_t_scale": 2.5, "mask_background": "grey"}
+    config = fake_config(tmp_path, {"blurred": Painter(0.6)}, settings | {"extra_scores": ["dino_masked", "clip_t_background"]})
+    table, real = with_extras(config), {s.name: embeds(s.images) for s in Evaluation.open(config).subjects}
+    middle = np.pad(np.ones((12, 12), bool), 6)
+    for row in table[table.prompt_kind == "context"].itertuples():
+        picture, text = Image.open(row.path), ColorEncoder().encode_texts([f"A photo depicts {row.prompt}"])[0].numpy()
+        parts = [picture, background_alone(picture, middle), subject_alone(picture, middle, "grey")]
+        whole, rest, cut = ColorEncoder().encode_images(parts).numpy()
+        assert [row.clip_t, row.clip_t_background, row.dino_masked] == pytest.approx([2.5 * whole @ text, 2.5 * rest @ text, (real[row.subject] @ cut).mean()])
+
+
+def test_each_reference_is_the_input_of_its_own_pictures(tmp_path):
+    """With one kind of prompts too, as in `dreambooth-all-refs`, where nothing else parts one reference's pictures from the next one's."""
+    settings = {"references": "every", "comparison": "input", "texture_prompts": 0, "extra_scores": ["copy_paste"]}
+    config = fake_config(tmp_path, {"copy": Painter(0.0)}, settings)
+    table, real = with_extras(config), {s.name: embeds(s.images) for s in Evaluation.open(config).subjects}
+    np.testing.assert_allclose(table.dino, 1, atol=1e-5)
+    cosines = {name: vectors @ vectors.T for name, vectors in real.items()}
+    expected = [1 - (cosines[row.subject][row.reference_index].sum() - 1) / 2 for row in table.itertuples()]
+    np.testing.assert_allclose(table.copy_paste, expected, atol=1e-5)
+
+
+def test_prompts_stay_whole_where_pictures_are_scored_by_the_64(tmp_path):
+    settings = {"subjects": ["tabby"], "pictures_per_prompt": 13, "context_prompts": 5, "texture_prompts": 0, "extra_scores": ["diversity"]}
+    table = with_extras(fake_config(tmp_path, {"a": Painter(0.3)}, settings))
+    for _, rows in table.groupby("prompt"):
+        cosines = embeds(rows.path) @ embeds(rows.path).T
+        np.testing.assert_allclose(rows.diversity, 1 - (cosines.sum(1) - 1) / 12, atol=1e-5)
 
 
 def test_masks_of_real_pictures_are_sams_where_the_protocol_says_so(tmp_path):

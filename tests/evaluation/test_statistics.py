@@ -1,5 +1,6 @@
 import functools
 import operator
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from evaluation.statistics import (
     subject_means,
     summarise,
 )
+from evaluation.tasks import PromptKind
 
 
 def frame(values: dict[str, dict[str, list[float]]], kind: str = "context") -> pd.DataFrame:
@@ -93,6 +95,11 @@ def test_texture_prompts_count_for_clip_t_texture_only():
     assert by_subject(scores, "a", "clip_t_texture")["sum"].item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("lo", "hi", "expected"), [(0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.2, False), (0.0, 0.2, False), (0.1, 0.1, False)])
+def test_a_difference_leaves_out_zero_where_it_has_an_interval_on_one_side(lo, hi, expected):
+    assert leaves_out_zero({"lo": lo, "hi": hi}) is expected
+
+
 def test_intervals_are_repeatable():
     scores = frame({"a": normal(3)})
     assert method_interval(by_subject(scores, "a", "dino")) == method_interval(by_subject(scores, "a", "dino"))
@@ -145,6 +152,15 @@ def test_other_kinds_of_prompt_never_enter_table_1():
     summary = summarise(scores, resamples=10)["a"]
     assert {metric: round(cell["mean"], 6) for metric, cell in summary.items() if metric.startswith("dino")} == {
         "dino": 0.4, "dino_accessory": 0.8, "dino_pose": 0.9}  # fmt: skip
+
+
+def test_metrics_are_named_after_their_column_and_kind():
+    for metric, (column, kinds) in METRICS.items():
+        name, _, kind = metric.rpartition("_")
+        if kind in get_args(PromptKind):
+            assert (column, kinds) == (name, (kind,))
+        else:
+            assert column == metric and set(kinds) <= {"context", "real"}
 
 
 def test_scores_of_two_protocols_are_refused_by_name():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moma_lightning.models.adapter import attention_layers
+from moma_lightning.models.adapter import MoMAAdapter, attention_layers
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.masks import MaskPyramid
 from tests.tiny import EMBED_DIM, TEXT_DIM, tiny_adapter, tiny_base
@@ -53,8 +53,6 @@ def test_keys_and_values_of_both_variants(base, variant):
 
 def test_both_variants_start_as_the_frozen_layer(base):
     """Before training K' and V' are the frozen layer's own keys and values of the reference, whichever variant."""
-    from moma_lightning.models.adapter import MoMAAdapter
-
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 24, TEXT_DIM)
     made = []
     for variant in ("paper", "released"):
@@ -65,6 +63,14 @@ def test_both_variants_start_as_the_frozen_layer(base):
         made.append(adapter.subject_conditioning(reference, MaskPyramid(torch.ones(1, 1, 8, 8), (8, 8))).keys)
     for layer in made[0]:
         torch.testing.assert_close(made[0][layer], made[1][layer])
+
+
+def test_the_context_starts_as_the_texts_attention(base):
+    """IP-Adapter's recipe: to_k_ip and to_v_ip are copies of the frozen to_k and to_v."""
+    adapter = MoMAAdapter.for_unet(base.unet, EMBED_DIM)
+    for name, layer in adapter.context.items():
+        frozen = attention_layers(base.unet)[int(name)]
+        assert torch.equal(layer.to_k_ip.weight, frozen.to_k.weight) and torch.equal(layer.to_v_ip.weight, frozen.to_v.weight)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(base):

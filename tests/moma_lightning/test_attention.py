@@ -137,6 +137,14 @@ def test_one_subject_for_all_rows_under_any_mask(kept, generated):
     torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen, beta=beta)), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
+def test_one_subject_for_all_rows_under_soft_masks():
+    attn, x, key_value = self_attention(), torch.randn(2, 24, CHANNELS), reference(batch=1)
+    m_ref, m_gen = random_mask(1, (4, 6), 3, soft=True), random_mask(2, (4, 6), 4, soft=True)
+    expected = equation_3(attn, x, [each.expand(2, -1, -1) for each in key_value], m_ref.flatten(1).expand(2, -1), m_gen.flatten(1), 0.8 * 0.6)
+    torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen)), expected, atol=2e-6, rtol=1e-5)
+
+
 @both_ways
 def test_a_subject_a_row_under_differing_masks():
     """As in training: rows keep different numbers of keys and queries, from none to all."""
@@ -239,12 +247,14 @@ def test_refuses_subjects_that_are_neither_one_nor_one_a_row():
 
 
 @pytest.mark.usefixtures("way")
-def test_context_attention():
+@pytest.mark.parametrize("mask", [None, random_mask(2, (4, 6), soft=True)], ids=["unmasked", "masked"])
+def test_context_attention(mask):
     attn, x, text = cross_attention(), torch.randn(2, 24, CHANNELS), torch.randn(2, 7, TEXT)
     key, value = torch.randn(2, 4, CHANNELS), torch.randn(2, 4, CHANNELS)
-    out = attn(x, text, conditioning=Conditioning(context=ContextConditioning({5: (key, value)}, scale=0.3)))
-    query = x @ attn.to_q.weight.T
-    expected = explicit(query, text @ attn.to_k.weight.T, text @ attn.to_v.weight.T) + 0.3 * explicit(query, key, value)
+    context = ContextConditioning({5: (key, value)}, 0.3, None if mask is None else MaskPyramid(mask, (4, 6)))
+    out = attn(x, text, conditioning=Conditioning(context=context))
+    query, weight = x @ attn.to_q.weight.T, 0.3 if mask is None else 0.3 * mask.flatten(1)[..., None]
+    expected = explicit(query, text @ attn.to_k.weight.T, text @ attn.to_v.weight.T) + weight * explicit(query, key, value)
     torch.testing.assert_close(out, expected @ attn.to_out[0].weight.T + attn.to_out[0].bias, atol=2e-6, rtol=1e-5)
 
 
@@ -269,9 +279,12 @@ def test_label_map(rows, context):
         torch.testing.assert_close(found[row].mean(0) if found.dim() == 3 else found[row], total)
 
 
-def test_without_conditioning_it_is_diffusers_processor_bit_for_bit():
-    for attn, text in ((self_attention(), None), (cross_attention(), torch.randn(2, 7, TEXT))):
-        x = torch.randn(2, 24, CHANNELS)
-        mine = attn(x, text)
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_conditioning_it_is_diffusers_processor_bit_for_bit(masked):
+    """Under a mask of keys, and with an output that is scaled, too."""
+    for attn, text, keys in ((self_attention(), None, 24), (cross_attention(), torch.randn(2, 7, TEXT), 7)):
+        x, attn.rescale_output_factor = torch.randn(2, 24, CHANNELS), 2.0 if masked else 1.0
+        bias = torch.where(torch.rand(2, 1, keys) > 0.5, 0.0, -1e4) if masked else None
+        mine = attn(x, text, attention_mask=bias)
         attn.set_processor(AttnProcessor2_0())
-        assert torch.equal(mine, attn(x, text))
+        assert torch.equal(mine, attn(x, text, attention_mask=bias))

@@ -91,9 +91,9 @@ def test_maps_can_be_trained_through():
 
 
 def test_label_tokens_all_occurrences_plural_and_multi_word():
-    ids = torch.tensor([[9, 5, 6, 1, 5, 6, 0], [9, 7, 1, 1, 1, 1, 0]])
+    ids = torch.tensor([[9, 5, 6, 1, 5, 6, 0], [9, 7, 1, 1, 1, 1, 7]])
     found = find_label_tokens(ids, [[5, 6], [7]], ["a", "b"], "toy robot")
-    assert found.tolist() == [[0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]]
+    assert found.tolist() == [[0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 1]]
 
 
 def test_a_prompt_without_the_label_is_named():

@@ -27,6 +27,14 @@ def test_groups_by_multiplier_and_decay():
     assert group_of(groups, parts["mapping"].bias)["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
+def test_defaults_are_ip_adapters_recipe_and_betas_are_handed_on(betas):
+    parts = model()
+    groups = configure(parts.named_parameters(), OptimizerConfig(betas=betas), math.inf)["optimizer"].param_groups
+    own = group_of(groups, parts["mllm"].weight)
+    assert (own["lr"], own["weight_decay"], own["betas"], OptimizerConfig().betas) == (1e-4, 0.01, betas, (0.9, 0.999))
+
+
 def test_the_first_multiplier_that_is_found_counts():
     parts = model()
     config = OptimizerConfig(lr=1.0, lr_multipliers={r"mllm\.bias": 0.5, "mllm": 0.1})

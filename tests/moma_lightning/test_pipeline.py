@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 
@@ -55,6 +56,13 @@ def stock_pictures(base):
     return stock(PROMPTS, guidance_scale=3.0, num_inference_steps=3, generator=generators(2), output_type="np").images
 
 
+def test_defaults_are_the_papers_first_row_and_the_released_codes_numbers():
+    expected = {"beta": 1.0, "mask_strength": 1.0, "context_scale": 1.0, "guidance_scale": 7.5, "num_inference_steps": 50, "mask_threshold": 0.2,
+                "guide_subject": False, "mask_layers": None}  # fmt: skip
+    parameters = inspect.signature(MoMAPipeline.__call__).parameters
+    assert {name: parameters[name].default for name in expected} == expected
+
+
 def test_without_a_picture_it_is_stable_diffusion_bit_for_bit(base, stock_pictures):
     assert np.array_equal(run(MoMAPipeline.from_base(base), image_embeds=None).images, stock_pictures)
 
@@ -103,6 +111,13 @@ def test_a_mask_strength_that_is_none_is_refused(base, strength):
         run(MoMAPipeline.from_base(base, tiny_adapter(base)), image=picture(), mask=square_mask(), label="cat", mask_strength=strength)
 
 
+def test_a_higher_threshold_takes_the_weaker_part_of_m_gen_away(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
+    low, high = (run(pipe, image=picture(), mask=square_mask(), label="cat", mask_threshold=t, return_masks=True).masks[0] for t in (0.2, 0.6))
+    torch.testing.assert_close(high, low * (low > 0.6))
+    assert not torch.equal(low, high)
+
+
 def test_mask_layers_choose_the_maps(base):
     pipe = MoMAPipeline.from_base(base, tiny_adapter(base))
     subject = dict(image=picture(), mask=square_mask(), label="cat", return_masks=True)
@@ -148,6 +163,15 @@ def test_non_square_pictures_and_references(base):
     output = run(pipe, image=picture(96, 48), mask=square_mask(96, 48), label="cat", height=48, width=96, return_masks=True)
     assert output.images.shape == (2, 48, 96, 3) and output.masks.shape[-2:] == (6, 12)
     assert np.isfinite(output.images).all()
+
+
+def test_each_picture_has_its_prompts_context_at_the_scale_given_and_the_unconditional_half_none(base, monkeypatch):
+    pipe, embeds, given = MoMAPipeline.from_base(base, tiny_adapter(base)), torch.randn(2, EMBED_DIM), []
+    made = pipe.adapter.context_conditioning
+    monkeypatch.setattr(pipe.adapter, "context_conditioning", lambda *inputs: given.extend(inputs) or made(*inputs))
+    run(pipe, image_embeds=embeds, num_images_per_prompt=2, context_scale=0.3)
+    torch.testing.assert_close(given[0], torch.cat([torch.zeros(4, EMBED_DIM), embeds[[0, 0, 1, 1]]]))
+    assert given[1] == 0.3
 
 
 def test_pictures_per_prompt_are_prompt_major(base):

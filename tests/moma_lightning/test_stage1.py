@@ -66,6 +66,8 @@ def test_an_edited_sample_has_the_full_caption_and_other_colours_on_white():
     assert (subject[..., 12:] > 0.999).all()  # beyond the blur's reach white stays white
     assert all((a - b).abs()[..., :8].mean() > 0.05 for a, b in zip(subject, before, strict=True))
     assert subject.abs().max() <= 1 + 1e-5
+    black = replace(one, pixel_values=-torch.ones(4, 3, 20, 20), subject_mask=torch.ones(4, 1, 20, 20))
+    torch.testing.assert_close(edited(black, 1.0)[0], black.pixel_values)
 
 
 def test_a_share_of_the_samples_is_edited_and_only_in_training(build, tmp_path):
@@ -116,6 +118,13 @@ def test_the_target_is_the_embedding_of_the_whole_picture(build):
     predicted = module.decoder(subject, data.label, data.caption)
     module.log = lambda *_, **__: None
     assert module.training_step(data, 0).item() == pytest.approx((predicted - expected).square().mean().item(), rel=1e-5)
+
+
+def test_the_loss_may_be_one_minus_the_cosine(tiny_foundation):
+    module, data = Stage1(tiny_foundation, DecoderConfig(), OptimizerConfig(), loss="cosine"), batch(3)
+    predicted, target = module.predicted_and_target(data)
+    module.log = lambda *_, **__: None
+    assert module.training_step(data, 0).item() == pytest.approx(1 - torch.cosine_similarity(predicted, target).mean().item(), abs=1e-5)
 
 
 def test_the_background_is_not_seen(build):
@@ -176,7 +185,7 @@ def test_writes_the_decoder_at_the_end(build, tiny_foundation, tmp_path):
 
 def validated(module, folder) -> dict[str, float]:
     run = trainer(folder, 2)
-    run.fit(module, loader(0, 1), loader(2, 3))
+    run.fit(module, loader(0, 1), DataLoader([full(2), full(3)], batch_size=None))
     return {name: float(value) for name, value in run.callback_metrics.items()}
 
 
@@ -193,8 +202,17 @@ def test_validation_measures_the_decoder_beside_the_baselines(build, tmp_path, c
     for suffix, embeds in (("_white_background", subject), ("_caption", captions), ("_mean", mean.expand(8, -1))):
         assert scores[f"val/cosine{suffix}"] == pytest.approx(torch.cosine_similarity(embeds, targets).mean().item(), abs=1e-5)
     assert scores["val/r_at_1_mean"] == pytest.approx(1 / 8)
+    assert not any(match.predicted for match in module.matches.values()), "the next validation begins anew"
     printed = capsys.readouterr().out
     assert "R@1" in printed and "CLIP text embedding of the caption" in printed
+
+
+def test_the_mean_target_counts_each_sample_alike(build):
+    module, data = build(), [batch(0, 2), batch(1, 4)]
+    module.log = lambda *_, **__: None
+    for one in data:
+        module.training_step(one, 0)
+    torch.testing.assert_close(module.mean_target(), torch.cat([module.target(one) for one in data]).mean(0))
 
 
 def test_without_clip_there_is_no_caption_baseline(build, tmp_path):

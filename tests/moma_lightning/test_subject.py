@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from moma_lightning import pipeline
+from moma_lightning.models.attention import ContextConditioning, Recorder
 from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.subject import SubjectGuide, SubjectSettings, label_tokens, picture_pixels
 from tests.moma_lightning.test_pipeline import generators, picture, run, square_mask
 from tests.tiny import tiny_adapter, tiny_base
 
@@ -25,6 +27,53 @@ def test_jpeg_noise_in_a_mask_is_background(base):
     noisy = Image.fromarray(np.maximum(np.asarray(clean), 10))
     pictures = [run(pipe, image=picture(), mask=m, label="cat").images for m in (clean, noisy)]
     assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_reference_pass_sees_the_variants_picture_and_reads_the_label(base, monkeypatch, variant):
+    pipe, given = MoMAPipeline.from_base(base, tiny_adapter(base, variant)), []
+    features = pipe.adapter.reference_features
+    monkeypatch.setattr(pipe.adapter, "reference_features", lambda unet, *inputs: given.extend(inputs) or features(unet, *inputs))
+    pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    pixels = torch.from_numpy(np.asarray(picture(), np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    shown = torch.where(square_mask()[None] > 0, pixels, 1.0) if variant == "paper" else pixels
+    torch.testing.assert_close(given[0], base.vae.encode(shown).latent_dist.mean * base.vae.config.scaling_factor)
+    ids = base.tokenizer("cat", padding="max_length", max_length=base.tokenizer.model_max_length, return_tensors="pt").input_ids
+    torch.testing.assert_close(given[1], base.text_encoder(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(("variant", "has_subject", "acts", "context_is_masked"), [
+    ("paper", True, [1, 1, 1, 1], [0, 0, 0, 0]), ("released", True, [0, 0, 0, 1], [0, 1, 0, 1]),
+    ("paper", False, [0, 0, 0, 0], [0, 0, 0, 0]), ("released", False, [0, 0, 0, 0], [0, 0, 0, 0])])  # fmt: skip
+def test_when_the_subject_acts_and_what_m_gen_masks(base, variant, has_subject, acts, context_is_masked):
+    """README, "Paper and released code". An IP-Adapter has neither."""
+    adapter = tiny_adapter(base, variant)
+    adapter.has_subject = has_subject
+    subject = MoMAPipeline.from_base(base, adapter).prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    guide = SubjectGuide(adapter, subject, torch.ones(1, 5), 1, (8, 8), SubjectSettings(1.0, 1.0, 0.2, None, False))
+    found = []
+    for t, mask in ((999, None), (950, torch.ones(1, 1, 8, 8)), (949, None), (949, torch.ones(1, 1, 8, 8))):
+        guide.generated_mask, context = mask, ContextConditioning({})
+        found.append((guide.conditioning(t, context, False, Recorder()).subject is not None, context.generated_mask is not None))
+    assert found == [(bool(a), bool(b)) for a, b in zip(acts, context_is_masked, strict=True)]
+
+
+def test_mask_strength_is_that_of_both_masks(base):
+    """Table 3: 1 - s (1 - M) in the places of M_ref and M_gen."""
+    adapter = tiny_adapter(base)
+    subject = MoMAPipeline.from_base(base, adapter).prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    guide = SubjectGuide(adapter, subject, torch.ones(1, 5), 1, (8, 8), SubjectSettings(1.0, 0.25, 0.2, None, False))
+    guide.generated_mask = torch.rand(1, 1, 8, 8)
+    acting = guide.conditioning(500, None, False, Recorder()).subject
+    torch.testing.assert_close(acting.generated_mask.weight(64), 1 - 0.25 * (1 - guide.generated_mask.flatten(1)))
+    torch.testing.assert_close(acting.keys[0].bias.exp().flatten(), 1 - 0.25 * (1 - square_mask()[0, ::8, ::8].flatten()))
+
+
+def test_pictures_of_a_prompt_read_the_label_where_their_prompt_has_it(base):
+    adapter, tokens = tiny_adapter(base), torch.eye(2)
+    subject = MoMAPipeline.from_base(base, adapter).prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    guide = SubjectGuide(adapter, subject, tokens, 2, (8, 8), SubjectSettings([0.5, 1.0], 1.0, 0.2, None, False))
+    assert torch.equal(guide.label_tokens, tokens[[0, 0, 1, 1]]) and guide.beta.tolist() == [0.5, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -49,6 +98,16 @@ def test_the_labels_place_is_that_behind_a_textual_inversion_of_several_vectors(
     run(pipe, ["<toy> cat"], **subject)
     run(pipe, ["cat"], **subject)
     assert [int(tokens[0].argmax()) for tokens in found] == [4, 1]
+
+
+def test_a_label_is_found_in_its_plural_too(base):
+    one, two = label_tokens([base.tokenizer], ["a cat on a lake", "cats on a lake"], "cat")
+    assert one.nonzero().flatten().tolist() == [2] and two[1]
+
+
+def test_a_reference_is_resized_bicubic():
+    shown = np.asarray(picture(90, 40).resize((96, 48), Image.Resampling.BICUBIC), np.float32)
+    torch.testing.assert_close(picture_pixels(picture(90, 40), 64 * 64, 16)[0], torch.from_numpy(shown).permute(2, 0, 1) / 127.5 - 1)
 
 
 def test_bytes_in_a_mask_are_grey_levels(base):
