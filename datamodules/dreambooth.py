@@ -24,8 +24,11 @@ from datamodules.own_prompts import PROMPTS
 PROMPTS_FILE = "prompts_and_classes.txt"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-#: Classes that get the live prompts: cats and dogs in google/dreambooth, the others in the mini world.
-LIVE_CLASSES = frozenset(("cat", "dog", "duck", "fish", "rabbit"))
+#: Classes that get the live prompts, which dress and pose their subject: of google/dreambooth's own cat and dog.
+LIVE_CLASSES = frozenset((
+    "bear", "bird", "cat", "chicken", "cow", "dog", "donkey", "duck", "elephant", "fish", "fox", "giraffe", "goat", "goose", "hamster", "horse", "kitten",
+    "lion", "monkey", "mouse", "owl", "panda", "parrot", "penguin", "pig", "pony", "puppy", "rabbit", "sheep", "squirrel", "tiger", "turtle", "wolf", "zebra",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from datamodules.dreambooth import Subject
+from datamodules.dreambooth import Subject, load_picture
 from evaluation.methods.base import Models, Reference
 from evaluation.methods.diffusion import DiffusionMethod
 from evaluation.protocols import Sampler
-from evaluation.stamps import load_picture
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import content_digest
 from moma_lightning.files import write_beside

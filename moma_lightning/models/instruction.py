@@ -12,6 +12,6 @@ TEMPLATES = {
 
 
 def instruction(template: str, label: str, prompt: str) -> str:
-    """The words the MLLM reads, with one `<image>` in them. A label's article and a prompt's final period are left out, which the templates bring or do without."""
+    """The words the MLLM reads, with one `<image>` in them. A label's article and a prompt's final period are left out."""
     label = re.sub(r"^(a|an|the)\s+", "", label.strip(), flags=re.IGNORECASE)
     return TEMPLATES[template].format(label=label, prompt=prompt.strip().removesuffix(".").rstrip())
