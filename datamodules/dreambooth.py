@@ -27,7 +27,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 #: Classes that get the live prompts, which dress and pose their subject: of google/dreambooth's own cat and dog.
 LIVE_CLASSES = frozenset((
     "bear", "bird", "cat", "chicken", "cow", "dog", "donkey", "duck", "elephant", "fish", "fox", "giraffe", "goat", "goose", "hamster", "horse", "kitten",
-    "lion", "monkey", "mouse", "owl", "panda", "parrot", "penguin", "pig", "pony", "puppy", "rabbit", "sheep", "squirrel", "tiger", "turtle", "wolf", "zebra",
+    "lion", "monkey", "owl", "panda", "parrot", "penguin", "pig", "pony", "puppy", "rabbit", "sheep", "squirrel", "tiger", "turtle", "wolf", "zebra",
 ))  # fmt: skip
 
 
