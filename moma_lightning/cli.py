@@ -87,6 +87,9 @@ class MoMACLI(LightningCLI):
         self.run = Run(Path(config.trainer.default_root_dir))
         if config.trainer.enable_checkpointing is False:
             raise SystemExit("trainer.enable_checkpointing is false: a run goes on from its checkpoints; see checkpoint.* for how often they are written")
+        often = config.checkpoint
+        if not (often.every_n_train_steps or often.train_time_interval or often.save_top_k):
+            raise SystemExit("checkpoint.every_n_epochs with save_top_k 0 writes nothing to go on from: set every_n_train_steps, or save_top_k to 1 or -1")
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write last.ckpt even so, over the real run's
         if self.subcommand == "validate":
@@ -158,8 +161,8 @@ class MoMACLI(LightningCLI):
 class StepCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that never saves between two micro-batches, whose gradients would be lost, nor before a last validation, which would be left out.
 
-    So it does not save a resumed step once more in its next micro-batch, lets training that is told to stop (by EarlyStopping or `max_time`) finish
-    its step first, and leaves the last step to `MoMACLI.fit`, which saves it behind its validation.
+    So it does not save a resumed step once more in its next micro-batch, nor at a validation between two, lets training that is told to stop (by
+    EarlyStopping or `max_time`) finish its step first, and saves the last step when training ends.
     """
 
     _step, _is_within, _is_told_to_stop = 0, False, False
@@ -174,8 +177,14 @@ class StepCheckpoint(ModelCheckpoint):
         if trainer.global_step != trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == trainer.max_steps:
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        super().on_train_end(trainer, pl_module)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
+        if not self._is_within:
+            super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_between_steps(trainer)
 
@@ -204,11 +213,13 @@ class Run:
         return json.loads(self._finished.read_text()) if self._finished.exists() else {}
 
     def changed(self, config: dict[str, Any]) -> list[str]:
-        """What `COUNTS` is another in `config` than in the run's config.yaml, which is of its last training, where both have it."""
+        """What `COUNTS` is another in `config` than in the run's config.yaml, of its last training. What one of them does not know is not another."""
         path = self.folder / "config.yaml"
-        before = flat(yaml.safe_load(path.read_text())) if path.exists() else {}
-        now = {key: value for key, value in flat(config).items() if key.startswith(COUNTS) and not key.startswith(DOES_NOT_COUNT)}
+        before, now = counting(yaml.safe_load(path.read_text()) if path.exists() else {}), counting(config)
         found = [f"{key} {value!r}, it was {before[key]!r}" for key, value in now.items() if key in before and before[key] != value]
+        # Sections: nothing on one side, options below that name on the other.
+        found += [f"{key} is set, it was {value!r}" for key, value in before.items() if key not in now and any(name.startswith(f"{key}.") for name in now)]
+        found += [f"{key} {value!r}, it was set" for key, value in now.items() if key not in before and any(name.startswith(f"{key}.") for name in before)]
         decoder, digest = now.get(DECODER), self._told().get("decoder")
         if digest and decoder and decoder == before.get(DECODER) and local_path(decoder) is not None and identity(decoder) != digest:
             found.append(f"{DECODER} {decoder!r} holds other weights now")
@@ -273,6 +284,16 @@ class ContinuedCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = ContinuedWriter(log_dir=self.log_dir)
         return self._experiment
+
+
+def counting(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that count, by dotted names; a table of learning rates is one of them."""
+    found: dict[str, Any] = {}
+    for key, value in flat(config).items():
+        name, table, entry = key.partition(".lr_multipliers")
+        if key.startswith(COUNTS) and not key.startswith(DOES_NOT_COUNT):
+            found |= {key: value} if not table else {name + table: found.get(name + table, {}) | ({entry[1:]: value} if entry else {})}
+    return found
 
 
 def ends(trainer: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_sch
 
 
 def load_base(config: FoundationConfig) -> Base:
-    """Load the base model in fp32, frozen. Raises FileNotFoundError that says how to fetch what is missing, ValueError for a model distilled from guidance."""
+    """Load the base model in fp32, frozen. Raises FileNotFoundError that says how to fetch what is missing, ValueError for one that is no plain diffusion."""
     vae = None
     if config.vae:
         with loading(config.vae):
@@ -113,6 +113,8 @@ def load_base(config: FoundationConfig) -> Base:
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"{config.base} is distilled to read its guidance as an input (a latent consistency model), which MoMA's sampler does not give: "
                          "take the model that it was distilled from")  # fmt: skip
+    if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise ValueError(f"{config.base} has a {type(pipe.scheduler).__name__}: flow matching and EDM are other formulations than MoMA's base is of")
     install_processors(pipe.unet)
     base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
     if "text_encoder_2" in pipe.components:

@@ -66,8 +66,8 @@ class ConfiguredLR(torch.optim.lr_scheduler.LambdaLR):
 def require_same_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state_dict["param_groups"])]
     if sizes[0] != sizes[1]:
-        raise ValueError("the checkpoint's optimizer has other groups of parameters: `optimizer.lr_multipliers` are not those that it was trained with; "
-                         "give those, or train under another trainer.default_root_dir")
+        raise ValueError("the checkpoint's optimizer has other groups of parameters: `optimizer.lr_multipliers` are not those that it was trained with "
+                         "(or an older version wrote it, with a weight_decay of 0); give those, or train under another trainer.default_root_dir")
 
 
 def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -132,9 +132,9 @@ class MoMAPipeline(DiffusionPipeline):
         mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
             "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
         negative_prompt: for all prompts, or one a prompt.
-        Raises ValueError for a label that no prompt names, settings out of their range, as many betas or image_embeds as there are no prompts, an
-        empty mask, a reference or image_embeds without adapter, a reference without label, a context that nothing can embed, and a height or width
-        that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
+        Raises ValueError for a label that no prompt names, settings out of their range, betas or image_embeds that are neither one nor one a
+        prompt, a mask or label without its picture, an empty mask, a reference or image_embeds without adapter, a reference without label, a context
+        that nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
@@ -146,11 +146,14 @@ class MoMAPipeline(DiffusionPipeline):
         if not prompts or num_images_per_prompt < 1 or num_inference_steps < 1:
             counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, num_inference_steps {num_inference_steps}"
             raise ValueError(f"{counts}: each has to be 1 at least")
-        if image_embeds is not None and self.adapter is None:
-            raise ValueError("image_embeds need an adapter: load_pipeline(..., adapter=...)")
-        for name, count in (("beta", torch.as_tensor(beta).numel()), ("image_embeds", 1 if image_embeds is None else len(image_embeds))):
-            if count not in (1, len(prompts)):
-                raise ValueError(f"{count} of {name} for {len(prompts)} prompts: give one, or one a prompt")
+        if self.adapter is None and (image_embeds is not None or isinstance(image, Subject)):
+            raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
+        if image is None and (mask is not None or label is not None):
+            raise ValueError("mask and label are those of a picture: give it as image")
+        shapes = {"beta": (tuple(torch.as_tensor(beta).shape), 1), "image_embeds": ((1, 0) if image_embeds is None else tuple(image_embeds.shape), 2)}
+        for name, (shape, dims) in shapes.items():
+            if shape != () and (len(shape) != dims or shape[0] not in (1, len(prompts))):
+                raise ValueError(f"{name} of shape {shape} for {len(prompts)} prompts: give one, or one a prompt")
         if image is not None or image_embeds is not None:
             self._require_processors()
         height, width = height or self.default_size(), width or self.default_size()

@@ -1,6 +1,5 @@
 """What can be evaluated: one small interface."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -130,12 +129,14 @@ class Method(ABC):
 def use_scheduler(pipeline: Any, sampler: Sampler) -> None:
     """Give the pipeline the protocol's scheduler, configured by its own, where that leaves something out as Stable Diffusion's.
 
-    Raises ValueError for a name that diffusers lacks.
+    Raises ValueError for a name that diffusers lacks, and for a pipeline of another formulation (flow matching, EDM), which no such scheduler fits.
     """
     if sampler.scheduler is None:
         return
     scheduler = getattr(diffusers, sampler.scheduler, None)
     if scheduler is None:
         raise ValueError(f"diffusers has no scheduler {sampler.scheduler!r}")
-    config, known = pipeline.scheduler.config, inspect.signature(scheduler).parameters
-    pipeline.scheduler = scheduler.from_config(config, **{name: value for name, value in unsaid(config).items() if name in known})
+    own = pipeline.scheduler
+    if not hasattr(own, "alphas_cumprod"):
+        raise ValueError(f"{type(own).__name__} has no diffusion's noise schedule, which {sampler.scheduler} needs: set own_scheduler: true to keep it")
+    pipeline.scheduler = scheduler.from_config(own.config, **unsaid(own.config))

@@ -1,5 +1,6 @@
 """Other pipelines as methods, and stage 1 in front of a stock IP-Adapter."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from unittest.mock import Mock
 import diffusers
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from datamodules.dreambooth import Subject
@@ -25,7 +26,7 @@ from evaluation.methods import (
 )
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
-from moma_lightning.foundation import MINI, FoundationConfig
+from moma_lightning.foundation import MINI, FoundationConfig, load_base
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import random_picture
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
@@ -100,6 +101,19 @@ def test_a_foreign_scheduler_that_leaves_things_unsaid_does_not_clip_latents(tmp
         method.setup(Models(FoundationConfig(base=str(tmp_path / "base"), vae=None, sam=None)), replace(SAMPLER, scheduler="DDIMScheduler"))
         drawn.append([image.tobytes() for image in method.generate(SUBJECT, reference, TASKS)])
     assert drawn[0] == drawn[1] and not foreign.pipeline.scheduler.config.clip_sample
+
+
+def test_a_pipeline_of_another_formulation_keeps_its_scheduler_or_is_refused(tmp_path):
+    shutil.copytree(f"{MINI}/base", tmp_path / "base")
+    EDMEulerScheduler().save_pretrained(tmp_path / "base/scheduler")
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    models, method = Models(FoundationConfig(sam=None)), Pipeline(str(tmp_path / "base"), "diffusers.StableDiffusionPipeline")
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no diffusion's noise schedule, .* own_scheduler: true"):
+        method.setup(models, replace(SAMPLER, scheduler="DDIMScheduler"))
+    replace(method, own_scheduler=True).setup(models, SAMPLER)
+    with pytest.raises(ValueError, match="has a EDMEulerScheduler: flow matching and EDM are other formulations"):
+        load_base(FoundationConfig(base=str(tmp_path / "base")))
 
 
 def test_arguments_are_mapped(monkeypatch, reference):

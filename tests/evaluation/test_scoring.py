@@ -17,10 +17,11 @@ from evaluation.generation import generate
 from evaluation.methods import RealImages, Reference
 from evaluation.metrics import CachedEncoder, Masker
 from evaluation.metrics.masked import background_alone, subject_alone
-from evaluation.oracle import check_oracle, incomplete
+from evaluation.oracle import check_oracle, incomplete, single
 from evaluation.plan import Evaluation
 from evaluation.protocols import PRESETS, ExtraScore, named
 from evaluation.scoring import comparison, score
+from evaluation.tables import protocol_line
 from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, random_picture, write_data
 
 METHODS = {"real_images": RealImages(), "copy": Painter(0.0), "blurred": Painter(0.6)}
@@ -310,12 +311,19 @@ def test_a_part_of_the_set_is_told_in_the_table(tmp_path):
     assert incomplete(evaluation.data, replace(evaluation.protocol, subjects=("red_mug",))) == []
 
 
+def test_few_subjects_are_said_to_be_few():
+    few, enough = (protocol_line(PRESETS["dreambooth-mini"], subjects) for subjects in (7, 8))
+    assert "(of fewer than 8 too narrow, and none in bold)" in few and "fewer" not in enough
+
+
 def test_subjects_of_one_picture_are_named(tmp_path):
     config = fake_config(tmp_path, {"a": Painter(0.3), "real_images": RealImages()})
     for path in sorted((tmp_path / "data/dataset/red_mug").glob("*.png"))[1:]:
         path.unlink()
     with pytest.warns(UserWarning, match=r"1 of 3 subjects have one picture, .* \(red_mug\)"):
         write_tables(Evaluation.open(config), scored(config))
+    table = scored(config)
+    assert single(table[table.prompt_kind != "real"], Evaluation.open(config).subjects) == [], "nothing of the real ones is told"
 
 
 def test_breakdowns_and_weights_are_written(tmp_path):

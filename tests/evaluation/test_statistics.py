@@ -119,6 +119,8 @@ def test_the_oracle_is_passed_over_the_subjects_that_it_has():
     found = [above_oracle(scores, summarise(scores, resamples=10)) for scores in (pd.concat([frame(made), real]) for made in (copies, fair))]
     assert [sentence.split(" (")[0] for sentence in found[0]] == ["copies passes real in dino", "copies passes real in clip_i"] and not found[1]
     assert "(0.700 > 0.600)" in found[0][0]
+    two = pd.concat([frame({"fair": {"x": [0.5]}}), frame({"real": {"x": [0.6]}, "others": {"x": [0.9]}}, kind="real")])
+    assert above_oracle(two, summarise(two, resamples=10)) == [], "real pictures are not held against others"
 
 
 def test_few_subjects_do_not_stand_out():

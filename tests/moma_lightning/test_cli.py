@@ -232,6 +232,26 @@ def test_with_a_logger_of_ones_own_the_config_is_in_the_runs_folder(run, tmp_pat
     assert [path.parent for path in tmp_path.rglob("config.yaml")] == [tmp_path / "runs/tiny/stage1"]
 
 
+@pytest.mark.parametrize("before, now, told", [
+    ({"lora": None}, {"lora": {"rank": 4}}, ["lora is set, it was None"]),
+    ({"lora": {"rank": 4}}, {"lora": None}, ["lora None, it was set"]),
+    ({"optimizer": {"lr_multipliers": {}}}, {"optimizer": {"lr_multipliers": {"a": 0.1}}}, ["optimizer.lr_multipliers {'a': 0.1}, it was {}"]),
+    ({"optimizer": {"lr_multipliers": {"a": 1, r"b\.": 2}}}, {"optimizer": {"lr_multipliers": {"a": 1}}},
+     [r"optimizer.lr_multipliers {'a': 1}, it was {'a': 1, 'b\\.': 2}"]),
+    ({"old": 1, "same": {"a": [1]}}, {"new": 2, "same": {"a": [1]}}, []),  # of an older version
+])  # fmt: skip
+def test_sections_and_tables_of_settings_are_compared(tmp_path, before, now, told):
+    run = Run(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": before}))
+    assert run.changed({"model": now}) == [f"model.{each}" for each in told]
+
+
+def test_checkpoints_by_epochs_that_keep_none_are_refused(run):
+    with pytest.raises(SystemExit, match="writes nothing to go on from"):
+        run("--checkpoint.every_n_train_steps", "0", "--checkpoint.every_n_epochs", "1")
+    run("--checkpoint.every_n_train_steps", "0", "--checkpoint.every_n_epochs", "1", "--checkpoint.save_top_k", "1", max_steps=1)
+
+
 def test_more_steps_go_on_from_a_finished_run(run, tmp_path):
     run()
     cli = run(max_steps=7)

@@ -1,0 +1,190 @@
+"""Trainings that are stopped anywhere and go on: the same epochs, validations and log as of one that was not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils.data import DataLoader
+
+from moma_lightning.cli import StepCheckpoint
+from moma_lightning.training.epoch_ends import EpochEnds
+
+BATCHES = 4
+
+
+class Told(Exception):
+    pass
+
+
+class Counter(LightningModule):
+    """Its weight is the number of its steps, and its score lowest at step 9. Writes down what happens: (what, epoch, step)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.events = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.events.append(("train", self.current_epoch, self.global_step))
+        self.log("train/loss", self.weight.detach())
+        return -self.weight
+
+    def validation_step(self, batch, batch_idx):
+        self.events.append(("validate", self.current_epoch, self.global_step))
+        self.log("val/score", (self.weight.detach() - 9) ** 2)
+
+    def on_train_epoch_end(self):
+        self.events.append(("end", self.current_epoch, self.global_step))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], 1.0)
+
+
+class Data(LightningDataModule):
+    """Goes on within an epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = self.first = 0
+
+    def train_dataloader(self):
+        return SimpleLoader(self)
+
+    def val_dataloader(self):
+        return DataLoader([0.0])
+
+    def state_dict(self):
+        return {"given": self.given % BATCHES}
+
+    def load_state_dict(self, state_dict):
+        self.given = self.first = state_dict["given"]
+
+
+class SimpleLoader:
+    def __init__(self, data: Data):
+        self.data = data
+
+    def __len__(self):
+        return BATCHES
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+    def __iter__(self):
+        self.data.given, self.data.first = self.data.first, 0
+        for number in range(self.data.given, BATCHES):
+            self.data.given += 1
+            yield float(number)
+
+
+class StopBehind(Callback):
+    """Saves and stops behind a step, as StopOnSignal does."""
+
+    def __init__(self, step: int, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise Told
+
+
+class Log(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((sorted(set(metrics) - {"epoch"}), int(metrics["epoch"]), step))
+
+
+def fit(folder, steps: int = 12, told_at: int = 0, resume: bool = False, callbacks=(), checkpoint=None, **options) -> SimpleNamespace:
+    path, module, log = folder / "last.ckpt", Counter(), Log()
+    saver = StepCheckpoint(folder / "saved", **({"save_top_k": 0, "every_n_train_steps": 100} | (checkpoint or {})))
+    callbacks = [*callbacks, EpochEnds(), StopBehind(told_at, path), saver]
+    trainer = Trainer(accelerator="cpu", max_steps=steps, logger=log, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+                      num_sanity_val_steps=0, default_root_dir=folder, callbacks=callbacks, **options)  # fmt: skip
+    try:
+        trainer.fit(module, Data(), ckpt_path=path if resume else None)
+        trainer.save_checkpoint(path)
+    except Told:
+        pass
+    return SimpleNamespace(events=module.events, rows=log.rows, epoch=trainer.current_epoch, step=trainer.global_step, weight=float(module.weight.detach()))
+
+
+SCHEDULES = {"each epoch": {}, "every other": {"check_val_every_n_epoch": 2}, "twice an epoch": {"val_check_interval": 2},
+             "across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None}, "never": {"limit_val_batches": 0}}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("step", range(1, 12))
+def test_told_to_stop_behind_any_step(tmp_path, step, options):
+    whole = fit(tmp_path / "whole", **options)
+    first, then = fit(tmp_path, told_at=step, **options), fit(tmp_path, resume=True, **options)
+    assert first.step == step and first.events + then.events == whole.events and (then.epoch, then.weight) == (3, 12.0)
+    assert [row for row in first.rows + then.rows if row not in whole.rows] == []
+    missing = [row for row in whole.rows if row not in first.rows + then.rows]
+    assert missing == [(["train/loss"], (step - 1) // BATCHES, step - 1)], "the row of the step behind which it stops"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("step", range(1, 12))
+def test_ended_behind_any_step_and_taken_further(tmp_path, step, options):
+    whole = fit(tmp_path / "whole", **options)
+    first, then = fit(tmp_path, steps=step, **options), fit(tmp_path, resume=True, **options)
+    ends_there = [] if step % BATCHES == 0 else [("end", step // BATCHES, step)]  # training ended in the middle of this epoch
+    assert first.events + then.events == [*first.events, *whole.events[len(first.events) - len(ends_there) :]]
+    assert (then.epoch, then.weight) == (3, 12.0) and [row for row in whole.rows if row not in first.rows + then.rows] == []
+    assert [row for row in first.rows + then.rows if row not in whole.rows] == []
+
+
+def stop_early():
+    return EarlyStopping("val/score", patience=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", range(3, 13))
+def test_what_hangs_on_an_epochs_end_happens(tmp_path, step):
+    """EarlyStopping and the best checkpoint look at the metric there: 25, 1, 9 at steps 4, 8, 12."""
+
+    def best(folder):
+        return ModelCheckpoint(folder, "best-{step}", monitor="val/score")
+
+    fit(tmp_path, 40, told_at=step, callbacks=[stop_early(), best(tmp_path / "best")])
+    then = fit(tmp_path, 40, resume=True, callbacks=[stop_early(), best(tmp_path / "best")])
+    assert then.step == 12 and [path.name for path in (tmp_path / "best").iterdir()] == ["best-step=8.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("on_train_epoch_end", [True, False])
+def test_a_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path, on_train_epoch_end):
+    kept = {"every_n_train_steps": 0, "every_n_epochs": 1, "save_top_k": 1, "save_on_train_epoch_end": on_train_epoch_end, "filename": "kept"}
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path, 4, checkpoint=kept)
+    (tmp_path / "saved/kept.ckpt").replace(tmp_path / "last.ckpt")
+    then = fit(tmp_path, resume=True)
+    assert [event for event in then.events if event[0] == "end" and event[2] > 4] == [("end", 1, 8), ("end", 2, 12)]
+    assert then.epoch == whole.epoch == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpoint, names", [
+    ({"save_top_k": -1, "every_n_train_steps": 4}, {"step=4", "step=8"}), ({"save_top_k": 1, "every_n_train_steps": 4, "monitor": "val/score"}, {"step=8"}),
+])  # fmt: skip
+def test_the_last_step_is_among_those_that_are_kept_with_its_own_score(tmp_path, checkpoint, names):
+    fit(tmp_path, 8, checkpoint=checkpoint | {"filename": "{step}"})
+    assert {path.stem for path in (tmp_path / "saved").iterdir()} == names
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_saved_at_a_validation_between_two_micro_batches(tmp_path):
+    kept = {"every_n_train_steps": 0, "every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
+    fit(tmp_path, 2, accumulate_grad_batches=2, val_check_interval=3, limit_val_batches=1, checkpoint=kept)
+    assert not list((tmp_path / "saved").glob("*.ckpt"))
