@@ -117,7 +117,7 @@ class MoMACLI(LightningCLI):
         loggers = config["logger"]
         if loggers in (None, True):
             loggers = run_loggers(self.run) if self.subcommand == "fit" and not config["fast_dev_run"] else False
-        given: list[Callback] = config["callbacks"] or []
+        given: list[Callback] = _as_list(config["callbacks"])
 
         def is_given(kind: type[Callback]) -> bool:
             return any(isinstance(callback, kind) for callback in given)

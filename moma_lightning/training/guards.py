@@ -59,6 +59,8 @@ class StopOnSignal(Callback):
         self._step = trainer.global_step
         if self._step != trainer.max_steps and self._is_agreed(trainer):  # behind the last step it ends by itself
             trainer.save_checkpoint(self.last)
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()  # this step's row, which Lightning would write behind this hook
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
             raise Preempted(0 if self._is_anothers_child(trainer) else 128 + (self.requested or signal.SIGTERM))
 

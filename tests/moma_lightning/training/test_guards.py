@@ -116,7 +116,8 @@ def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
     """Rank 0 of two, of which the other one is told to end in step 2: nobody reads the answer of a step within it."""
     saved_at, told = [], iter([0, 1, 0])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(next(told)))
-    trainer = Mock(spec=Trainer, world_size=2, strategy=Mock(root_device=torch.device("cpu")), save_checkpoint=lambda _: saved_at.append(trainer.global_step))
+    trainer = Mock(spec=Trainer, world_size=2, strategy=Mock(root_device=torch.device("cpu")), save_checkpoint=lambda _: saved_at.append(trainer.global_step),
+                   _logger_connector=Mock())  # fmt: skip
     stop = StopOnSignal(tmp_path / "last.ckpt")
 
     def train(step):
@@ -164,7 +165,8 @@ def test_what_lightnings_launcher_started_exits_with_0(tmp_path, environment, ra
     stop = StopOnSignal(tmp_path / "last.ckpt")
     stop.requested = signal.SIGTERM
     with pytest.raises(Preempted) as raised:
-        stop.on_train_batch_end(Mock(spec=Trainer, world_size=1, global_step=1, local_rank=rank, strategy=strategy), Poisoned(), None, None, 0)
+        trainer = Mock(spec=Trainer, world_size=1, global_step=1, local_rank=rank, strategy=strategy, _logger_connector=Mock())
+        stop.on_train_batch_end(trainer, Poisoned(), None, None, 0)
     assert raised.value.code == code
 
 
