@@ -116,8 +116,8 @@ def test_ranks_agree_a_step_after_one_of_them_was_told(tmp_path, monkeypatch):
     """Rank 0 of two, of which the other one is told to end in step 2: nobody reads the answer of a step within it."""
     saved_at, told = [], iter([0, 1, 0])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(next(told)))
-    trainer = Mock(spec=Trainer, world_size=2, strategy=Mock(root_device=torch.device("cpu")), save_checkpoint=lambda _: saved_at.append(trainer.global_step),
-                   _logger_connector=Mock())  # fmt: skip
+    trainer = Mock(spec=Trainer, world_size=2, strategy=Mock(root_device=torch.device("cpu")), _logger_connector=Mock())
+    trainer.save_checkpoint = lambda _: saved_at.append(trainer.global_step)
     stop = StopOnSignal(tmp_path / "last.ckpt")
 
     def train(step):
