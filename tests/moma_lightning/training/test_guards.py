@@ -164,8 +164,8 @@ def test_what_lightnings_launcher_started_exits_with_0(tmp_path, environment, ra
     strategy = Mock(cluster_environment=Mock(spec=environment))
     stop = StopOnSignal(tmp_path / "last.ckpt")
     stop.requested = signal.SIGTERM
+    trainer = Mock(spec=Trainer, world_size=1, global_step=1, local_rank=rank, strategy=strategy, _logger_connector=Mock())
     with pytest.raises(Preempted) as raised:
-        trainer = Mock(spec=Trainer, world_size=1, global_step=1, local_rank=rank, strategy=strategy, _logger_connector=Mock())
         stop.on_train_batch_end(trainer, Poisoned(), None, None, 0)
     assert raised.value.code == code
 
