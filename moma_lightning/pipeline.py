@@ -136,29 +136,12 @@ class MoMAPipeline(DiffusionPipeline):
         prompt, a mask or label without its picture, an empty mask, a reference or image_embeds without adapter, a reference without label, a context
         that nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
-        if len(asked) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
-        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt and list(negative_prompt)
-        if negative and len(negative) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and {len(negative)} negative prompts: must be as many, or one string for all")
+        prompts, asked, negative = as_lists(prompt, mllm_prompt, negative_prompt)
         if not prompts or num_images_per_prompt < 1 or num_inference_steps < 1:
             counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, num_inference_steps {num_inference_steps}"
             raise ValueError(f"{counts}: each has to be 1 at least")
-        if self.adapter is None and (image_embeds is not None or isinstance(image, Subject)):
-            raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
-        if image is None and (mask is not None or label is not None):
-            raise ValueError("mask and label are those of a picture: give it as image")
-        shapes = {"beta": (tuple(torch.as_tensor(beta).shape), 1), "image_embeds": ((1, 0) if image_embeds is None else tuple(image_embeds.shape), 2)}
-        for name, (shape, dims) in shapes.items():
-            if shape != () and (len(shape) != dims or shape[0] not in (1, len(prompts))):
-                raise ValueError(f"{name} of shape {shape} for {len(prompts)} prompts: give one, or one a prompt")
-        if image is not None or image_embeds is not None:
-            self._require_processors()
-        height, width = height or self.default_size(), width or self.default_size()
-        if height % self.vae_scale_factor or width % self.vae_scale_factor:
-            raise ValueError(f"height {height} and width {width} have to be divisible by {self.vae_scale_factor}")
+        self._check_conditions(len(prompts), image, mask, label, beta, image_embeds)
+        height, width = self._size(height, width)
         device, guided = self._execution_device, guidance_scale > 1
         text = self.encode_text(prompts, (height, width), num_images_per_prompt, guided, negative)
         batch = len(prompts) * num_images_per_prompt
@@ -220,6 +203,25 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError(f"the UNet's sample_size is {size}: give height and width")
         return size * self.vae_scale_factor
 
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        height, width = height or self.default_size(), width or self.default_size()
+        if height % self.vae_scale_factor or width % self.vae_scale_factor:
+            raise ValueError(f"height {height} and width {width} have to be divisible by {self.vae_scale_factor}")
+        return height, width
+
+    def _check_conditions(self, prompts: int, image: Any, mask: Any, label: str | None, beta: Any, image_embeds: Tensor | None) -> None:
+        """The ValueErrors of `__call__` for what stands beside the prompts."""
+        if self.adapter is None and (image_embeds is not None or isinstance(image, Subject)):
+            raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
+        if image is None and (mask is not None or label is not None):
+            raise ValueError("mask and label are those of a picture: give it as image")
+        shapes = {"beta": (tuple(torch.as_tensor(beta).shape), 1), "image_embeds": (() if image_embeds is None else tuple(image_embeds.shape), 2)}
+        for name, (shape, dims) in shapes.items():
+            if shape != () and (len(shape) != dims or shape[0] not in (1, prompts)):
+                raise ValueError(f"{name} of shape {shape} for {prompts} prompts: give one, or one a prompt")
+        if image is not None or image_embeds is not None:
+            self._require_processors()
+
     def _require_processors(self) -> None:
         if not all(isinstance(processor, MoMAAttnProcessor) for processor in self.unet.attn_processors.values()):
             raise ValueError("the UNet's attention processors are no longer MoMA's (attention slicing, fused projections, another UNet, a pipeline that "
@@ -265,6 +267,20 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError("the pictures hold values that are not finite: weights of the adapter or the base are damaged, or too large for float16 "
                              "(bfloat16 and float32 hold them)")  # fmt: skip
         return self.image_processor.postprocess(images, output_type=output_type)
+
+
+def as_lists(
+    prompt: str | Sequence[str], mllm_prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None
+) -> tuple[list[str], list[str], list[str] | None]:
+    """Prompts, what the decoder is asked for, and negative prompts. Raises ValueError where they are not as many."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
+    negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt or []) or None
+    if len(asked) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
+    if negative and len(negative) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(negative)} negative prompts: must be as many, or one string for all")
+    return prompts, asked, negative
 
 
 class MoMAPipelineSD(MoMAPipeline, BasePipelineSD):
