@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from lightning.pytorch import seed_everything
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,6 +22,8 @@ from transformers import (
 from experiments.mini.recipe import captions, llava
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
+from moma_lightning.optim import OptimizerConfig
 from tests.tiny import tiny_base, tiny_sdxl_base
 
 HIDDEN, EMBED, VISION_WIDTH = 24, 12, 16
@@ -99,3 +102,14 @@ def decoder_folder(foundation, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("decoder")
     ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), EMBED).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def build_stage2(foundation, decoder_folder):
+    def make(**options) -> Stage2:
+        seed_everything(0, verbose=False)
+        decoder = decoder_folder if options.get("context", "decoder") == "decoder" else None
+        optimizer = OptimizerConfig(lr=1e-2, lr_multipliers={"lambda_": 10.0} if options.get("subject", True) else {})
+        return Stage2(foundation, Stage2Config(**options), optimizer, decoder, GridConfig(pictures=0))
+
+    return make

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -15,13 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from moma_lightning import losses
-from moma_lightning.batch import CachedBatch, TripletBatch
+from moma_lightning.batch import TripletBatch
 from moma_lightning.checkpoints import load_adapter, save_adapter
 from moma_lightning.digests import identity
-from moma_lightning.models.attention import Conditioning
-from moma_lightning.models.kept_reference import kept_reference
-from moma_lightning.models.masks import MaskPyramid
-from moma_lightning.models.text import token_ids
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.modules.stage2_parts import build_adapter
 from moma_lightning.optim import OptimizerConfig
@@ -44,30 +40,20 @@ def loader(*seeds: int) -> DataLoader:
     return DataLoader([batch(seed) for seed in seeds], batch_size=None)
 
 
-@pytest.fixture
-def build(foundation, decoder_folder):
-    def make(**options) -> Stage2:
-        seed_everything(0, verbose=False)
-        decoder = decoder_folder if options.get("context", "decoder") == "decoder" else None
-        optimizer = OptimizerConfig(lr=1e-2, lr_multipliers={"lambda_": 10.0} if options.get("subject", True) else {})
-        return Stage2(foundation, Stage2Config(**options), optimizer, decoder, GridConfig(pictures=0))
-
-    return make
-
-
 def trainer(folder, steps: int, **options) -> Trainer:
     return Trainer(max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
                    enable_model_summary=False, num_sanity_val_steps=0, **{"enable_checkpointing": False, **options})
 
 
-def test_the_decoder_that_it_was_trained_with_is_known(build, decoder_folder):
+def test_the_decoder_that_it_was_trained_with_is_known(build_stage2, decoder_folder):
     """By its digest, which a finished run keeps, from a cache too."""
-    assert [build(**options).decoder_digest for options in ({}, {"cached": True}, {"context": "image_encoder"})] == [identity(decoder_folder)] * 2 + [None]
+    digests = [build_stage2(**options).decoder_digest for options in ({}, {"cached": True}, {"context": "image_encoder"})]
+    assert digests == [identity(decoder_folder)] * 2 + [None]
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_training_moves_the_adapter_and_nothing_else(build, tmp_path, variant):
-    module = build(variant=variant)
+def test_training_moves_the_adapter_and_nothing_else(build_stage2, tmp_path, variant):
+    module = build_stage2(variant=variant)
     before = {n: v.clone() for n, v in module.state_dict().items()}
     trainer(tmp_path, 3).fit(module, loader(0, 1, 2))
     changed = {n for n, v in module.state_dict().items() if not torch.equal(v, before[n])}
@@ -75,16 +61,16 @@ def test_training_moves_the_adapter_and_nothing_else(build, tmp_path, variant):
     assert all(layer.lambda_ != 0 for layer in module.adapter.subject.values())
 
 
-def test_parameter_counts_of_the_paper_layout(build):
-    module = build()
+def test_parameter_counts_of_the_paper_layout(build_stage2):
+    module = build_stage2()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     by_hand = sum(2 * c * c + 1 for c in (16, 16, 16, 32, 32, 32, 32)) + sum(2 * c * 32 for c in (16, 16, 16, 32, 32, 32, 32))
     by_hand += (EMBED * 4 * 32 + 4 * 32) + 2 * 32
     assert trained == by_hand
 
 
-def test_an_ip_adapter_has_no_subject_side(build, tmp_path):
-    module = build(context="image_encoder", subject=False)
+def test_an_ip_adapter_has_no_subject_side(build_stage2, tmp_path):
+    module = build_stage2(context="image_encoder", subject=False)
     trainer(tmp_path, 2).fit(module, loader(0, 1))
     assert not any(p.requires_grad for p in module.adapter.subject.parameters())
     loaded = load_adapter(tmp_path / "adapter", module.unet)
@@ -92,17 +78,17 @@ def test_an_ip_adapter_has_no_subject_side(build, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 64), (40, 24)])
-def test_sizes_and_empty_masks_stay_finite(build, shape):
-    module = build()
+def test_sizes_and_empty_masks_stay_finite(build_stage2, shape):
+    module = build_stage2()
     values, _ = module.sample_losses(batch(0, height=shape[0], width=shape[1], empty=True), drop=True)
     values.mean().backward()
     assert torch.isfinite(values).all()
     assert all(torch.isfinite(p.grad).all() for p in module.adapter.parameters())
 
 
-def test_a_sample_does_not_see_its_neighbours(build):
+def test_a_sample_does_not_see_its_neighbours(build_stage2):
     """With mixed masks in one batch each sample's prediction equals the one it gets alone."""
-    module = build().eval()
+    module = build_stage2().eval()
     with torch.no_grad():
         for layer in module.adapter.subject.values():
             layer.lambda_.fill_(0.8)
@@ -116,8 +102,8 @@ def test_a_sample_does_not_see_its_neighbours(build):
             torch.testing.assert_close(alone, together[i], atol=1e-4, rtol=1e-4)
 
 
-def test_the_loss_can_weigh_the_subject_and_the_timesteps(build):
-    module, one = build(subject_weight=3.0, min_snr_gamma=5.0), batch(0)
+def test_the_loss_can_weigh_the_subject_and_the_timesteps(build_stage2):
+    module, one = build_stage2(subject_weight=3.0, min_snr_gamma=5.0), batch(0)
     module.forward = lambda noisy_latents, *rest: torch.zeros_like(noisy_latents)
     values, timesteps = module.sample_losses(one, torch.Generator().manual_seed(4), drop=False)
     generator = torch.Generator().manual_seed(4)
@@ -129,29 +115,29 @@ def test_the_loss_can_weigh_the_subject_and_the_timesteps(build):
         torch.testing.assert_close(values[i], expected)
 
 
-def test_validation_draws_the_same_for_the_same_seed(build):
+def test_validation_draws_the_same_for_the_same_seed(build_stage2):
     """Whatever the state of the global generator: equal weights have an equal validation loss."""
-    module, losses_ = build(), []
+    module, losses_ = build_stage2(), []
     for state in (1, 2):
         torch.manual_seed(state)
         losses_.append(module.sample_losses(batch(0), torch.Generator().manual_seed(4), drop=False)[0])
     assert torch.equal(*losses_)
 
 
-def test_the_reference_pass_and_the_target_are_two_samples_of_one_posterior(build):
-    module, one = build(), batch(0)
+def test_the_reference_pass_and_the_target_are_two_samples_of_one_posterior(build_stage2):
+    module, one = build_stage2(), batch(0)
     posterior = module.vae.encode(one.pixel_values).latent_dist
     torch.manual_seed(1)
     target, seen = module.latents(one)
     torch.manual_seed(1)
     expected = [posterior.sample() * module.vae.config.scaling_factor for _ in range(2)]
     torch.testing.assert_close([target, seen], expected)
-    white = build(variant="paper").latents(one)[1]
+    white = build_stage2(variant="paper").latents(one)[1]
     assert not torch.allclose(white, seen, atol=0.5)
 
 
-def test_dropout_is_zeros_before_the_projector_and_never_the_subject(build):
-    module = build(context_dropout=1.0)
+def test_dropout_is_zeros_before_the_projector_and_never_the_subject(build_stage2):
+    module = build_stage2(context_dropout=1.0)
     seen = {}
     module.adapter.image_proj.register_forward_pre_hook(lambda _, args: seen.__setitem__("embeds", args[0]))
     subject = module.adapter.subject_conditioning
@@ -162,122 +148,13 @@ def test_dropout_is_zeros_before_the_projector_and_never_the_subject(build):
     assert (seen["embeds"] != 0).any()
 
 
-def drawn(module: Stage2, one: TripletBatch, seed: int) -> SimpleNamespace:
-    """A step's inputs by hand, from the same random numbers in the same order."""
-    generator, white = torch.Generator().manual_seed(seed), torch.where(one.subject_mask > 0.5, one.pixel_values, 1.0)
-    shown = white if module.config.variant == "paper" else one.pixel_values
-    latents, seen = (module.vae.encode(x).latent_dist.sample(generator) * module.vae.config.scaling_factor for x in (one.pixel_values, shown))
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(0, 1000, (len(one),), generator=generator)
-    signal = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[timesteps].sqrt().view(-1, 1, 1, 1)
-    return SimpleNamespace(white=white, latents=latents, seen=seen, noise=noise, timesteps=timesteps, signal=signal, rest=(1 - signal**2).sqrt())
-
-
-@pytest.mark.parametrize("context", ["decoder", "image_encoder"])
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_a_step_is_section_3_by_hand(build, variant, context):
-    """The reference pass reads the label and the noisy one the caption, the MLLM sees the subject on white, CLIP the whole picture, M_gen is M_ref."""
-    module, one = build(variant=variant, context=context), batch(0)
-    one = replace(one, caption=["a cat on a lake", "a mug at night", "a cat"], full_caption=["a red cat"] * 3, label=["cat", "mug", "cat"])
-    adapter, by_hand, mask = module.adapter, drawn(module, one, 7), MaskPyramid(one.subject_mask, (4, 4))
-    with torch.no_grad():
-        for layer in adapter.subject.values():
-            layer.lambda_.fill_(2.0)
-
-    def read(words):
-        return module.text_encoder(token_ids(module.base.tokenizer, words)).last_hidden_state
-
-    given = adapter.context_conditioning(
-        module.decoder(by_hand.white, one.label, one.caption) if context == "decoder" else module.image_encoder(one.pixel_values))
-    given.generated_mask = mask if variant == "released" else None
-    subject = adapter.subject_conditioning(adapter.reference_features(module.unet, by_hand.seen, read(one.label)), mask, mask)
-    noisy = by_hand.signal * by_hand.latents + by_hand.rest * by_hand.noise
-    predicted = module.unet(noisy, by_hand.timesteps, read(one.caption), cross_attention_kwargs={"conditioning": Conditioning(subject, given)}).sample
-    values, timesteps = module.sample_losses(one, torch.Generator().manual_seed(7), drop=False)
-    assert torch.equal(timesteps, by_hand.timesteps)
-    torch.testing.assert_close(values, (predicted - by_hand.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
-
-
-def test_a_base_that_predicts_velocity_is_trained_on_it(build):
-    """v = sqrt(a) noise - sqrt(1 - a) latents (Salimans and Ho, 2022), and min-SNR's weight of it, min(SNR, gamma) / (SNR + 1)."""
-    module = build(min_snr_gamma=1.0)
-    module.noise_scheduler.register_to_config(prediction_type="v_prediction")
-    module.forward = lambda noisy_latents, *rest: torch.zeros_like(noisy_latents)
-    by_hand = drawn(module, batch(0), 4)
-    velocity, snr = by_hand.signal * by_hand.noise - by_hand.rest * by_hand.latents, (by_hand.signal / by_hand.rest).flatten() ** 2
-    expected = velocity.square().mean((1, 2, 3)) * snr.clamp(max=1) / (snr + 1)
-    torch.testing.assert_close(module.sample_losses(batch(0), torch.Generator().manual_seed(4), drop=False)[0], expected, rtol=1e-3, atol=1e-6)
-
-
-def test_embeddings_and_texts_are_dropped_independently_at_their_rates(build):
-    module, seen, latents = build(context_dropout=0.25, text_dropout=0.5), [], torch.zeros(3, 4, 4, 4)
-    module.latents, module.context_embeds = lambda *_: (latents, latents), lambda _: torch.ones(3, EMBED)
-
-    def forward(noisy_latents, timesteps, one, embeds, captions, reference_latents):
-        assert set(captions) <= {"", *one.caption} and all(row.unique().numel() == 1 for row in embeds)
-        seen.extend((row[0] == 0, text == "") for row, text in zip(embeds, captions, strict=True))
-        return noisy_latents
-
-    module.forward = forward
-    torch.manual_seed(0)
-    for _ in range(500):
-        module.sample_losses(batch(0), drop=True)
-    embeds, texts = torch.tensor(seen).float().T
-    assert [embeds.mean(), texts.mean(), (embeds * texts).mean()] == pytest.approx([0.25, 0.5, 0.125], abs=0.04)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_dropout_is_for_training_alone(build, tmp_path):
-    module, seen = build(context_dropout=1.0, text_dropout=1.0), []
-    forward = module.forward
-    module.forward = lambda *inputs: seen.append((bool(inputs[3].any()), inputs[4])) or forward(*inputs)
-    trainer(tmp_path, 1, limit_val_batches=1).fit(module, loader(0), loader(1))
-    assert seen == [(False, [""] * 3), (True, ["a cat on a lake"] * 3)]  # a training step, then validation
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_a_cached_reference_is_of_what_the_variant_sees(build, variant):
-    module, one = build(variant=variant, cache_reference=True), batch(0)
-    shown = torch.where(one.subject_mask > 0.5, one.pixel_values, 1.0) if variant == "paper" else one.pixel_values
-    latents = module.vae.encode(shown).latent_dist.mean * module.vae.config.scaling_factor
-    expected, found = kept_reference(module.reference_features(latents, one), MaskPyramid(one.subject_mask, (4, 4))), module.features(one)
-    assert set(found) == {"moments", "image_embeds", *expected}
-    torch.testing.assert_close({name: found[name] for name in expected}, expected)
-
-
-def test_a_caches_pictures_are_the_autoencoders(build):
-    module, one = build(), batch(0)
-    posterior = module.vae.encode(one.pixel_values).latent_dist
-    cached = CachedBatch({"moments": posterior.parameters}, one.subject_mask, one.caption, one.label, one.key, one.caption)
-    torch.testing.assert_close(module.pictures(cached), module.vae.decode(posterior.mean).sample)
-
-
-def test_every_batch_of_the_validation_has_noise_of_its_own(build):
-    """On each rank: a batch's noise is that of its number in the split, whoever reads it."""
-    module, seeds = build(), []
-    module.log = lambda *_, **__: None
-    module.sample_losses = lambda one, generator, drop: seeds.append(generator.initial_seed()) or (torch.zeros(3), None)
-    for rank in (0, 1):
-        module._trainer = SimpleNamespace(world_size=2, global_rank=rank)
-        for number in range(2):
-            module.validation_step(batch(0), number)
-    assert seeds == [0, 2, 1, 3]
-
-
-def test_losses_are_logged_by_quarters_of_the_schedule(build):
-    module, logged = build(), {}
-    module.log_dict = lambda values, batch_size: logged.update(values)
-    module._log_bands(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 249, 250, 999]))
-    assert list(logged) == [f"train/loss_t{band}" for band in range(4)] and [logged[f"train/loss_t{band}"].item() for band in (0, 1, 3)] == [1.5, 4.0, 8.0]
-
-
 def test_noise_prediction_loss_is_equation_1():
     a, b = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     expected = torch.stack([((a[i] - b[i]) ** 2).sum() / 36 for i in range(2)])
     torch.testing.assert_close(losses.noise_prediction_losses(a, b), expected)
 
 
-def test_two_steps_kill_and_resume_equal_four_steps(build, tmp_path):
+def test_two_steps_kill_and_resume_equal_four_steps(build_stage2, tmp_path):
     """Checkpoints hold what is trained and its optimizer. The noise follows the step; where data go on is the datamodule's test."""
 
     def steps(module, folder, count, **options):
@@ -286,28 +163,28 @@ def test_two_steps_kill_and_resume_equal_four_steps(build, tmp_path):
         trainer(folder, count, callbacks=[callback], enable_checkpointing=True).fit(module, loader(0, 0, 0, 0), **options)
         return {n: p.detach().clone() for n, p in module.adapter.named_parameters()}
 
-    undisturbed = steps(build(), tmp_path / "a", 4)
-    steps(build(), tmp_path / "b", 2)
-    resumed = steps(build(), tmp_path / "b", 4, ckpt_path=tmp_path / "b" / "last.ckpt")
+    undisturbed = steps(build_stage2(), tmp_path / "a", 4)
+    steps(build_stage2(), tmp_path / "b", 2)
+    resumed = steps(build_stage2(), tmp_path / "b", 4, ckpt_path=tmp_path / "b" / "last.ckpt")
     assert all(torch.equal(undisturbed[n], resumed[n]) for n in undisturbed)
     saved = torch.load(tmp_path / "b" / "last.ckpt", weights_only=False)["state_dict"]
     assert set(saved) == {f"adapter.{n}" for n in undisturbed}
 
 
 @pytest.mark.parametrize("other", [{"variant": "paper"}, {"context": "image_encoder"}])
-def test_a_checkpoint_of_another_variant_or_context_is_refused(build, tmp_path, other):
+def test_a_checkpoint_of_another_variant_or_context_is_refused(build_stage2, tmp_path, other):
     """Their weights have the same names and shapes."""
     first = trainer(tmp_path, 1)
-    first.fit(build(variant="released", context="decoder"), loader(0))
+    first.fit(build_stage2(variant="released", context="decoder"), loader(0))
     first.save_checkpoint(tmp_path / "last.ckpt")
     ((name, value),) = other.items()
     with pytest.raises(ValueError, match=rf"last\.ckpt was trained with other options: .*\n  stage2\.{name}: .* in the checkpoint, {value} now"):
-        trainer(tmp_path, 2).fit(build(**{"variant": "released", "context": "decoder"} | other), loader(0, 0), ckpt_path=tmp_path / "last.ckpt")
+        trainer(tmp_path, 2).fit(build_stage2(**{"variant": "released", "context": "decoder"} | other), loader(0, 0), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_logged_lambda_is_that_of_the_logged_step(build, tmp_path):
+def test_logged_lambda_is_that_of_the_logged_step(build_stage2, tmp_path):
     """Lightning writes every n-th step with what was logged last, which must not be of a step before."""
-    module = build()
+    module = build_stage2()
     seen = []
     module.on_before_zero_grad = lambda _: seen.append(next(iter(module.adapter.subject.values())).lambda_.item())  # as each step begins
     logger = CSVLogger(tmp_path, name="", version="")
@@ -319,9 +196,9 @@ def test_logged_lambda_is_that_of_the_logged_step(build, tmp_path):
     assert sorted(rows) == [1, 3] and [float(rows[step][name]) for step in (1, 3)] == pytest.approx([seen[1], seen[3]])
 
 
-def test_a_quarter_of_the_schedule_without_a_sample_is_logged_as_nan(build, tmp_path):
+def test_a_quarter_of_the_schedule_without_a_sample_is_logged_as_nan(build_stage2, tmp_path):
     """And not as what it was the last time."""
-    module, drawn = build(), iter([[0, 300, 999], [100, 100, 600]])
+    module, drawn = build_stage2(), iter([[0, 300, 999], [100, 100, 600]])
     module.random_draws = lambda latents, generator, drop: (torch.zeros_like(latents), torch.tensor(next(drawn)), None)
     logger = CSVLogger(tmp_path, name="", version="")
     fitted = Trainer(max_steps=2, default_root_dir=tmp_path, accelerator="cpu", logger=logger, log_every_n_steps=1, enable_progress_bar=False,
@@ -332,8 +209,8 @@ def test_a_quarter_of_the_schedule_without_a_sample_is_logged_as_nan(build, tmp_
     assert [[row[f"train/loss_t{band}"] == "nan" for band in range(4)] for row in rows] == [[False, False, True, False], [False, True, False, True]]
 
 
-def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build, tmp_path):
-    module = build()
+def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build_stage2, tmp_path):
+    module = build_stage2()
     module.grid = GridConfig(pictures=2, num_inference_steps=2)
     odd, none = (replace(batch(5), caption=captions) for captions in (["a lake without it", "a cat on a lake", "a cat"], ["a lake"] * 3))
     with pytest.warns(UserWarning, match="5-0 is not redrawn: .*'cat' does not occur"):
@@ -344,16 +221,16 @@ def test_a_caption_that_cannot_be_redrawn_does_not_end_training(build, tmp_path)
     assert Image.open(next((tmp_path / "pictures").iterdir())).height < 2 * 40
 
 
-def test_an_average_that_is_left_out_is_told_of(build, tmp_path):
+def test_an_average_that_is_left_out_is_told_of(build_stage2, tmp_path):
     first = trainer(tmp_path, 1, callbacks=[EMA(0.5)])
-    first.fit(build(), loader(0))
+    first.fit(build_stage2(), loader(0))
     first.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.warns(UserWarning, match=r"last.ckpt holds an average of the weights \(EMA\), which is left out"):
-        trainer(tmp_path, 2).fit(build(), loader(1), ckpt_path=tmp_path / "last.ckpt")
+        trainer(tmp_path, 2).fit(build_stage2(), loader(1), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_the_picture_grid_of_validation_is_written(build, tmp_path):
-    module = build()
+def test_the_picture_grid_of_validation_is_written(build_stage2, tmp_path):
+    module = build_stage2()
     module.grid = GridConfig(pictures=2, num_inference_steps=2)
     trainer(tmp_path, 1, limit_val_batches=1).fit(module, loader(0), loader(1))
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"]
@@ -361,9 +238,9 @@ def test_the_picture_grid_of_validation_is_written(build, tmp_path):
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-000001.png"], "a validation by itself is not part of the run"
 
 
-def test_the_grids_samples_come_to_each_rank_by_way_of_the_cpu(build, monkeypatch):
+def test_the_grids_samples_come_to_each_rank_by_way_of_the_cpu(build_stage2, monkeypatch):
     """Pickled tensors of a GPU are unpickled on the GPU that they were on, rank 0's."""
-    module, told = build(), []
+    module, told = build_stage2(), []
     module.grid, module.grid_samples, module._device_mesh = GridConfig(pictures=1), batch(1), object()
     monkeypatch.setattr(module, "transfer_batch_to_device", lambda samples, device, _: told.append(f"to {device}") or samples)
     monkeypatch.setattr(module, "_log_grid", lambda samples: told.append("drawn"))
@@ -375,11 +252,11 @@ def test_the_grids_samples_come_to_each_rank_by_way_of_the_cpu(build, monkeypatc
     assert told == ["to cpu", "broadcast", "to cuda:3", "drawn"]
 
 
-def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):
+def test_with_bf16_the_frozen_units_are_held_in_it(build_stage2, tmp_path):
     """The loss is near that of float32, the adapter stays in it, and validation draws its pictures."""
     losses = []
     for precision in ("32-true", "bf16-mixed"):
-        module = build()
+        module = build_stage2()
         module.grid = GridConfig(pictures=1, num_inference_steps=2)
         for layer in module.adapter.subject.values():
             torch.nn.init.constant_(layer.lambda_, 0.5)
@@ -393,21 +270,21 @@ def test_with_bf16_the_frozen_units_are_held_in_it(build, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_trained_weights_of_16_bits_are_refused(build, tmp_path, precision):
+def test_trained_weights_of_16_bits_are_refused(build_stage2, tmp_path, precision):
     with pytest.raises(ValueError, match=f"trainer.precision {precision}: .* use bf16-mixed"):
-        trainer(tmp_path, 1, precision=precision).fit(build(context="image_encoder"), loader(0))
+        trainer(tmp_path, 1, precision=precision).fit(build_stage2(context="image_encoder"), loader(0))
 
 
-def test_lightnings_own_fsdp_strategy_is_refused(build):
-    module = build(context="image_encoder")
+def test_lightnings_own_fsdp_strategy_is_refused(build_stage2):
+    module = build_stage2(context="image_encoder")
     module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
     with pytest.raises(ValueError, match="fsdp` is the supported variant"):
         module.setup("fit")
 
 
-def test_stage_2_may_start_from_a_moma_adapter(build, foundation, tmp_path):
+def test_stage_2_may_start_from_a_moma_adapter(build_stage2, foundation, tmp_path):
     """On another data set, say: its subject side too, unless an IP-Adapter is trained; never of the other variant."""
-    trained = build(variant="paper")
+    trained = build_stage2(variant="paper")
     with torch.no_grad():
         for parameter in trained.adapter.parameters():
             parameter.add_(0.1)

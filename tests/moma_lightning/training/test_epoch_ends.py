@@ -13,6 +13,7 @@ from moma_lightning.cli import StepCheckpoint
 from moma_lightning.training.epoch_ends import EpochEnds
 from moma_lightning.training.guards import Preempted, StopOnSignal
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 BATCHES = 4
 
 
@@ -117,9 +118,11 @@ SCHEDULES = {"each epoch": {}, "every other": {"check_val_every_n_epoch": 2}, "t
              "across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None}, "never": {"limit_val_batches": 0}}  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("step", range(1, 12))
+def at_every_step(test):
+    return pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)(pytest.mark.parametrize("step", range(1, 12))(test))
+
+
+@at_every_step
 def test_told_to_stop_behind_any_step(tmp_path, step, options):
     whole = fit(tmp_path / "whole", **options)
     first, then = fit(tmp_path, told_at=step, **options), fit(tmp_path, resume=True, **options)
@@ -127,23 +130,18 @@ def test_told_to_stop_behind_any_step(tmp_path, step, options):
     assert first.rows + then.rows == whole.rows
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("step", range(1, 12))
+@at_every_step
 def test_ended_behind_any_step_and_taken_further(tmp_path, step, options):
-    whole = fit(tmp_path / "whole", **options)
-    first, then = fit(tmp_path, steps=step, **options), fit(tmp_path, resume=True, **options)
+    whole, first, then = fit(tmp_path / "whole", **options), fit(tmp_path, steps=step, **options), fit(tmp_path, resume=True, **options)
     ends_there = [] if step % BATCHES == 0 else [("end", step // BATCHES, step)]  # training ended in the middle of this epoch
     assert first.events + then.events == [*first.events, *whole.events[len(first.events) - len(ends_there) :]]
-    assert (then.epoch, then.weight) == (3, 12.0) and [row for row in whole.rows if row not in first.rows + then.rows] == []
-    assert [row for row in first.rows + then.rows if row not in whole.rows] == []
+    assert (then.epoch, then.weight) == (3, 12.0) and first.rows + then.rows == whole.rows
 
 
 def stop_early():
     return EarlyStopping("val/score", patience=1)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("step", range(3, 13))
 def test_what_hangs_on_an_epochs_end_happens(tmp_path, step):
     """EarlyStopping and the best checkpoint look at the metric there: 25, 1, 9 at steps 4, 8, 12."""
@@ -156,7 +154,6 @@ def test_what_hangs_on_an_epochs_end_happens(tmp_path, step):
     assert then.step == 12 and [path.name for path in (tmp_path / "best").iterdir()] == ["best-step=8.ckpt"]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("on_train_epoch_end", [True, False])
 def test_a_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path, on_train_epoch_end):
     kept = {"every_n_train_steps": 0, "every_n_epochs": 1, "save_top_k": 1, "save_on_train_epoch_end": on_train_epoch_end, "filename": "kept"}
@@ -168,7 +165,6 @@ def test_a_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path, on_train_
     assert then.epoch == whole.epoch == 3
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpoint, names", [
     ({"save_top_k": -1, "every_n_train_steps": 4}, {"step=4", "step=8"}), ({"save_top_k": 1, "every_n_train_steps": 4, "monitor": "val/score"}, {"step=8"}),
 ])  # fmt: skip
@@ -177,7 +173,6 @@ def test_the_last_step_is_among_those_that_are_kept_with_its_own_score(tmp_path,
     assert {path.stem for path in (tmp_path / "saved").iterdir()} == names
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_nothing_is_saved_at_a_validation_between_two_micro_batches(tmp_path):
     kept = {"every_n_train_steps": 0, "every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
     fit(tmp_path, 2, accumulate_grad_batches=2, val_check_interval=3, limit_val_batches=1, checkpoint=kept)
