@@ -2,17 +2,12 @@
 
 import sys
 
-USAGE = """usage: python -m evaluation <command> --config experiments/<experiment>/eval.yaml ...
+from evaluation.commands import HELP
 
-  generate     make the missing pictures
-  score        score the pictures; write scores.parquet, summary.json and table.md
-  dreambooth   generate, then score
-  ablate       one table of settings: add --config experiments/ablations/<axis>.yaml
-  point        one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs
-  masks        is M_gen where the subject is: IoU with SAM at three mask strengths
-  figures      the paper's figures as PNG and SVG
-  models       names of the protocol's encoders, for `python -m moma_lightning fetch --models`
-  report       figures, report/index.html and report/grid.png; log to wandb
+LISTED = "\n".join(f"  {name:<12} {text}" for name, text in HELP.items())
+USAGE = f"""usage: python -m evaluation <command> --config experiments/<experiment>/eval.yaml ...
+
+{LISTED}
 
 Several run in one process, which imports once: python -m evaluation dreambooth --config X then report --config X
 python -m evaluation <command> --help lists a command's options."""

@@ -1,5 +1,4 @@
-"""`python -m evaluation {generate,score,dreambooth,ablate,point,masks,figures,models,report} --config experiments/<family>/eval.yaml`, or several,
-with `then` between them."""
+"""`python -m evaluation <command> --config experiments/<family>/eval.yaml`, or several, with `then` between them."""
 
 import builtins
 import gc
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.multiprocessing import ProcessRaisedException
 
 from evaluation.ablations import run_ablation
+from evaluation.commands import HELP
 from evaluation.config import EvalConfig
 from evaluation.dreambooth import run_dreambooth, run_scoring
 from evaluation.figures import write_figures
@@ -45,18 +45,17 @@ def models(config: EvalConfig) -> None:
     print(json.dumps(hub_names(config.resolved_protocol().encoders.values())))
 
 
-COMMANDS: dict[str, tuple[Callable[[EvalConfig], object], str]] = {
-    "generate": (generate, "make the missing pictures"),
-    "score": (run_scoring, "score the pictures; write scores.parquet, summary.json and table.md"),
-    "dreambooth": (run_dreambooth, "generate, then score"),
-    "ablate": (run_ablation, "one table of settings: add --config experiments/ablations/<axis>.yaml"),
-    "point": (run_point, "one setting of MoMA (--moma.beta ...), scored and logged to wandb: what a sweep's agent runs"),
-    "masks": (run_mask_iou, "is M_gen where the subject is: IoU with SAM at three mask strengths"),
-    "figures": (write_figures, "the paper's figures as PNG and SVG"),
-    "models": (models, "names of the protocol's encoders, for `python -m moma_lightning fetch --models`"),
-    "report": (report, "figures, report/index.html and report/grid.png; log to wandb"),
+COMMANDS: dict[str, Callable[[EvalConfig], object]] = {
+    "generate": generate,
+    "score": run_scoring,
+    "dreambooth": run_dreambooth,
+    "ablate": run_ablation,
+    "point": run_point,
+    "masks": run_mask_iou,
+    "figures": write_figures,
+    "models": models,
+    "report": report,
 }
-
 
 #: Commands that no second process shares in: of those that torchrun or srun started, the first runs them.
 ALONE = ("masks", "figures", "models", "report")
@@ -66,7 +65,7 @@ def build_parser(protocol: str = EvalConfig.protocol) -> ArgumentParser:
     """protocol: the preset that `overrides` are of, so that `--overrides.sampler.seed 1` changes one field of whatever a YAML has changed."""
     parser = ArgumentParser(prog="python -m evaluation", parser_mode="omegaconf", description="DreamBooth-style evaluation.")
     commands = parser.add_subcommands(required=True)
-    for name, (_, text) in COMMANDS.items():
+    for name, text in HELP.items():
         command = ArgumentParser(parser_mode="omegaconf", description=text)
         command.add_argument("--config", action="config", help="YAML of EvalConfig's fields")
         command.add_class_arguments(EvalConfig, skip={"overrides"})
@@ -122,7 +121,7 @@ def run(command: str, config: EvalConfig) -> None:
     if command in ALONE and rank_zero_only.rank != 0:
         return
     try:
-        COMMANDS[command][0](config)
+        COMMANDS[command](config)
     except MENDED_BY_HAND as error:
         logger.debug("traceback", exc_info=True)
         sys.exit(f"evaluation {command}: {error}")

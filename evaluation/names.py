@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.statistics import METRICS
-from evaluation.tables import TITLES
 
 #: Names that plain spelling out would get wrong; the longest that fits the start of a key is used.
 WORDS = {
@@ -56,12 +55,12 @@ def axis_name(key: str) -> str:
 
 
 def metric_name(key: str) -> str:
-    return TITLES.get(key, key.replace("_", " "))
+    return METRICS[key].title if key in METRICS else key.replace("_", " ")
 
 
 def column_of(metric: str) -> str:
     """The column of scores.parquet that a metric averages."""
-    return METRICS[metric][0]
+    return METRICS[metric].column
 
 
 def column_name(column: str) -> str:

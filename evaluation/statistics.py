@@ -3,37 +3,46 @@
 import re
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-#: Metric -> column and kinds of prompt, in the order of the paper's Table 1.
+
+class Metric(NamedTuple):
+    """A mean of the tables: of a column of scores.parquet, over these kinds of prompt."""
+
+    column: str
+    kinds: tuple[str, ...]
+    title: str
+
+
+#: In the order of the paper's Table 1.
 TABLE_1 = {
-    "dino": ("dino", ("context", "real")),
-    "clip_t_context": ("clip_t", ("context",)),
-    "clip_i": ("clip_i", ("context", "real")),
-    "clip_t_texture": ("clip_t", ("texture",)),
+    "dino": Metric("dino", ("context", "real"), "DINO"),
+    "clip_t_context": Metric("clip_t", ("context",), "CLIP-T(c)"),
+    "clip_i": Metric("clip_i", ("context", "real"), "CLIP-I"),
+    "clip_t_texture": Metric("clip_t", ("texture",), "CLIP-T(t)"),
 }
 #: What a protocol may ask for besides: shown where it was made.
 EXTRAS = {
-    "dino_masked": ("dino_masked", ("context", "real")),
-    "clip_i_masked": ("clip_i_masked", ("context", "real")),
-    "clip_t_background": ("clip_t_background", ("context",)),
-    "copy_paste": ("copy_paste", ("context",)),
-    "diversity": ("diversity", ("context",)),
-    "dinov2": ("dinov2", ("context", "real")),
-    "dinov3": ("dinov3", ("context", "real")),
-    "siglip2_i": ("siglip2_i", ("context", "real")),
-    "dreamsim": ("dreamsim", ("context", "real")),
-    "siglip2_t_context": ("siglip2_t", ("context",)),
-    "siglip2_t_texture": ("siglip2_t", ("texture",)),
-    "dino_accessory": ("dino", ("accessory",)),
-    "clip_t_accessory": ("clip_t", ("accessory",)),
-    "dino_pose": ("dino", ("pose",)),
-    "clip_t_pose": ("clip_t", ("pose",)),
-    "dino_camera": ("dino", ("camera",)),
-    "clip_t_camera": ("clip_t", ("camera",)),
+    "dino_masked": Metric("dino_masked", ("context", "real"), "DINO, subject"),
+    "clip_i_masked": Metric("clip_i_masked", ("context", "real"), "CLIP-I, subject"),
+    "clip_t_background": Metric("clip_t_background", ("context",), "CLIP-T, background"),
+    "copy_paste": Metric("copy_paste", ("context",), "copy-paste"),
+    "diversity": Metric("diversity", ("context",), "diversity"),
+    "dinov2": Metric("dinov2", ("context", "real"), "DINOv2"),
+    "dinov3": Metric("dinov3", ("context", "real"), "DINOv3"),
+    "siglip2_i": Metric("siglip2_i", ("context", "real"), "SigLIP2-I"),
+    "dreamsim": Metric("dreamsim", ("context", "real"), "DreamSim"),
+    "siglip2_t_context": Metric("siglip2_t", ("context",), "SigLIP2-T(c)"),
+    "siglip2_t_texture": Metric("siglip2_t", ("texture",), "SigLIP2-T(t)"),
+    "dino_accessory": Metric("dino", ("accessory",), "DINO, accessory"),
+    "clip_t_accessory": Metric("clip_t", ("accessory",), "CLIP-T, accessory"),
+    "dino_pose": Metric("dino", ("pose",), "DINO, pose"),
+    "clip_t_pose": Metric("clip_t", ("pose",), "CLIP-T, pose"),
+    "dino_camera": Metric("dino", ("camera",), "DINO, camera"),
+    "clip_t_camera": Metric("clip_t", ("camera",), "CLIP-T, camera"),
 }
 METRICS = TABLE_1 | EXTRAS
 RESAMPLES = 2000
@@ -50,7 +59,7 @@ def rows_of(scores: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
     Raises ValueError for scores of more than one protocol, whichever method they are of: what is put beside them would not be comparable.
     """
     refuse_mixed(scores)
-    column, kinds = METRICS[metric]
+    column, kinds, _ = METRICS[metric]
     if column not in scores:
         return scores[:0].assign(value=0.0)
     rows = scores[(scores["method"] == method) & scores["prompt_kind"].isin(kinds) & scores[column].notna()]

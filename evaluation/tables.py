@@ -9,31 +9,6 @@ from evaluation.protocols import MODIFIED, PRESETS, Protocol, changes
 from evaluation.statistics import ENOUGH_SUBJECTS, LEVEL, METRICS, TABLE_1, Interval, leaves_out_zero
 from moma_lightning.dotted import flat
 
-TITLES = {
-    "dino": "DINO",
-    "clip_t_context": "CLIP-T(c)",
-    "clip_i": "CLIP-I",
-    "clip_t_texture": "CLIP-T(t)",
-    "dino_masked": "DINO, subject",
-    "clip_i_masked": "CLIP-I, subject",
-    "clip_t_background": "CLIP-T, background",
-    "copy_paste": "copy-paste",
-    "diversity": "diversity",
-    "dinov2": "DINOv2",
-    "dinov3": "DINOv3",
-    "siglip2_i": "SigLIP2-I",
-    "dreamsim": "DreamSim",
-    "siglip2_t_context": "SigLIP2-T(c)",
-    "siglip2_t_texture": "SigLIP2-T(t)",
-    "dino_accessory": "DINO, accessory",
-    "clip_t_accessory": "CLIP-T, accessory",
-    "dino_pose": "DINO, pose",
-    "clip_t_pose": "CLIP-T, pose",
-    "dino_camera": "DINO, camera",
-    "clip_t_camera": "CLIP-T, camera",
-}
-assert list(TITLES) == list(METRICS)
-
 
 def with_interval(value: Interval | None) -> str:
     return f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]" if value else "-"
@@ -57,7 +32,7 @@ def shown(summary: dict[str, Any]) -> list[str]:
 def method_table(summary: dict[str, Any]) -> str:
     columns = shown(summary)
     rows = [[name, *(with_interval(metrics.get(m)) for m in columns)] for name, metrics in summary.items() if name != "differences"]
-    return markdown(["Method", *(TITLES[m] for m in columns)], rows)
+    return markdown(["Method", *(METRICS[m].title for m in columns)], rows)
 
 
 def difference_table(summary: dict[str, Any]) -> str:
@@ -68,14 +43,14 @@ def difference_table(summary: dict[str, Any]) -> str:
         text = signed_interval(row)
         pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = f"**{text}**" if leaves_out_zero(row) else text
     return markdown(
-        ["Difference", *(TITLES[m] for m in columns)],
+        ["Difference", *(METRICS[m].title for m in columns)],
         [[f"{a} - {b}", *(cells.get(m, "-") for m in columns)] for (a, b), cells in pairs.items()],
     )
 
 
 def published_table(rows: Mapping[Any, Sequence[float | None]], first: str = "Method") -> str:
     return markdown(
-        [first, *(TITLES[m] for m in TABLE_1)],
+        [first, *(METRICS[m].title for m in TABLE_1)],
         [[str(name), *("-" if v is None else f"{v:.3f}" for v in values)] for name, values in rows.items()],
     )
 

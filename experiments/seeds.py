@@ -1,9 +1,9 @@
 """One recipe under several training seeds: what of a result is the recipe's, and what is luck.
 
-`python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages and evaluates once a seed in runs/<exp>-seed<k>,
-then pools the scores: every method's mean is over all seeds' pictures, intervals are over subjects. What trainings differ by is not in
-these: the last table has each seed's own means. Each step goes on where it stopped. Writes runs/<exp>/seeds/{table.md, summary.json,
-seed<k>.json}. Options that are not its own go to both stages' `fit`.
+`python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages, and stage 1 anew with each YAML of experiments/<exp>/seeds over its own
+(mini's stage1-plain.yaml is the paper's stage 1), evaluates once a seed in runs/<exp>-seed<k>, and pools the scores: every method's mean is over all
+seeds' pictures, intervals are over subjects. What trainings differ by is not in these: the last table has each seed's own means. Each step goes on
+where it stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}. Options that are not its own go to every `fit`.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from pathlib import Path
 import pandas as pd
 
 from evaluation.statistics import LEVEL, METRICS, above_oracle, protocols_of, summarise
-from evaluation.tables import TITLES, difference_table, markdown, method_table
+from evaluation.tables import difference_table, markdown, method_table
 from moma_lightning.files import write_bytes, write_json
 
 #: Methods of seeds.yaml that use nothing the stages trained.
-UNTRAINED = ("text_only", "ip_adapter")
+UNTRAINED = ("text_only", "ip_adapter", "ip_adapter_0.7", "ip_adapter_0.4")
 
 
 def run(module: str, *arguments: str, threads: int | None = None) -> None:
@@ -33,8 +33,11 @@ def run(module: str, *arguments: str, threads: int | None = None) -> None:
 def train(exp: str, seed: int, threads: int | None, extra: list[str]) -> None:
     folder = f"runs/{exp}-seed{seed}"
     shared = ["--seed_everything", str(seed), "--data.init_args.config.seed", str(seed), *extra]
-    for stage, given in (("stage1", []), ("stage2", ["--model.init_args.decoder", f"{folder}/stage1/image_feature_decoder"])):
-        run("moma_lightning", "fit", *configs(exp, stage), "--trainer.default_root_dir", f"{folder}/{stage}", *given, *shared, threads=threads)
+    trainings = {"stage1": configs(exp, "stage1")}
+    trainings |= {path.stem: [*configs(exp, "stage1"), "--config", str(path)] for path in sorted(Path(f"experiments/{exp}/seeds").glob("*.yaml"))}
+    trainings["stage2"] = [*configs(exp, "stage2"), "--model.init_args.decoder", f"{folder}/stage1/image_feature_decoder"]
+    for name, given in trainings.items():
+        run("moma_lightning", "fit", *given, "--trainer.default_root_dir", f"{folder}/{name}", *shared, threads=threads)
 
 
 def configs(exp: str, stage: str) -> list[str]:
@@ -44,14 +47,18 @@ def configs(exp: str, stage: str) -> list[str]:
 
 
 def evaluate(exp: str, seed: int, first: int) -> None:
-    """By experiments/<exp>/seeds.yaml. What no training moves is taken over from the first seed's run; stamps say whether it is the same."""
+    """By experiments/<exp>/seeds.yaml, which names seed 0's folder.
+
+    What no training moves is taken over from the first seed's run; stamps say whether it is the same.
+    """
     folder = f"runs/{exp}-seed{seed}"
+    own = Path(folder) / "seeds.yaml"
+    write_bytes(own, Path(f"experiments/{exp}/seeds.yaml").read_text().replace(f"runs/{exp}-seed0", folder).encode())
     for method in UNTRAINED if seed != first else ():
         made = Path(f"runs/{exp}-seed{first}/eval/pictures/{method}")
         if made.exists():
             shutil.copytree(made, f"{folder}/eval/pictures/{method}", dirs_exist_ok=True)
-    run("evaluation", "dreambooth", "--config", f"experiments/{exp}/seeds.yaml", "--run", folder, "--adapter", f"{folder}/stage2/adapter",
-        "--decoder", f"{folder}/stage1/image_feature_decoder")  # fmt: skip
+    run("evaluation", "dreambooth", "--config", str(own))
 
 
 def pool(folders: list[Path]) -> pd.DataFrame:
@@ -81,7 +88,7 @@ def seed_table(each: dict[int, dict]) -> str:
     columns = [metric for metric in METRICS if any(metric in summary[name] for summary in each.values() for name in methods)]
     cells = {name: [[summary[name].get(metric) for summary in each.values()] for metric in columns] for name in methods}
     rows = [[name, *(" / ".join(f"{cell['mean']:.3f}" if cell else "-" for cell in means) for means in cells[name])] for name in methods]
-    return markdown([f"Seeds {', '.join(map(str, each))}", *(TITLES[metric] for metric in columns)], rows)
+    return markdown([f"Seeds {', '.join(map(str, each))}", *(METRICS[metric].title for metric in columns)], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

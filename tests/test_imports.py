@@ -7,6 +7,7 @@ import pytest
 
 from evaluation.__main__ import USAGE
 from evaluation.cli import COMMANDS
+from evaluation.commands import HELP
 
 HEAVY = {"torch", "diffusers", "transformers", "lightning", "torchvision", "wandb", "jsonargparse", "numpy"}
 
@@ -37,4 +38,4 @@ def test_a_build_of_shards_brings_no_pytorch():
 
 def test_the_usage_of_evaluation_lists_every_command():
     listed = {line.split()[0]: " ".join(line.split()[1:]) for line in USAGE.splitlines() if line.startswith("  ")}
-    assert listed == {name: text for name, (_, text) in COMMANDS.items()}
+    assert listed == HELP and list(HELP) == list(COMMANDS)

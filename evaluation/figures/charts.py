@@ -70,7 +70,7 @@ def sweep_figure(values: Sequence[float], rows: Sequence[Mapping[str, Interval]]
 
 def figure_7() -> list[str]:
     """The metrics of the paper's Figure 7: CLIP-T with new contexts, CLIP-T with new textures."""
-    return [metric for metric in METRICS if column_of(metric) == "clip_t" and METRICS[metric][1] in (("context",), ("texture",))]
+    return [metric for metric in METRICS if column_of(metric) == "clip_t" and METRICS[metric].kinds in (("context",), ("texture",))]
 
 
 def subject_lines(scores: pd.DataFrame, metric: str, colors: Mapping[str, str]) -> Figure | None:

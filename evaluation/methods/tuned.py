@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
@@ -139,10 +140,9 @@ def noise_prediction_loss(
 ) -> Float[Tensor, ""]:
     """Eq. 1 over a batch, as diffusers' training scripts compute it: uniform timesteps, latents drawn from the VAE's posterior."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    mean, log_variance = moments.chunk(2, dim=1)
-    drawn, noise = (torch.randn(mean.shape, generator=generator).to(mean) for _ in range(2))
-    latents = scaled(pipeline.vae, mean + log_variance.clamp(-30, 20).div(2).exp() * drawn)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(mean),), generator=generator).to(mean.device)
+    latents = scaled(pipeline.vae, DiagonalGaussianDistribution(moments).sample(generator))
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
     size = [side * pipeline.vae_scale_factor for side in latents.shape[-2:]]
     text = pipeline.encode_text(captions, size)
     predicted = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **text._asdict()).sample

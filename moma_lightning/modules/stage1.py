@@ -66,20 +66,19 @@ class Stage1(TrainedPartModule):
     ):  # fmt: skip
         super().__init__(optimizer, training)
         self.edits, self.foundation = edits, foundation
-        image_encoder = None if cached else load_image_encoder(foundation)
-        feature_decoder = ImageFeatureDecoder.from_foundation(foundation, decoder, image_embed_dim(foundation))
-        self.assemble(image_encoder, feature_decoder, CaptionEncoder.from_pretrained(clip) if clip else None, loss)
-
-    def assemble(
-        self, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder, caption_encoder: CaptionEncoder | None, loss: str = "mse"
-    ) -> None:
-        """Put the loaded parts in their places."""
-        self.loss, self.image_encoder, self.decoder, self.caption_encoder = LOSSES[loss], image_encoder, decoder.train(), caption_encoder
-        names = ["decoder", *(name for name in BASELINES if caption_encoder is not None or name != "caption")]
+        self.image_encoder, feature_decoder, self.caption_encoder = self.load_parts(decoder, clip, cached)
+        self.loss, self.decoder = LOSSES[loss], feature_decoder.train()
+        names = ["decoder", *(name for name in BASELINES if self.caption_encoder is not None or name != "caption")]
         self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})  # type: ignore[assignment]
-        self.register_buffer("target_sum", torch.zeros(decoder.embed_dim))
+        self.register_buffer("target_sum", torch.zeros(feature_decoder.embed_dim))
         self.register_buffer("target_count", torch.zeros(()))
         self._ddp_params_and_buffers_to_ignore = ["target_sum", "target_count"]  # DDP would put rank 0's sums in every rank's place
+
+    def load_parts(self, decoder: DecoderConfig, clip: str | None, cached: bool) -> tuple[ImageEncoder | None, ImageFeatureDecoder, CaptionEncoder | None]:
+        """The models with their weights; the planner's stage has them without."""
+        image_encoder = None if cached else load_image_encoder(self.foundation)
+        feature_decoder = ImageFeatureDecoder.from_foundation(self.foundation, decoder, image_embed_dim(self.foundation))
+        return image_encoder, feature_decoder, CaptionEncoder.from_pretrained(clip) if clip else None
 
     def forward(self, batch: TripletBatch | CachedBatch, edit_rate: float = 0.0) -> Float[Tensor, "batch embed_dim"]:
         """Predicted CLIP(I_ref) of each sample."""

@@ -62,22 +62,23 @@ class Stage2(TrainedPartModule):
                  training: TrainingOptions = TrainingOptions()):  # noqa: B008
         super().__init__(optimizer, training)
         self.config, self.grid, self.foundation, self.decoder_name = stage2, grid, foundation, decoder
-        base, embed_dim = load_base(foundation), image_embed_dim(foundation)
-        image_encoder = load_image_encoder(foundation) if stage2.context == "image_encoder" and not stage2.cached else None
-        feature_decoder = load_decoder(decoder, foundation, embed_dim) if stage2.context == "decoder" and not stage2.cached else None
+        base, self.image_encoder, feature_decoder, self.adapter = self.load_parts()
         if stage2.context == "decoder" and decoder is not None and local_path(decoder) is not None and rank_zero_only.rank == 0:
             self.decoder_digest = identity(decoder)
-        self.assemble(base, image_encoder, feature_decoder, build_adapter(base, foundation, stage2, embed_dim))
-
-    def assemble(self, base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter) -> None:
-        """Put the loaded parts in their places."""
-        self.base, self.unet, self.vae, self.text_encoder = base, base.unet, base.vae, base.text_encoder
-        self.text_encoder_2, self.image_encoder, self.adapter = base.text_encoder_2, image_encoder, adapter
-        self.decoder = frozen(decoder) if decoder is not None else None
+        self.base, self.unet, self.vae, self.text_encoder, self.text_encoder_2 = base, base.unet, base.vae, base.text_encoder, base.text_encoder_2
+        self.decoder = frozen(feature_decoder) if feature_decoder is not None else None
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler.config)
         if self.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"the base predicts {self.noise_scheduler.config.prediction_type!r}: stage 2 trains on epsilon and v_prediction")
         self.grid_samples: TripletBatch | CachedBatch | None = None
+
+    def load_parts(self) -> tuple[Base, ImageEncoder | None, ImageFeatureDecoder | None, MoMAAdapter]:
+        """The models with their weights; the planner's stage has them without."""
+        config, foundation = self.config, self.foundation
+        base, embed_dim, wanted = load_base(foundation), image_embed_dim(foundation), None if config.cached else config.context
+        image_encoder = load_image_encoder(foundation) if wanted == "image_encoder" else None
+        feature_decoder = load_decoder(self.decoder_name, foundation, embed_dim) if wanted == "decoder" else None
+        return base, image_encoder, feature_decoder, build_adapter(base, foundation, config, embed_dim)
 
     def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch | CachedBatch,
                 image_embeds: Float[Tensor, "batch dim"], captions: list[str],

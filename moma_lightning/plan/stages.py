@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
 from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder
 from moma_lightning.models.adapter import MoMAAdapter
+from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.modules.grid import GridConfig
@@ -21,8 +22,6 @@ from moma_lightning.modules.stage1 import EditConfig, Stage1
 from moma_lightning.modules.stage2 import Stage2, Stage2Config
 from moma_lightning.plan import architectures
 from moma_lightning.training.options import Checkpointing, TrainingOptions
-
-S = TypeVar("S", bound=TrainedPartModule)
 
 
 @dataclass
@@ -86,34 +85,31 @@ def _build(experiment: Experiment) -> TrainedPartModule:
         raise ValueError("a training from cached shards cannot be planned: its batches hold features; plan it with `cached: false`, which is an upper bound")
     if foundation.mllm_quantization:
         raise ValueError(f"foundation.mllm_quantization {foundation.mllm_quantization} cannot be planned: a quantized stage is not sharded; plan it without")
-    encoder = architectures.build_image_encoder(foundation)
     if experiment.stage is Stage1:
-        module = unloaded(Stage1, optimizer, experiment.training)
-        module.edits = EditConfig(**options["edits"])
-        trained = architectures.build_decoder(foundation, DecoderConfig.from_dict(options["decoder"]), encoder.embed_dim)
-        module.assemble(encoder, trained, architectures.build_caption_encoder(options["clip"]) if options["clip"] else None, options["loss"])
-        return module
-    config, base, decoder = Stage2Config(**options["stage2"]), architectures.build_base(foundation), None
-    if config.context == "decoder":
-        decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, getattr(torch, foundation.mllm_dtype))
-    adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
-    return stage2_of(base, encoder if decoder is None else None, decoder, adapter, config, optimizer, experiment.training)
+        return PlannedStage1(foundation, DecoderConfig.from_dict(options["decoder"]), optimizer, options["clip"], options["loss"],
+                             EditConfig(**options["edits"]), experiment.training)  # fmt: skip
+    return PlannedStage2(foundation, Stage2Config(**options["stage2"]), optimizer, grid=GridConfig(pictures=0), training=experiment.training)
 
 
-def stage2_of(base: Base, image_encoder: ImageEncoder | None, decoder: ImageFeatureDecoder | None, adapter: MoMAAdapter, config: Stage2Config,
-              optimizer: optim.OptimizerConfig, training: TrainingOptions) -> Stage2:  # fmt: skip
-    """A stage 2 of parts that are at hand, where `Stage2(...)` would load them. It trains; it draws no pictures in validation."""
-    module = unloaded(Stage2, optimizer, training)
-    module.config, module.grid = config, GridConfig(pictures=0)
-    module.assemble(base, image_encoder, decoder, adapter)
-    return module
+class PlannedStage1(Stage1):
+    """Stage 1 without weights."""
+
+    def load_parts(self, decoder: DecoderConfig, clip: str | None, cached: bool) -> tuple[ImageEncoder, ImageFeatureDecoder, CaptionEncoder | None]:
+        encoder = architectures.build_image_encoder(self.foundation)
+        trained = architectures.build_decoder(self.foundation, decoder, encoder.embed_dim)
+        return encoder, trained, architectures.build_caption_encoder(clip) if clip else None
 
 
-def unloaded(stage: type[S], optimizer: optim.OptimizerConfig, training: TrainingOptions) -> S:
-    """A stage without its parts."""
-    module = stage.__new__(stage)
-    TrainedPartModule.__init__(module, optimizer, training)
-    return module
+class PlannedStage2(Stage2):
+    """Stage 2 without weights."""
+
+    def load_parts(self) -> tuple[Base, ImageEncoder | None, ImageFeatureDecoder | None, MoMAAdapter]:
+        config, foundation = self.config, self.foundation
+        encoder, base, decoder = architectures.build_image_encoder(foundation), architectures.build_base(foundation), None
+        if config.context == "decoder":
+            decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, getattr(torch, foundation.mllm_dtype))
+        adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
+        return base, encoder if decoder is None else None, decoder, adapter
 
 
 def batch_of(experiment: Experiment) -> TripletBatch:

@@ -84,7 +84,7 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
 def test_several_commands_run_in_order_and_are_parsed_before_the_first(monkeypatch, caplog):
     caplog.set_level("INFO")
     ran = []
-    monkeypatch.setattr(cli, "COMMANDS", {name: (lambda config, name=name: ran.append((name, str(config.run))), "") for name in ("generate", "score")})
+    monkeypatch.setattr(cli, "COMMANDS", {name: (lambda config, name=name: ran.append((name, str(config.run)))) for name in ("generate", "score")})
     main(["generate", "--config", str(MINI), "then", "score", "--config", str(MINI), "--run=elsewhere"])
     assert ran == [("generate", "runs/mini"), ("score", "elsewhere")]
     told = [record.getMessage().split(":")[0] for record in caplog.records if record.name == "evaluation.cli"]
@@ -97,7 +97,7 @@ def test_several_commands_run_in_order_and_are_parsed_before_the_first(monkeypat
 
 def test_what_one_process_makes_is_not_made_by_the_others_of_torchrun(monkeypatch):
     ran = []
-    monkeypatch.setattr(cli, "COMMANDS", {name: (lambda config, name=name: ran.append(name), "") for name in COMMANDS})
+    monkeypatch.setattr(cli, "COMMANDS", {name: (lambda config, name=name: ran.append(name)) for name in COMMANDS})
     monkeypatch.setattr(cli.rank_zero_only, "rank", 1)
     for command in COMMANDS:
         main([command, "--config", str(MINI)])
@@ -167,7 +167,7 @@ def test_what_a_process_of_several_says_is_one_clear_line_too(monkeypatch, told,
     def run(config):
         raise ProcessRaisedException(f"-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  File x\n{told}\n", 1, 2)
 
-    monkeypatch.setitem(COMMANDS, "generate", (run, ""))
+    monkeypatch.setitem(COMMANDS, "generate", run)
     with pytest.raises(ends, match=told.partition(": ")[2]):
         main(["generate", "--config", str(MINI)])
 
@@ -176,7 +176,7 @@ def test_the_traceback_behind_the_line_is_there_for_whoever_asks(monkeypatch, ca
     def run(config):
         raise ValueError("an empty mask")
 
-    monkeypatch.setitem(COMMANDS, "generate", (run, ""))
+    monkeypatch.setitem(COMMANDS, "generate", run)
     for level, told in (("INFO", False), ("debug", True)):
         monkeypatch.setenv("LOGLEVEL", level)
         with pytest.raises(SystemExit, match="an empty mask"):

@@ -157,7 +157,7 @@ def test_other_kinds_of_prompt_never_enter_table_1():
 
 
 def test_metrics_are_named_after_their_column_and_kind():
-    for metric, (column, kinds) in METRICS.items():
+    for metric, (column, kinds, _) in METRICS.items():
         name, _, kind = metric.rpartition("_")
         if kind in get_args(PromptKind):
             assert (column, kinds) == (name, (kind,))

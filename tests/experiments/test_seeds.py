@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from evaluation.cli import parse
 from experiments import seeds
 
 
@@ -43,12 +44,27 @@ def test_each_seed_trains_both_stages_in_its_folder_with_the_options_given(monke
     commands = []
     monkeypatch.setattr(seeds, "run", lambda module, *arguments, threads=None: commands.append((module, arguments, threads)))
     seeds.main(["--seeds", "3", "--only-train", "--trainer.max_steps", "2"])
-    assert [command[1][2] for command in commands] == ["experiments/mini/stage1.yaml", "experiments/mini/stage2.yaml"]
-    for _, arguments, threads in commands:
+    plain = "--config experiments/mini/seeds/stage1-plain.yaml "
+    for (stage, over, folder), (_, arguments, threads) in zip(
+            [("stage1", "", "stage1"), ("stage1", plain, "stage1-plain"), ("stage2", "", "stage2")], commands, strict=True):
         joined = " ".join(arguments)
-        assert f"--config {arguments[2]} --config experiments/mini/two_processes/{Path(arguments[2]).name} " in joined
+        assert joined.startswith(f"fit --config experiments/mini/{stage}.yaml --config experiments/mini/two_processes/{stage}.yaml {over}--")
         assert "--seed_everything 3" in joined and "--data.init_args.config.seed 3" in joined and "--trainer.max_steps 2" in joined and threads is None
-        assert "runs/mini-seed3/stage" in joined
+        assert f"--trainer.default_root_dir runs/mini-seed3/{folder} " in joined
+        assert (stage == "stage2") == ("--model.init_args.decoder runs/mini-seed3/stage1/image_feature_decoder" in joined)
+
+
+def test_a_seed_is_evaluated_on_what_it_trained(monkeypatch, tmp_path):
+    commands, experiments = [], Path("experiments").resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(experiments)
+    monkeypatch.setattr(seeds, "run", lambda module, *arguments, threads=None: commands.append(arguments))
+    seeds.evaluate("mini", 3, 0)
+    assert commands == [("dreambooth", "--config", "runs/mini-seed3/seeds.yaml")]
+    config = parse(list(commands[0]))[1]
+    decoders = {name: f"runs/mini-seed3/{name}/image_feature_decoder" for name in ("stage1", "stage1-plain")}
+    assert [config.run, config.adapter, config.decoder] == ["runs/mini-seed3", "runs/mini-seed3/stage2/adapter", decoders["stage1"]]
+    assert config.methods["plain_stage1"].decoder == decoders["stage1-plain"] and config.methods["moma"].decoder is None
 
 
 def test_a_step_that_fails_ends_it():

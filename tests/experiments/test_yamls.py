@@ -130,9 +130,11 @@ def test_the_line_from_shards_to_report(trained, options):
 
 
 def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
-    evaluation(["dreambooth", "--config", str(MINI / "seeds.yaml"), *options, f"--run={tmp_path}"])
+    path = tmp_path / "seeds.yaml"
+    path.write_text((MINI / "seeds.yaml").read_text().replace("runs/mini-seed0/stage1-plain", str(trained / "stage1")))
+    evaluation(["dreambooth", "--config", str(path), *options, f"--run={tmp_path}"])
     summary = json.loads((tmp_path / "eval/summary.json").read_text())
-    assert {"text_only", "ip_adapter", "moma", "beta_0.5", "mask_0", "clip_embedding"} <= set(summary)
+    assert {"text_only", "ip_adapter", "ip_adapter_0.4", "moma", "beta_0.5", "mask_0", "clip_embedding", "plain_stage1"} <= set(summary)
 
 
 def test_poses_and_distances_are_drawn_and_measured(trained, options, tmp_path):
