@@ -24,6 +24,8 @@ from datamodules.squares import cut, square_box
 
 OnError = Literal["skip", "raise"]
 
+#: The key of what is said of a shard and not of one of its samples.
+WHOLE_SHARD = "-"
 #: Names of files that describe the shard and belong to no sample; webdataset leaves them out too.
 META = re.compile(r"__[^/]*__($|/)")
 
@@ -63,7 +65,9 @@ class BadSamples:
         self._known = self.lines() if self._known is None else self._known
         if line in self._known:
             return
-        if not self._known:
+        if key == WHOLE_SHARD:
+            warnings.warn(f"{shard}: {reason}. The rest of it is left out", stacklevel=2)
+        elif not self._known:
             warnings.warn(f"{shard}, sample {key}: {reason}. It is skipped; all such are named in {self.path}", stacklevel=2)
         self._known.add(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ class BadSamples:
         return set(self.path.read_text().splitlines()) if self.path.exists() else set()
 
     def counts(self) -> Counter[str]:
-        """How many samples (and shards) were left out, by the reason's first words. Lines that two nodes have written into each other do not count."""
+        """How many samples and shards were left out, by the reason's first words. Lines that two nodes have written into each other do not count."""
         fields = [line.split("\t") for line in self.lines()]
         return Counter(parts[2].split(":")[0] for parts in fields if len(parts) == 3)
 
@@ -82,7 +86,7 @@ class BadSamples:
 def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, Any]]:
     """Undecoded webdataset samples of local shards or URLs, in order.
 
-    A shard that cannot be opened, is cut short or damaged is reported under the key "-"; what stands before
+    A shard that cannot be opened, is cut short or damaged is reported under the key `WHOLE_SHARD`; what stands before
     the cut is used, but for the sample next to it.
     """
     for shard in shards:
@@ -90,11 +94,11 @@ def read_shards(shards: Iterable[str], bad: BadSamples) -> Iterator[dict[str, An
             is_local = shard.endswith(".tar") and os.path.isfile(shard)
             yield from group_by_keys(_files(shard)) if is_local else wds.tarfile_samples([{"url": shard}])
         except (tarfile.TarError, EOFError) as error:
-            bad.report(shard, "-", f"shard is cut short or damaged: {_message(error)}")
+            bad.report(shard, WHOLE_SHARD, f"shard is cut short or damaged: {_message(error)}")
         except OSError as error:
-            bad.report(shard, "-", f"shard cannot be read: {_message(error)}")
+            bad.report(shard, WHOLE_SHARD, f"shard cannot be read: {_message(error)}")
         except ValueError as error:
-            bad.report(shard, "-", f"shard is malformed, its rest is left out: {_message(error)}")
+            bad.report(shard, WHOLE_SHARD, f"shard is malformed, its rest is left out: {_message(error)}")
 
 
 def decode(sample: dict[str, Any], image_size: int, rng: np.random.Generator | None = None, flip: bool = False) -> Triplet:
@@ -127,7 +131,8 @@ def to_subject_mask(mask: UInt8[Tensor, "*batch 1 height width"]) -> Float[Tenso
 def _texts(sample: dict[str, Any]) -> tuple[str, str, str]:
     """Caption, label, and the caption as it was before words were taken out (`caption_full`, optional)."""
     if "json" not in sample:
-        raise BadSampleError("json is missing")
+        dotted = next((field for field in sample if field.endswith(".json")), None)
+        raise BadSampleError(f"json is missing{f': a key has no dots, or {dotted} is not <key>.json' if dotted else ''}")
     try:
         fields = json.loads(sample["json"])
     except ValueError as error:

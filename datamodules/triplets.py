@@ -43,9 +43,9 @@ class TripletDataModule(LightningDataModule):
     goes on with the next sample, in the same batches and the same order as an undisturbed one. After a change of workers,
     ranks, shards, seed or shuffling, reading starts with the next pass.
 
-    Raises ValueError in `setup` for patterns without shards, fewer training shards than ranks x workers, and several ranks
-    without `val_batches`, for a `trainer.limit_train_batches` below an epoch, and for cached shards that are stale or do not belong
-    (`caches.stamp.read_stamps`).
+    Raises ValueError in `setup` for patterns without shards, for other shards on one rank than on another, fewer training shards than
+    ranks x workers, several ranks without `val_batches`, a `trainer.limit_train_batches` below an epoch, and cached shards that are stale
+    or do not belong (`caches.stamp.read_stamps`).
     """
 
     def __init__(self, config: TripletConfig):
@@ -74,6 +74,7 @@ class TripletDataModule(LightningDataModule):
             require_a_shard_each(len(self.train_shards), world_size, self.config.num_workers)
             self._require_whole_epochs()
         shards = self.val_shards + (self.train_shards if stage in (None, "fit") else [])
+        require_the_same_shards(over_ranks([Path(shard).name for shard in shards]))
         self.made_by = {shard: stamp.made_by for shard, stamp in read_stamps(shards, self.config.image_size, self.config.flip).items()}
 
     def _require_whole_epochs(self) -> None:
@@ -99,7 +100,7 @@ class TripletDataModule(LightningDataModule):
     def teardown(self, stage: str | None = None) -> None:
         counts = self.bad_samples.counts()
         if counts:
-            rank_zero_info(f"{counts.total()} bad samples skipped by this run and those before it, {dict(counts)}: see {self.bad_samples.path}")
+            rank_zero_info(f"{counts.total()} bad samples or shards skipped by this run and those before it, {dict(counts)}: see {self.bad_samples.path}")
 
     def state_dict(self) -> dict[str, Any]:
         """Readers are numbered over all ranks; every rank must call this."""
@@ -168,6 +169,14 @@ class TrainLoader:
             self.waited += time.perf_counter() - begun
             yield batch
             begun = time.perf_counter()
+
+
+def require_the_same_shards(names: list[list[str]]) -> None:
+    """names: of each rank. Raises ValueError where ranks see other files: samples would be left out and seen twice."""
+    for rank, own in enumerate(names):
+        if lacking := sorted(set(names[0]) ^ set(own)):
+            raise ValueError(f"rank {rank} sees {len(own)} shards and rank 0 {len(names[0])}: {', '.join(lacking[:5])} are on one of them only. "
+                             "Put the same shards on every node")  # fmt: skip
 
 
 def _loader(stream: IterableDataset, config: TripletConfig, persistent: bool = True) -> DataLoader:

@@ -68,6 +68,11 @@ class TrainedPartModule(LightningModule):
         """
         raise NotImplementedError
 
+    def own_class(self) -> dict[str, str]:
+        """For `cache_identity`: a class that is not this package's, which may make other features."""
+        kind = type(self)
+        return {} if kind.__module__.startswith("moma_lightning.") else {"class": f"{kind.__module__}.{kind.__qualname__}"}
+
     def setup(self, stage: str) -> None:
         """Refuses a precision that small steps vanish in, a strategy that saves what is frozen, and, by name, cached shards made by other models or options."""
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):

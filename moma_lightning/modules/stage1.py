@@ -124,7 +124,7 @@ class Stage1(TrainedPartModule):
                              "for the cache and for training from it, or train on the pictures")  # fmt: skip
         models = {"image_encoder": self.foundation.image_encoder, "mllm": self.foundation.mllm}
         options = {"stage": "stage1", "picture_side": str(self.decoder.picture_side), "mllm_quantization": self.foundation.mllm_quantization}
-        return {name: identity(model) for name, model in models.items()} | stated(options)
+        return {name: identity(model) for name, model in models.items()} | stated(options) | self.own_class()
 
     def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
         predicted, target = self.predicted_and_target(batch, self.edits.rate)
@@ -170,14 +170,15 @@ class Stage1(TrainedPartModule):
         scores = {name: match.compute() for name, match in self.matches.items()}
         for name, score in scores.items():
             suffix = "" if name == "decoder" else f"_{name}"
-            self.log_dict({f"val/{key}{suffix}": value for key, value in score.items()}, prog_bar=False)
+            # Computed over all ranks, so the same on each: their mean is itself, and Lightning asks for it.
+            self.log_dict({f"val/{key}{suffix}": value for key, value in score.items()}, prog_bar=False, sync_dist=True)
             self.matches[name].reset()
         self.print(table(scores))
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the module: the decoder's own parameters and the running mean of the targets."""
+        """What a checkpoint holds of the module: the decoder's own parameters, what else is trained, and the running mean of the targets."""
         own: dict[str, Tensor] = {f"decoder.{plain_name(name)}": p for name, p in self.decoder.own_parameters().items()}
-        return own | {"target_sum": self.target_sum, "target_count": self.target_count}
+        return own | super().kept() | {"target_sum": self.target_sum, "target_count": self.target_count}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from moma_lightning.files import commit
 
@@ -26,11 +27,17 @@ def save(path: Path, tensors: dict[str, Any], rest: dict[str, Any], rank: int, b
     folder = path.with_name(f".{path.name}-{rest['global_step']}")
     if broadcast(path.is_symlink() and os.readlink(path) == folder.name):  # this step was saved before, and is not touched until the link turns
         folder = folder.with_name(f"{folder.name}-again")
-    barrier()
-    dcp.save(tensors, checkpoint_id=folder)
     if rank == 0:
-        torch.save(rest, folder / REST)
-        _point(path, folder)
+        remove_others(path, os.readlink(path) if path.is_symlink() else "")  # what a kill or a full disk left half
+    barrier()
+    try:
+        dcp.save(tensors, checkpoint_id=folder)
+        if rank == 0:
+            torch.save(rest, folder / REST)
+            _point(path, folder)
+    except (CheckpointException, OSError) as error:
+        why = str(error).strip().splitlines()[-1]
+        raise OSError(f"{path} was not written ({why}); the checkpoint from before is unchanged") from error
     barrier()
 
 
@@ -39,6 +46,11 @@ def _point(path: Path, folder: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
     commit(link, path)  # also in the place of a single file of an earlier run
+    remove_others(path, folder.name)
+
+
+def remove_others(path: Path, kept: str = "") -> None:
+    """Of the folders beside `path` that it points to or once did, all but the one called `kept`."""
     for other in path.parent.glob(f".{path.name}-*"):
-        if other.name != folder.name:
+        if other.name != kept:
             shutil.rmtree(other, ignore_errors=True)

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException
 
 from moma_lightning.files import write_beside
+from moma_lightning.training.checkpoint_folder import remove_others
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -28,6 +29,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             if leftover.is_file():
                 leftover.unlink(missing_ok=True)  # of a process that was killed while saving
         write_beside(Path(path), lambda beside: torch.save(checkpoint, beside))
+        remove_others(Path(path))  # an earlier run's folder, whose link the file has replaced
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Of sharded training's folders the folder too, and not the link to it alone."""

@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from datamodules.samples import BadSampleError, BadSamples, decode, read_shards, to_pixel_values, to_subject_mask
+from datamodules.samples import WHOLE_SHARD, BadSampleError, BadSamples, decode, read_shards, to_pixel_values, to_subject_mask
 
 
 def fields(**changes) -> bytes:
@@ -111,6 +112,25 @@ def test_log_names_each_sample_once(tmp_path):
     log.report("a.tar", "k2", "mask is empty: with\ta tab\nand more")
     assert log.path.read_text().splitlines() == ["a.tar\tk1\tmask is empty: why", "a.tar\tk2\tmask is empty: with a tab and more"]
     assert log.counts() == {"mask is empty": 2}
+
+
+def test_each_shard_that_is_lost_is_warned_of(tmp_path):
+    """Bad samples are nothing new where one has been met before, a disk that is gone is."""
+    log = bad_log(tmp_path)
+    with pytest.warns(UserWarning, match="k1"):
+        log.report("a.tar", "k1", "mask is empty")
+    for shard in ("b.tar", "c.tar"):
+        with pytest.warns(UserWarning, match=f"{shard}: shard cannot be read: stale. The rest of it is left out"):
+            log.report(shard, WHOLE_SHARD, "shard cannot be read: stale")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.report("a.tar", "k2", "mask is empty")
+        log.report("b.tar", WHOLE_SHARD, "shard cannot be read: stale")
+
+
+def test_a_key_with_a_dot_is_told(as_read):
+    with pytest.raises(BadSampleError, match=r"json is missing: a key has no dots, or b_0\.json is not <key>\.json"):
+        decode({"__key__": "a", "__url__": "u", "b_0.png": b"", "b_0.json": b"{}"}, image_size=8)
 
 
 def test_log_can_raise(tmp_path):

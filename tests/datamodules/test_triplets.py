@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from datamodules import streams, triplets
 from datamodules.samples import BadSampleError, decode
 from datamodules.streams import TrainStream, ValStream
-from datamodules.triplets import TripletDataModule
+from datamodules.triplets import TripletDataModule, require_the_same_shards
 from moma_lightning.batch import TripletBatch
 from moma_lightning.training.data_wait import DataWait
 
@@ -142,6 +142,13 @@ def test_uneven_shards_give_every_rank_the_same_number_of_steps(shards, tools):
     for rank in range(4):
         stream = TrainStream(module.config, module.train_shards, module.bad_samples, rank, 4, {})
         assert len(list(stream)) == 50
+
+
+@pytest.mark.parametrize("other", [["b.tar"], ["a.tar", "b.tar", "c.tar"], ["a.tar", "x.tar"]])
+def test_ranks_that_see_other_shards_are_named(other):
+    require_the_same_shards([["a.tar", "b.tar"]] * 3)
+    with pytest.raises(ValueError, match=r"rank 2 sees \d shards and rank 0 2: .*Put the same shards on every node"):
+        require_the_same_shards([["a.tar", "b.tar"], ["a.tar", "b.tar"], other])
 
 
 def test_too_few_shards_is_an_early_error(shards, tools):

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +41,8 @@ def test_torchrun_starts_as_many_processes_as_lightning_is_told(nodes, gpus):
     command = command_of("torchrun.sh", "mini", "stage2", "--trainer.max_steps", "3", NODES=str(nodes), GPUS=str(gpus), MASTER="first")
     options = dict(itertools.pairwise(command))
     assert (options["--nnodes"], options["--nproc-per-node"]) == (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
-    assert options["--rdzv-endpoint"] == "first:29500" and options["--config"] == "experiments/mini/stage2.yaml"
+    assert options["--rdzv-endpoint"] == f"first:{29500 if nodes > 1 else 0}", "on one node a free port: it may have several trainings"
+    assert options["--config"] == "experiments/mini/stage2.yaml"
     assert command[-2:] == ["--trainer.max_steps", "3"]
 
 
@@ -91,12 +91,6 @@ def test_the_torchrun_command_trains_on_two_processes(tmp_path):
                "data.init_args.config.train": f"{shards}/train-*.tar", "data.init_args.config.val": f"{shards}/val-*.tar",
                "data.init_args.config.batch_size": 2, "data.init_args.config.val_batches": 1}  # fmt: skip
     done = run("torchrun.sh", "mini", "stage2", *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-               PYTHON=sys.executable, GPUS="2", RESTARTS="0", PORT=str(free_port()), WANDB_MODE="disabled", OMP_NUM_THREADS="1")  # fmt: skip
+               PYTHON=sys.executable, GPUS="2", RESTARTS="0", WANDB_MODE="disabled", OMP_NUM_THREADS="1")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run/finished.json").read_text())["step"] == 2
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
 from moma_lightning import __main__ as entry
-from moma_lightning.cli import MoMACLI, Run, run_loggers
+from moma_lightning.cli import MoMACLI
 from moma_lightning.digests import identity
 from moma_lightning.training.data_wait import DataWait
+from moma_lightning.training.loggers import run_loggers
+from moma_lightning.training.run import Run
 from tests.forked import Forked
+
+ROOT = Path(__file__).parents[2]
 
 
 class OneWeight(LightningModule):
@@ -227,6 +232,42 @@ def test_a_run_without_checkpoints_is_refused(run):
         run(enable_checkpointing=False)
 
 
+@pytest.mark.parametrize("option", ["save_weights_only", "save_on_exception"])
+def test_checkpoints_that_no_run_goes_on_from_are_refused(run, option):
+    with pytest.raises(SystemExit, match="no training goes on from"):
+        run(f"--checkpoint.{option}", "true")
+
+
+def test_a_run_that_began_from_another_checkpoint_goes_on_from_its_own(run, tmp_path, caplog):
+    """As where a job is put back into the queue with its command."""
+    run()
+    other = str(shutil.copy(tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt", tmp_path / "other.ckpt"))
+    mine = ["--trainer.default_root_dir", str(tmp_path / "mine"), "--ckpt_path", other]
+    with caplog.at_level("INFO"):
+        run(*mine, max_steps=7)
+        run(*mine, max_steps=9)
+        with pytest.raises(SystemExit) as stop:
+            run(*mine, max_steps=9)
+    assert stop.value.code == 0 and f"of the run that began from {other}" in caplog.text
+    with (tmp_path / "mine/metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [5, 6, 7, 8]
+    run("--trainer.default_root_dir", str(tmp_path / "mine"), "--ckpt_path", str(tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt"), max_steps=6)
+    assert torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6, "another one is begun from"
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(run, tmp_path):
+    run()
+    hold = "import sys, pathlib; from moma_lightning.training.run import Run; a = Run(pathlib.Path(sys.argv[1])); a.hold(); print('held', flush=True); input()"
+    folder = tmp_path / "runs/tiny/stage1"
+    with subprocess.Popen([sys.executable, "-c", hold, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit, match=rf"another process trains here \(.*, process {other.pid}, since "):
+            run(max_steps=7)
+        other.kill()
+    run(max_steps=7)
+    assert last_step(tmp_path) == 7
+
+
 def test_with_a_logger_of_ones_own_the_config_is_in_the_runs_folder(run, tmp_path):
     run(logger={"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "elsewhere")}})
     assert [path.parent for path in tmp_path.rglob("config.yaml")] == [tmp_path / "runs/tiny/stage1"]
@@ -332,7 +373,7 @@ def test_wandb_is_offline_without_a_key_and_knows_the_config(run, tmp_path, monk
 
 def test_online_a_resumed_training_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
     """Offline parts would replace each other when they are sent, so each is a run of its own."""
-    monkeypatch.setattr("moma_lightning.cli.wandb_mode", lambda: "online")
+    monkeypatch.setattr("moma_lightning.training.loggers.wandb_mode", lambda: "online")
     monkeypatch.setenv("WANDB_MODE", "online")
 
     def number() -> str:
@@ -343,7 +384,7 @@ def test_online_a_resumed_training_goes_on_with_its_wandb_run(tmp_path, monkeypa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
     assert number() == anew
-    monkeypatch.setattr("moma_lightning.cli.wandb_mode", lambda: "offline")
+    monkeypatch.setattr("moma_lightning.training.loggers.wandb_mode", lambda: "offline")
     assert number() is None
 
 

@@ -174,6 +174,27 @@ def test_refuses_a_checkpoint_that_does_not_fit(build, tmp_path, change, message
         trainer(tmp_path, 2).fit(build(), loader(0), ckpt_path=path)
 
 
+def test_what_a_subclass_trains_besides_is_kept_and_asked_for(tiny_foundation, tmp_path):
+    class WithHead(Stage1):
+        def __init__(self):
+            super().__init__(tiny_foundation, DecoderConfig(), OptimizerConfig(lr=1e-2, warmup_steps=1))
+            self.head = torch.nn.Linear(self.decoder.embed_dim, self.decoder.embed_dim)
+
+        def forward(self, batch, edit_rate=0.0):
+            return self.head(super().forward(batch, edit_rate))
+
+    trained, first = WithHead(), trainer(tmp_path, 2)
+    first.fit(trained, loader(0, 1))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = WithHead()
+    trainer(tmp_path, 2).fit(resumed, loader(0, 1), ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(resumed.head.weight, trained.head.weight)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del checkpoint["state_dict"]["head.weight"]
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        WithHead().on_load_checkpoint(checkpoint)
+
+
 def test_writes_the_decoder_at_the_end(build, tiny_foundation, tmp_path):
     module = build()
     trainer(tmp_path, 1).fit(module, loader(0))

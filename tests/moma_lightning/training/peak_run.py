@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from moma_lightning.foundation import FoundationConfig, image_embed_dim
+from experiments.mini.models import mini_foundation
+from moma_lightning.foundation import image_embed_dim
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.stage1 import Stage1
 from moma_lightning.modules.stage2 import Stage2
@@ -58,7 +59,7 @@ class Peak(Callback):
 def decoder_of(folder: Path) -> Path:
     """An untrained image-feature decoder for stage 2."""
     if not (folder / "decoder").exists():
-        foundation = FoundationConfig()
+        foundation = mini_foundation()
         ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), image_embed_dim(foundation)).save_pretrained(folder / "decoder")
     return folder / "decoder"
 
@@ -71,14 +72,14 @@ def measured(folder: Path, stage: str, size: Size) -> dict[str, int]:
 
 
 def planned(stage: str, size: Size) -> Measured:
-    return measure(experiment(STAGES[stage], FoundationConfig(), size.pictures // 2, size.side), 2)
+    return measure(experiment(STAGES[stage], mini_foundation(), size.pictures // 2, size.side), 2)
 
 
 def main(folder: Path, only: list[str] | None) -> None:
     if only:  # each of the two processes
         stage, size = only[0], Size(int(only[1]), int(only[2]))
         peak, held = Peak(), Held()
-        module = build(stage, FoundationConfig(), str(decoder_of(folder)))
+        module = build(stage, mini_foundation(), str(decoder_of(folder)))
         train(module, folder, 2, ShardedStrategy(), steps=Peak.STEP + 1, callbacks=[held, peak], size=size)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             (folder / "peak.json").write_text(json.dumps(held.bytes | peak.bytes))

@@ -54,6 +54,13 @@ def test_a_folder_takes_a_files_place_in_one_step(tmp_path, monkeypatch):
     assert path.is_dir() and torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 3}
 
 
+def test_a_file_takes_a_folders_place_and_leaves_nothing_of_it(tmp_path):
+    save(tmp_path / "last.ckpt", 1)
+    save(tmp_path / "best.ckpt", 1)
+    WholeCheckpointIO().save_checkpoint(TENSORS, tmp_path / "last.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".best.ckpt-1", "best.ckpt", "last.ckpt"] and (tmp_path / "last.ckpt").is_file()
+
+
 def test_a_folders_files_are_on_the_disk_before_the_link_turns_to_it(tmp_path, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}"))) or fsync(number))
@@ -74,8 +81,10 @@ def test_a_full_disk_leaves_the_folder_from_before(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(dcp, "save", full)
-        with pytest.raises(OSError, match="No space left"):
-            save(path, 2)
+        for step in (2, 3):
+            with pytest.raises(OSError, match=r"last\.ckpt was not written .*No space left"):
+                save(path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".last.ckpt-1", ".last.ckpt-3", "last.ckpt"], "what was left half takes no more place"
     assert torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 1}
     save(path, 2)
     assert torch.load(path / checkpoint_folder.REST, weights_only=True) == {"global_step": 2}

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
-from moma_lightning.cli import StepCheckpoint
 from moma_lightning.training.epoch_ends import EpochEnds
 from moma_lightning.training.guards import Preempted, StopOnSignal
+from moma_lightning.training.step_checkpoint import StepCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BATCHES = 4

@@ -15,11 +15,11 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
-from moma_lightning.cli import StepCheckpoint
 from moma_lightning.training import checkpoint_io
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
 from moma_lightning.training.guards import Preempted, StopOnNonFinite, StopOnSignal, ended_together
 from moma_lightning.training.random_states import RandomStates, collect, restore
+from moma_lightning.training.step_checkpoint import StepCheckpoint
 from tests.moma_lightning.training.sharded_run import global_batch
 
 
