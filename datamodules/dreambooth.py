@@ -165,8 +165,11 @@ def parse_prompts_and_classes(text: str, source: str = PROMPTS_FILE) -> PromptsA
 
 
 def parse_prompt_lists(text: str, source: str) -> list[list[str]]:
-    """Every `prompt_list = [...]` of a text, as templates. The Python in it is parsed, never run."""
-    blocks = re.findall(r"^[ \t]*prompt_list\s*=\s*(\[.*?^[ \t]*\])", text, re.MULTILINE | re.DOTALL)
+    """Every `prompt_list = [...]` of a text, as templates. The Python in it is parsed, never run; a list ends with a line that ends in `]`."""
+    begun = len(re.findall(r"^[ \t]*prompt_list\s*=", text, re.MULTILINE))
+    blocks = re.findall(r"^[ \t]*prompt_list\s*=\s*(\[.*?\])[ \t]*,?[ \t]*(?:#[^\n]*)?$", text, re.MULTILINE | re.DOTALL)
+    if len(blocks) != begun:
+        raise ValueError(f"{source}: {begun} times `prompt_list =`, and {len(blocks)} lists that end in a line of their own or with a line's end")
     try:
         return [[_template(node) for node in _elements(block)] for block in blocks]
     except (SyntaxError, TypeError, ValueError) as error:

@@ -5,7 +5,6 @@ what is missing or stale.
 """
 
 import logging
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.caches.make import CacheConfig, CacheMaker, finished
 from moma_lightning.cli import MoMACLI
+from moma_lightning.mendable import one_line
 from moma_lightning.training.guards import ended_together
 
 
@@ -52,7 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("cache"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"cache: {error}")

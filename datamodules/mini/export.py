@@ -25,7 +25,8 @@ from datamodules.shards import ShardSample, write_shards
 from moma_lightning.files import commit, place_beside, write_json
 
 #: Shards -> split of the world and first number of their identities; far apart, so that validation identities are new to the
-#: adapters and to the base models alike. Nothing is trained or chosen on "heldout": stage 1 is judged on it in the end.
+#: adapters and to the base models alike. Nothing is trained on "heldout": stage 1 is judged on it in the end. What its tables showed led to new recipes at
+#: times (LOG: the IP-Adapter's steps, stage 1's edits), so scores on it are not quite of the unseen; fresh identities gave the same picture (LOG, 2026-11-28).
 SHARDS = {"train": ("train", 0), "val": ("train", 1_000_000_000), "heldout": ("heldout", 1_000_000_000)}
 
 #: DreamBooth folder -> the same. The dev subjects are in no shard.

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from datamodules.openimages.engine import MENDABLE
+from moma_lightning.mendable import one_line
 
 #: Of a command: its configuration, in the module and beside the function that have the command's name.
 COMMANDS = {"build": "BuildConfig", "validate": "ValidateConfig", "inspect": "InspectConfig"}
@@ -19,7 +19,6 @@ def parser_of(config: type, command: str) -> ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """What a person can mend is one line; everything else keeps its traceback."""
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
         print(__doc__)
@@ -29,10 +28,8 @@ def main(arguments: list[str]) -> int:
     parser = parser_of(config, command)
     parsed = parser.instantiate(parser.parse_args(arguments[1:]))
     parsed.pop("config", None)
-    try:
+    with one_line(command):
         result: object = function(config(**parsed.as_dict()))
-    except MENDABLE as error:
-        sys.exit(f"{command}: {error}")
     return result if isinstance(result, int) else 0
 
 

@@ -204,7 +204,10 @@ def _is_thing(lower: list[str], i: int, removed: frozenset[str]) -> bool:
     """Whether a word like "orange" is the fruit here: an article before it and nothing that it could describe after it."""
     if lower[i] not in THINGS:
         return False
-    follows = lower[i + 1] if i + 1 < len(lower) else "."
+    j = i + 1
+    while j + 1 < len(lower) and lower[j] in JOINTS and _is_listed(lower[j + 1], removed):  # "orange and white cat"
+        j += 2
+    follows = lower[j] if j < len(lower) else "."
     return follows in CLOSERS and i > 0 and (lower[i - 1] in ("a", "an", "the", "one") or lower[i - 1] in removed)
 
 

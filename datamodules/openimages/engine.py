@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moma_lightning.mendable import MENDABLE
+
 Item = dict[str, Any]
 Row = dict[str, Any]  # Ray's: an item and a pickled error, or b""
 ACTOR_CORES = 0.5
-#: What a command ends with one line for; everything else keeps its traceback.
-MENDABLE = (ValueError, OSError, ImportError)
 
 
 @dataclass

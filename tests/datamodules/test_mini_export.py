@@ -148,3 +148,9 @@ def test_views_turn_and_frame_the_subject():
 
 def test_a_view_is_said_behind_the_last_label():
     assert say("far away", "photo of a cat. a red cat in the snow", "cat") == "photo of a cat. a red cat far away in the snow"
+
+
+@pytest.mark.parametrize(("label", "wears"), [("mug", False), ("cat", True)])
+def test_only_the_living_wear_accessories(label, wears):
+    rng, subject = np.random.default_rng(0), world.identity("train", 0, label)
+    assert all((world.sample_picture(rng, subject, accessory_rate=1).accessory is not None) == wears for _ in range(5))

@@ -23,9 +23,10 @@ from datamodules.pictures import open_mask
 from datamodules.samples import BadSamples, read_shards, to_subject_mask
 from datamodules.squares import as_bytes
 from datamodules.triplets import TripletDataModule
+from experiments.mini.models import mini_foundation
 from moma_lightning.__main__ import main
 from moma_lightning.batch import OF_THE_SUBJECT
-from moma_lightning.foundation import FoundationConfig, load_image_encoder
+from moma_lightning.foundation import load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid
@@ -36,7 +37,7 @@ from tests.datamodules.caches.running import config, copied, losses, make
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> str:
-    folder, foundation = tmp_path_factory.mktemp("decoder"), FoundationConfig()
+    folder, foundation = tmp_path_factory.mktemp("decoder"), mini_foundation()
     torch.manual_seed(0)
     ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), load_image_encoder(foundation).embed_dim).save_pretrained(folder)
     return str(folder)
@@ -44,7 +45,7 @@ def decoder(tmp_path_factory) -> str:
 
 def stage2(decoder: str | None, **options) -> Stage2:
     seed_everything(0, verbose=False)
-    return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(lr=1e-3), decoder, GridConfig(pictures=1, num_inference_steps=1))
+    return Stage2(mini_foundation(), Stage2Config(**options), OptimizerConfig(lr=1e-3), decoder, GridConfig(pictures=1, num_inference_steps=1))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_a_reference_is_kept_for_who_reads_it(data, decoder, tmp_path):
         losses(stage2(decoder, cache_reference=True), data, tmp_path)
     module = stage2(decoder, cached=True, cache_reference=True)
     own = module.cache_identity()
-    module.foundation = replace(FoundationConfig(), vae=f"{FoundationConfig().base}/vae", base_config=FoundationConfig().base)
+    module.foundation = replace(mini_foundation(), vae=f"{mini_foundation().base}/vae", base_config=mini_foundation().base)
     assert module.cache_identity() != own, "a LoRA changes the models that base_config names"
 
 
@@ -169,7 +170,7 @@ def test_processes_share_the_shards(data, decoder, tmp_path):
 
 def other_decoder(tmp_path: Path, decoder: str) -> Stage2:
     torch.manual_seed(1)
-    ImageFeatureDecoder.from_foundation(FoundationConfig(), DecoderConfig(), load_image_encoder(FoundationConfig()).embed_dim).save_pretrained(tmp_path)
+    ImageFeatureDecoder.from_foundation(mini_foundation(), DecoderConfig(), load_image_encoder(mini_foundation()).embed_dim).save_pretrained(tmp_path)
     return stage2(str(tmp_path), cached=True)
 
 
@@ -191,7 +192,7 @@ def test_what_moves_the_embedding_is_in_the_stamp(decoder):
     module = stage2(decoder, cached=True)
     own = module.cache_identity()
     for change in ({"mllm_quantization": "4bit"}, {"mllm_dtype": "bfloat16"}):
-        module.foundation = replace(FoundationConfig(), **change)
+        module.foundation = replace(mini_foundation(), **change)
         assert module.cache_identity() != own
 
 
@@ -310,7 +311,7 @@ def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, 
     shards, folder = "--data.init_args.config", Path("experiments") / experiment
     monkeypatch.setenv("WANDB_MODE", "disabled")
     arguments = ["--config", str(folder / "stage2.yaml"), "--model.init_args.decoder", decoder,
-                 "--model.init_args.foundation", json.dumps(asdict(FoundationConfig())),
+                 "--model.init_args.foundation", json.dumps(asdict(mini_foundation())),
                  "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
                  "--trainer.precision", "32-true", f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]  # fmt: skip
     pictures = [f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]

@@ -13,6 +13,7 @@ from datamodules.caches import __main__ as command
 from datamodules.caches.make import finished
 from datamodules.caches.stamp import CacheStamp
 from datamodules.triplets import TripletDataModule
+from experiments.mini.models import mini_foundation
 from moma_lightning.__main__ import main
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig
@@ -25,7 +26,7 @@ from tests.datamodules.caches.running import config, copied, losses, make
 
 def stage1(foundation: FoundationConfig | None = None, edit_rate: float = 0.0, cached: bool = False, **decoder) -> Stage1:
     seed_everything(0, verbose=False)
-    return Stage1(foundation or FoundationConfig(), DecoderConfig(**decoder), OptimizerConfig(lr=1e-3), edits=EditConfig(edit_rate), cached=cached)
+    return Stage1(foundation or mini_foundation(), DecoderConfig(**decoder), OptimizerConfig(lr=1e-3), edits=EditConfig(edit_rate), cached=cached)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_foreign_caches_are_refused_by_name(cache, data, tmp_path):
         losses(module, cache, tmp_path)
     context = Stage2Config(context="image_encoder", cached=True)
     with pytest.raises(ValueError, match=r"another mllm .* picture_side .* reference .* stage \(stage1, not stage2\)"):
-        losses(Stage2(FoundationConfig(), context, OptimizerConfig(), grid=GridConfig(pictures=0)), cache, tmp_path)
+        losses(Stage2(mini_foundation(), context, OptimizerConfig(), grid=GridConfig(pictures=0)), cache, tmp_path)
     with pytest.raises(ValueError, match="cached is true, but the shards hold pictures"):
         losses(stage1(cached=True), data, tmp_path)
 
@@ -124,7 +125,7 @@ def test_an_option_at_none_is_one_that_a_stamp_does_not_tell_of(cache, data, tmp
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
 def test_families_with_a_connector_of_its_own(family, tmp_path):
     tiny_mllms.write(family, tmp_path)
-    module = stage1(FoundationConfig(mllm=str(tmp_path))).eval()
+    module = stage1(mini_foundation(mllm=str(tmp_path))).eval()
     white = torch.rand(2, 3, 24, 24) * 2 - 1
     texts = ["cat", "mug"], ["a cat on a lake", "a mug in the snow"]
     features = module.decoder.vision_features(white)
@@ -135,7 +136,7 @@ def test_families_with_a_connector_of_its_own(family, tmp_path):
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
 def test_other_families_say_so(family, data, tmp_path):
     tiny_mllms.write(family, tmp_path / "mllm")
-    module = stage1(FoundationConfig(mllm=str(tmp_path / "mllm")), image_size=tiny_mllms.image_size(family))
+    module = stage1(mini_foundation(mllm=str(tmp_path / "mllm")), image_size=tiny_mllms.image_size(family))
     with pytest.raises(ValueError, match=rf"cannot be cached for MLLMs of the family '{family}', only for llava, idefics3, smolvlm"):
         make(data, tmp_path / "cache", module)
 
@@ -150,7 +151,7 @@ def test_the_commands_of_the_docs(data, tmp_path, monkeypatch, capsys, experimen
     """`make cache-stage1`, then `make stage1` with the experiment's cached YAML; full size with the mini world's models."""
     shards, folder = "--data.init_args.config", Path("experiments") / experiment
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    arguments = ["--config", str(folder / "stage1.yaml"), "--model.init_args.foundation", json.dumps(asdict(FoundationConfig())),
+    arguments = ["--config", str(folder / "stage1.yaml"), "--model.init_args.foundation", json.dumps(asdict(mini_foundation())),
                  "--model.init_args.clip", "experiments/mini/foundation/clip", "--trainer.default_root_dir", str(tmp_path),
                  "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true",
                  f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]  # fmt: skip

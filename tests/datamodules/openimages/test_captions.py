@@ -44,6 +44,19 @@ def test_a_label_or_a_thing_of_a_listed_name_stays(before, label):
     assert word in finish(before, label, RULES)[1]
 
 
+@pytest.mark.parametrize(("before", "label", "after"), [
+    ("a brown bear in the woods", "brown bear", "a brown bear in the woods"),
+    ("two brown bears", "brown bear", "photo of a brown bear. two brown bears"),
+    ("a traffic light red and green", "traffic light", "a traffic light"),  # "light red" is a colour
+])
+def test_of_a_label_no_word_goes(before, label, after):
+    assert finish(before, label, RULES)[1] == after
+
+
+def test_a_colour_that_is_a_thing_too_goes_with_the_colour_it_is_joined_to():
+    assert finish("an orange and white cat on a chair", "cat", RULES)[1] == "a cat on a chair"
+
+
 def test_captions_without_the_label_can_be_left_out():
     with pytest.raises(CaptionError, match="^label_absent$"):
         finish("a kitten", "cat", CaptionRules.of(CaptionConfig(missing_label="drop")))

@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 
 from datamodules.openimages.build import build
 from datamodules.openimages.config import SelectConfig, ShardConfig
-from datamodules.openimages.subjects import RejectedError, fit_mask, read_picture
+from datamodules.openimages.sources import Sources
+from datamodules.openimages.subjects import RejectedError, Subject, fit_mask, largest, read_picture, read_subject
 from tests.datamodules.openimages.conftest import samples_of
 
 
@@ -99,6 +101,14 @@ def test_rotation_is_counter_clockwise():
     assert read.size == (96, 64) and pixels[-5, 5] > 200 and pixels[5, 5] < 120  # top left goes to bottom left
 
 
+def test_a_picture_is_turned_once():
+    """Where the metadata's rotation and the file's EXIF say the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    both, plain = (read_picture(encode(cornered(), "JPEG", **said), 90.0, SELECT, ShardConfig()) for said in ({"exif": exif}, {}))
+    assert (both.size, both.content) == (plain.size, plain.content)
+
+
 def test_the_box_is_the_subjects_in_the_upright_picture(miniature, config_of, tmp_path):
     ids, exif = miniature.ids, Image.Exif()
     for image_id, degrees in zip(ids, (90.0, 180.0, 270.0), strict=False):
@@ -135,3 +145,17 @@ def test_how_far_a_masks_shape_may_be_from_its_pictures_is_the_configs(tolerance
     else:
         with pytest.raises(RejectedError, match="64, 84"):
             fit_mask(mask, read, select)
+
+
+def test_the_largest_come_first_and_equal_ones_by_name():
+    subjects = [Subject({"MaskPath": name}, b"", area, 0.0) for name, area in (("b", 0.2), ("c", 0.5), ("a", 0.2))]
+    first, rest = ([subject.row["MaskPath"] for subject in part] for part in largest(subjects, 2))
+    assert (first, rest) == (["c", "a"], ["b"])
+
+
+def test_a_corner_counts_once_for_the_border():
+    inside = np.zeros((4, 6), bool)
+    inside[0, 0] = True
+    sources = Mock(Sources, mask=lambda name: encode(Image.fromarray(inside)))
+    subject = read_subject({"MaskPath": "m.png"}, sources, SelectConfig(min_area=0, max_border=1))
+    assert subject.border == pytest.approx(1 / 16)
