@@ -10,6 +10,7 @@ from evaluation.config import EvalConfig
 from evaluation.generation import generate
 from evaluation.made_with import made_with, options_of
 from evaluation.plan import Evaluation
+from evaluation.protocols import preset
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.statistics import summarise
@@ -34,7 +35,7 @@ def run_ablation(config: EvalConfig) -> dict:
     evaluation = Evaluation.open(config)
     summary = summarise(score(evaluation, ablation.methods))
     title = ablation.title or ablation.name
-    page = [f"# {title}\n", protocol_line(evaluation.protocol, len(evaluation.subjects)) + "\n", method_table(summary)]
+    page = [f"# {title}\n", protocol_line(evaluation.protocol, preset(config.protocol), len(evaluation.subjects)) + "\n", method_table(summary)]
     if summary["differences"]:
         page.append(difference_table(summary))
     if ablation.published is not None:

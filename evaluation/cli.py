@@ -26,11 +26,9 @@ from evaluation.protocols import Protocol, changes, preset
 from evaluation.report import write_report
 from evaluation.sweeps import run_point
 from evaluation.tracking import log_evaluation
+from moma_lightning.mendable import MENDABLE
 
 logger = logging.getLogger(__name__)
-
-#: Errors that say what is wrong with the input.
-MENDED_BY_HAND = (ValueError, OSError, ImportError)
 
 
 def report(config: EvalConfig) -> None:
@@ -61,7 +59,7 @@ COMMANDS: dict[str, Callable[[EvalConfig], object]] = {
 ALONE = ("masks", "figures", "models", "report")
 
 
-def build_parser(protocol: str = EvalConfig.protocol) -> ArgumentParser:
+def build_parser(protocol: str = "dreambooth") -> ArgumentParser:
     """protocol: the preset that `overrides` are of, so that `--overrides.sampler.seed 1` changes one field of whatever a YAML has changed."""
     parser = ArgumentParser(prog="python -m evaluation", parser_mode="omegaconf", description="DreamBooth-style evaluation.")
     commands = parser.add_subcommands(required=True)
@@ -122,7 +120,7 @@ def run(command: str, config: EvalConfig) -> None:
         return
     try:
         COMMANDS[command](config)
-    except MENDED_BY_HAND as error:
+    except MENDABLE as error:
         logger.debug("traceback", exc_info=True)
         sys.exit(f"evaluation {command}: {error}")
     except ProcessRaisedException as error:  # of one process of several: its traceback as text
@@ -138,5 +136,5 @@ def raised(traceback: str) -> str | None:
     for number in reversed(range(len(lines))):
         kind, colon, _ = lines[number].partition(": ")
         if colon and isinstance(error := getattr(builtins, kind, None), type) and issubclass(error, BaseException):
-            return "\n".join(lines[number:]).removeprefix(f"{kind}: ") if issubclass(error, MENDED_BY_HAND) else None
+            return "\n".join(lines[number:]).removeprefix(f"{kind}: ") if issubclass(error, MENDABLE) else None
     return None

@@ -63,8 +63,8 @@ class EvalConfig:
     """An evaluation.
 
     run: folder that receives eval/, ablations/ and report/. data: folder in google/dreambooth's layout.
-    protocol: a preset's name; overrides: fields of it to change, nested like them, each over what earlier files say of it.
-    methods: name -> method, in the table's order.
+    protocol: a preset's name, or a YAML file of a protocol's fields. foundation: the base models. overrides: fields of the protocol to change, nested like
+    them, each over what earlier files say of it. methods: name -> method, in the table's order.
     adapter, decoder: what the two stages wrote, None where no method needs them. num_processes: workers, each with its share of the subjects and threads (on
     GPUs, one a device). dtype: of the weights that draw; scoring's are the protocol's. batch_size: pictures a pipeline call; making a
     method's pictures, fewer where a GPU's memory does not hold them.
@@ -73,10 +73,10 @@ class EvalConfig:
 
     run: str
     data: str
-    protocol: str = "dreambooth-mini"
+    protocol: str
+    foundation: FoundationConfig
     overrides: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
-    foundation: FoundationConfig = field(default_factory=FoundationConfig)
     adapter: str | None = None
     decoder: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"

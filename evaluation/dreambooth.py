@@ -16,6 +16,7 @@ from evaluation.made_with import made_with, options_of
 from evaluation.metrics.configs import hub_names
 from evaluation.oracle import check_oracle, incomplete, single
 from evaluation.plan import Evaluation
+from evaluation.protocols import preset
 from evaluation.scoring import score
 from evaluation.shared_scoring import fill_caches
 from evaluation.stamps import git_revision
@@ -55,7 +56,7 @@ def write_tables(evaluation: Evaluation, scores: pd.DataFrame) -> None:
     about = {"digest": protocol.digest, "git_revision": git_revision(), "warnings": found, "made_with": made_with(config, config.methods.values())}
     about |= {"methods": options_of(config.methods), "protocol": asdict(protocol)}
     write_json(folder / "protocol.json", about)
-    write_bytes(folder / "table.md", score_page(summary, protocol, len(subjects), found).encode())
+    write_bytes(folder / "table.md", score_page(summary, protocol, preset(config.protocol), len(subjects), found).encode())
     logger.info("%s\n%s", folder / "table.md", method_table(summary))
 
 

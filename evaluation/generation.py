@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -17,7 +16,8 @@ from datamodules.dreambooth import Subject
 from evaluation.config import EvalConfig
 from evaluation.methods import Method, Reference
 from evaluation.plan import Evaluation, Planned
-from evaluation.processes import Progress, begin_process, run_processes
+from evaluation.processes import Progress, run_processes
+from evaluation.share import Share
 from evaluation.stamps import git_revision
 from evaluation.tasks import PictureTask
 from evaluation.writer import BackgroundWriter
@@ -47,41 +47,31 @@ def digests_of(evaluation: Evaluation, methods: dict[str, Method]) -> dict[str, 
     return evaluation.models.digests
 
 
-class PictureMaker(LightningModule):
-    """Makes this process's share of the missing pictures; it has no parameters, each method brings its own models.
-
-    The share is a list of batches cut here, not a sampler's: DistributedSampler would pad it with pictures that others make.
-    """
+class PictureMaker(Share):
+    """Makes this process's share of the missing pictures, in batches; each method brings its own models."""
 
     def __init__(self, config: EvalConfig, methods: dict[str, Method], digests: dict[str, str]):
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.told = config, methods, digests
+        super().__init__(config, methods, digests)
         self.method: Method | None = None
         self.at_once = config.batch_size
 
     def setup(self, stage: str) -> None:
-        """Rank 0's config, methods and digests count everywhere."""
-        begin_process()
-        self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
-        self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
-        self.evaluation.models.digests.update(digests)
+        super().setup(stage)
         self.by_name = {subject.name: subject for subject in self.evaluation.subjects}
         protocol = self.evaluation.protocol
         self.writer = BackgroundWriter()
         self.provenance = {"protocol": protocol.name, "protocol_digest": protocol.digest, "git_revision": git_revision()}
 
     def predict_dataloader(self) -> DataLoader:
-        """Positions in `self.work`: every `world_size`-th subject, method by method."""
-        subjects = self.evaluation.subjects[self.trainer.global_rank :: self.trainer.world_size]
+        """Batches, method by method."""
         self.work = []
         for name, method in self.methods.items():
-            plans = [] if method.is_oracle else self.evaluation.planned(name, method, subjects)
+            plans = [] if method.is_oracle else self.evaluation.planned(name, method, self.subjects())
             missing = [plan for plan in plans if not plan.is_done]
             self.work += [(name, batch) for batch in batches(shared(method, missing), self.config.batch_size)]
         self.progress = Progress(sum(len(same) for _, batch in self.work for same in batch), self.trainer.global_rank, self.trainer.world_size)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*|Total length of `DataLoader`.*")
-        return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
+        return self.positions()
 
     def predict_step(self, position: int, batch_idx: int) -> int:
         """Make a batch; it is written while the next one is drawn. Returns its number of pictures: Lightning warns of steps that return nothing."""

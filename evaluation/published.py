@@ -13,7 +13,7 @@ TABLE_1: dict[str, tuple[float | None, ...]] = {
     "BLIP-Diffusion": (0.594, 0.300, 0.779, 0.271),
     "MoMA": (0.618, 0.348, 0.803, 0.335),
 }
-#: Table 3: strength of the masks.
+#: Table 3: strength of the masks. The CLIP-T(t) of .231 at .5 is printed so; between .335 and .322 it may be a misprint.
 MASKING = {1.0: (0.618, 0.348, 0.803, 0.335), 0.5: (0.603, 0.322, 0.797, 0.231), 0.0: (0.575, 0.298, 0.788, 0.322)}
 #: Table 4: strength of the subject features.
 BETA = {1.0: (0.618, 0.348, 0.803, 0.335), 0.5: (0.591, 0.348, 0.788, 0.338), 0.0: (0.583, 0.349, 0.782, 0.319)}

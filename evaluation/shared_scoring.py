@@ -4,18 +4,18 @@ What costs time in scoring is encoders and SAM. Their answers are cached by the 
 nothing else, and a killed run goes on from what it had written.
 """
 
-
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from datamodules.dreambooth import Subject
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import Judges
 from evaluation.generation import digests_of
 from evaluation.methods import Method
 from evaluation.plan import Evaluation
-from evaluation.processes import Progress, begin_process, launch, run_processes
+from evaluation.processes import Progress, launch, run_processes
 from evaluation.scoring import open_judges, subject_rows
+from evaluation.share import Share
 
 
 def fill_caches(config: EvalConfig, methods: dict[str, Method]) -> None:
@@ -27,33 +27,23 @@ def fill_caches(config: EvalConfig, methods: dict[str, Method]) -> None:
         run_processes(CacheFiller(config, methods, digests_of(evaluation, methods)), config.resolved_device(), count)
 
 
-class CacheFiller(LightningModule):
+class CacheFiller(Share):
     """Scores this process's share of the subjects and keeps what encoders and SAM said, in cache files of its own."""
 
     judges: Judges
 
-    def __init__(self, config: EvalConfig, methods: dict[str, Method], digests: dict[str, str]):
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.told = config, methods, digests
-
     def setup(self, stage: str) -> None:
-        """Rank 0's config, methods and digests count everywhere."""
-        begin_process()
-        self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
-        self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
-        self.evaluation.models.digests.update(digests)
+        super().setup(stage)
         self.judges = open_judges(self.evaluation, part=self.trainer.global_rank)
 
     def predict_dataloader(self) -> DataLoader:
-        """Positions in `self.work`: every `world_size`-th subject, real pictures first."""
-        own = self.evaluation.subjects[self.trainer.global_rank :: self.trainer.world_size]
+        """A subject each, real pictures first."""
         names = sorted(self.methods, key=lambda name: not self.methods[name].is_oracle)
-        self.work = [(name, subject) for name in names for subject in own if self.is_complete(name, subject)]
+        self.work = [(name, subject) for name in names for subject in self.subjects() if self.is_complete(name, subject)]
         self.progress = Progress(len(self.work), self.trainer.global_rank, self.trainer.world_size, "subjects scored")
-        return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
+        return self.positions()
 
-    def is_complete(self, name: str, subject) -> bool:
+    def is_complete(self, name: str, subject: Subject) -> bool:
         """Missing pictures are `score`'s to complain of."""
         method = self.methods[name]
         return method.is_oracle or all(plan.is_done for plan in self.evaluation.planned(name, method, [subject]))

@@ -117,6 +117,13 @@ def leaves_out_zero(cell: Mapping[str, Any]) -> bool:
     return cell.get("subjects", ENOUGH_SUBJECTS) >= ENOUGH_SUBJECTS and cell["lo"] < cell["hi"] and (cell["lo"] > 0 or cell["hi"] < 0)
 
 
+def by_chance(differences: int) -> str:
+    """What a difference that stands out means, and how many would if nothing differed: intervals are not corrected for their number."""
+    some = f"{(1 - LEVEL) * differences:.0f}"
+    return (f"the interval leaves out zero, with {ENOUGH_SUBJECTS} subjects or more. Of {differences} differences some {some} would by chance, "
+            "if nothing differed.")  # fmt: skip
+
+
 def protocols_of(scores: pd.DataFrame) -> dict[str, str]:
     """Digest -> name; empty for frames that do not say."""
     if "protocol_digest" not in scores:

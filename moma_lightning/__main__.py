@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from moma_lightning.mendable import one_line
+
 USAGE = """usage: python -m moma_lightning <command> ...   (or: moma <command> ...)
 
   fit | validate   train or judge a stage: --config experiments/<experiment>/stage1.yaml
@@ -42,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     elif command == "convert":
         from moma_lightning.checkpoints.convert import main as convert
 
-        told(convert, command, arguments[1:])
+        with one_line(command):
+            convert(arguments[1:])
     elif command in ("fit", "validate"):
         from moma_lightning.cli import MoMACLI
 
@@ -57,15 +60,8 @@ def run(function: Callable[..., None], command: str, arguments: list[str]) -> No
     """Call a function with its parameters as options."""
     from jsonargparse import auto_cli
 
-    told(lambda args: auto_cli(function, args=args, as_positional=False, prog=f"python -m moma_lightning {command}"), command, arguments)
-
-
-def told(function: Callable[[list[str]], object], command: str, arguments: list[str]) -> None:
-    """What a person can mend is one line; everything else keeps its traceback."""
-    try:
-        function(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{command}: {error}")
+    with one_line(command):
+        auto_cli(function, args=arguments, as_positional=False, prog=f"python -m moma_lightning {command}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,8 +34,6 @@ from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_lora, is_single_file, load_single_file
 from moma_lightning.whole import load_whole, require_all_weights, require_vocabulary
 
-MINI = "experiments/mini/foundation"
-
 
 @dataclass
 class FoundationConfig:
@@ -48,13 +48,13 @@ class FoundationConfig:
     bits, frozen (stage 1 then trains LoRA alone); needs a CUDA GPU.
     """
 
-    base: str = f"{MINI}/base"
+    base: str
+    image_encoder: str
+    mllm: str
     base_config: str | None = None
     vae: str | None = None
-    image_encoder: str = f"{MINI}/image_encoder"
-    mllm: str = f"{MINI}/llava"
-    ip_adapter: str | None = f"{MINI}/ip_adapter/ip-adapter.safetensors"
-    sam: str | None = f"{MINI}/sam"
+    ip_adapter: str | None = None
+    sam: str | None = None
     mllm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mllm_quantization: Quantization | None = None
 
@@ -63,6 +63,15 @@ class FoundationConfig:
         for option in fields(self):
             if getattr(self, option.name) == "None":
                 setattr(self, option.name, None)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "FoundationConfig":
+        """As `foundation: path` has it in an experiment's YAML. Raises OSError for a missing file, ValueError for what is no such config."""
+        options = yaml.safe_load((local_path(str(path)) or Path(path)).read_text())
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise ValueError(f"{path} does not name base models as experiments/mini/foundation.yaml does: {error}") from error
 
 
 @dataclass

@@ -9,40 +9,43 @@ import torch
 from PIL import Image
 
 from moma_lightning.files import write_beside, write_json
-from moma_lightning.foundation import MINI, FoundationConfig
+from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import load_pipeline
 
 
 def generate(
     prompt: str | list[str],
+    foundation: FoundationConfig,
     image: str | None = None,
     mask: str | None = None,
     label: str | None = None,
     out: str = "runs/generated",
-    adapter: str | None = f"{MINI}/moma/adapter",
-    decoder: str | None = f"{MINI}/moma/image_feature_decoder",
+    adapter: str | None = None,
+    decoder: str | None = None,
     beta: float = 1.0,
     mask_strength: float = 1.0,
     guide_subject: bool = False,
     context_scale: float = 1.0,
     prompt_template: str = "{prompt}",
-    guidance_scale: float = 3.0,
-    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 50,
     num_images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    foundation: FoundationConfig = FoundationConfig(),  # noqa: B008 - never changed
 ) -> None:
     """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it; numbers go on after those that are there.
 
     Args:
         prompt: What to show, e.g. "a cat on the beach", or a list: '["a cat on the beach", "a cat in the snow"]'. Each names the label.
+        foundation: The base models: --config experiments/mini/generate.yaml names mini's, and its adapter and decoder.
         image: The picture of the subject; without it the base model draws the prompts alone.
         mask: The subject's mask (white on black); without it SAM finds the main object.
         label: The word for the subject, e.g. "cat".
         out: Folder for the pictures.
-        adapter: Folder of stage 2 (runs/mini/stage2/adapter; here the shipped one), or an IP-Adapter file, which draws as an IP-Adapter.
+        adapter: Folder of stage 2 (runs/mini/stage2/adapter), or an IP-Adapter file, which draws as an IP-Adapter.
         decoder: Folder of stage 1 (runs/mini/stage1/image_feature_decoder); null: CLIP's embedding of the picture is the context, as IP-Adapter was trained.
         beta: Subject strength (Eq. 3): 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 full masking, 0 none.
@@ -52,10 +55,11 @@ def generate(
         guidance_scale: Classifier-free guidance.
         num_inference_steps: Denoising steps.
         num_images_per_prompt: Pictures a prompt.
+        height: Of the pictures, in pixels; the base's own size where it is not given.
+        width: The same.
         seed: Seed of the first picture's noise; the next ones count up.
         device: Where to compute.
         dtype: Of the weights; 16 bits are for GPUs.
-        foundation: The base models.
     """
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
@@ -69,7 +73,7 @@ def generate(
     pipe = load_pipeline(foundation, adapter, decoder, dtype).to(device)
     seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guide_subject=guide_subject, context_scale=context_scale,
-                    guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
+                    guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, height=height, width=width)
     output = pipe(worded, reference, found, label, num_images_per_prompt=num_images_per_prompt,
                   generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], mllm_prompt=prompts, **settings)
     first = 1 + max((int(number[0]) for path in folder.glob("*.png") if (number := re.match(r"\d+(?=-)", path.name))), default=-1)

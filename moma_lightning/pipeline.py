@@ -1,6 +1,7 @@
 """MoMAPipeline: a picture of a subject and prompts to new pictures of it. The one sampler of the project."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,12 @@ class MoMAPipeline(DiffusionPipeline):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "MoMAPipeline":
+        """Raises ValueError: a folder of diffusers holds the base alone."""
+        raise ValueError("a MoMAPipeline is a base with an adapter and a decoder: load_pipeline(FoundationConfig(base=..., ...), adapter=..., decoder=...), "
+                         "or MoMAPipeline.from_base")  # fmt: skip
+
     def to(self, *args, **kwargs) -> "MoMAPipeline":
         super().to(*args, **kwargs)
         kwargs.pop("silence_dtype_warnings", None)  # of diffusers' own
@@ -116,7 +123,10 @@ class MoMAPipeline(DiffusionPipeline):
         mllm_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> MoMAPipelineOutput:
+        eta: float = 0.0,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        return_dict: bool = True,
+    ) -> MoMAPipelineOutput | tuple[Any, ...]:
         """New pictures of the subject in `image`, for each prompt.
 
         image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains; or
@@ -132,6 +142,7 @@ class MoMAPipeline(DiffusionPipeline):
         mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
             "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
         negative_prompt: for all prompts, or one a prompt.
+        eta, callback_on_step_end, return_dict: as diffusers' pipelines have them; of a step's tensors the callback gets the latents.
         Raises ValueError for a label that no prompt names, settings out of their range, betas or image_embeds that are neither one nor one a
         prompt, a mask or label without its picture, an empty mask, a reference or image_embeds without adapter, a reference without label, a context
         that nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
@@ -157,14 +168,15 @@ class MoMAPipeline(DiffusionPipeline):
             spelled, label = (self.maybe_convert_prompt(texts, self.tokenizer) for texts in (prompts, subject.label))  # as encode_text reads them
             tokens = label_tokens(self.tokenizers, spelled, label).to(device)
             guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
-        extra = self.prepare_extra_step_kwargs(generator, eta=0.0)
+        extra = self.prepare_extra_step_kwargs(generator, eta)
         masks: list[Tensor] = []
         made: dict[tuple[int, str], Any] = {}
         timesteps = self.scheduler.timesteps
-        for t, number in zip(self.progress_bar(timesteps), timesteps.tolist(), strict=True):  # a number, since a GPU is waited for to compare its tensor
+        numbers = timesteps.tolist()  # since a GPU is waited for to compare its tensor
+        for step, t in enumerate(self.progress_bar(timesteps)):
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
-            conditioning = guide.conditioning(number, context, guided, recorder) if guide else Conditioning(context=context)
+            conditioning = guide.conditioning(numbers[step], context, guided, recorder) if guide else Conditioning(context=context)
             conditioning.made = made
             noise_pred = self.unet(doubled, t, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
             if guided:
@@ -173,9 +185,12 @@ class MoMAPipeline(DiffusionPipeline):
             latents = self.scheduler.step(noise_pred, t, latents, **extra, return_dict=False)[0]
             if guide is not None:
                 masks.append(guide.update(recorder))
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, t, {"latents": latents}).pop("latents", latents)
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
-        return MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)
+        output = MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)
+        return output if return_dict else output.to_tuple()
 
     def prepare_subject(self, image: object, mask: Image.Image | Tensor | None, label: str | None, area: int) -> Subject:
         """Mask, white-background picture and reference features of the subject of a PIL picture, at about `area` pixels, aspect ratio kept."""
@@ -292,7 +307,7 @@ class MoMAPipelineSDXL(MoMAPipeline, BasePipelineSDXL):
 
 
 def load_pipeline(
-    foundation: FoundationConfig | None = None, adapter: str | None = None, decoder: str | None = None, dtype: str = "float32"
+    foundation: FoundationConfig, adapter: str | None = None, decoder: str | None = None, dtype: str = "float32"
 ) -> MoMAPipeline:
     """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
 
@@ -302,12 +317,13 @@ def load_pipeline(
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r}: float32, bfloat16 and float16 are known, by these names")
-    foundation = foundation or FoundationConfig()
     base = load_base(foundation)
     sam = foundation.sam
     masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
     clip = load_image_encoder(foundation)
     loaded = MoMAAdapter.from_pretrained(adapter, base.unet) if adapter else None
+    if decoder and loaded is not None and loaded.trained_on == "image_encoder":
+        warnings.warn(f"the adapter {adapter} was trained on CLIP's embeddings (stage2.context), not the decoder's: leave the decoder out", stacklevel=2)
     widths = {f"the image encoder {foundation.image_encoder}": clip.embed_dim}
     if loaded is not None:
         widths[f"the adapter {adapter}"] = loaded.image_proj.proj.in_features

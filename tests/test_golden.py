@@ -13,8 +13,8 @@ import torch
 
 from datamodules.mini import world
 from datamodules.mini.render import render
+from experiments.mini.models import mini_foundation
 from experiments.mini.recipe.common import to_pixels
-from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import load_pipeline
 
 GOLDEN = Path(__file__).parent / "golden" / "mini.json"
@@ -30,7 +30,7 @@ def measure() -> dict:
     subject = world.identity("heldout", 3, "cat")
     images, masks = render([world.sample_picture(np.random.default_rng(i), subject) for i in range(2)])
     pixels = to_pixels(images)
-    pipe = load_pipeline(FoundationConfig(), adapter=FoundationConfig().ip_adapter)
+    pipe = load_pipeline(mini_foundation(), adapter=mini_foundation().ip_adapter)
     with torch.no_grad():
         embeds = pipe.clip(pixels)
         decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample

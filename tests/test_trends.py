@@ -21,6 +21,7 @@ from evaluation.methods import IpAdapter, Method, Moma, TextOnly
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.statistics import summarise
+from experiments.mini.models import MINI, PROTOCOL, mini_foundation
 from moma_lightning import pipeline
 from moma_lightning.models import attention
 from moma_lightning.models.masks import MaskPyramid
@@ -28,7 +29,7 @@ from moma_lightning.pipeline import MoMAPipeline
 from moma_lightning.subject import label_tokens
 
 GOLDEN = Path(__file__).parent / "golden" / "trends.json"
-TRAINED = "experiments/mini/foundation/moma"
+TRAINED = f"{MINI}/moma"
 METHODS: dict[str, Method] = {
     "text_only": TextOnly(),
     "ip_adapter": IpAdapter(),
@@ -52,7 +53,7 @@ PARTS: dict[str, dict[str, tuple[str, str, str]]] = {
 def reduced(run: Path, data: Path, methods: dict[str, Method], contexts: int, textures: int) -> EvalConfig:
     """The mini evaluation on 6 of its subjects."""
     small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": contexts, "texture_prompts": textures, "extra_scores": []}
-    return EvalConfig(str(run), str(data), "dreambooth-mini", small, methods, adapter=f"{TRAINED}/adapter", decoder=f"{TRAINED}/image_feature_decoder",
+    return EvalConfig(str(run), str(data), PROTOCOL, mini_foundation(), small, methods, f"{TRAINED}/adapter", f"{TRAINED}/image_feature_decoder",
                       wandb=WandbConfig(enabled=False))  # fmt: skip
 
 

@@ -40,5 +40,5 @@ def difference_rows(summary: Mapping[str, Any], names: Mapping[str, str] | None 
     rows: dict[str, Cells] = {}
     for row in summary.get("differences", []):
         pair = f"{known.get(row['a'], method_name(row['a']))} \u2212 {known.get(row['b'], method_name(row['b']))}"
-        rows.setdefault(pair, {})[row["metric"]] = {key: row[key] for key in ("mean", "lo", "hi")}
+        rows.setdefault(pair, {})[row["metric"]] = {key: row[key] for key in ("mean", "lo", "hi", "subjects") if key in row}
     return rows

@@ -1,8 +1,10 @@
 """What can be evaluated: one small interface."""
 
+import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,7 +103,16 @@ class Method(ABC):
     pipeline: Any = None  # diffusers declares a pipeline's parts at run time only
 
     def options(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        """What a picture's stamp says of its method: the class, of one that is not this package's its source too, and the fields.
+
+        Raises ValueError for a class that is no dataclass.
+        """
+        if not is_dataclass(type(self)):
+            raise ValueError(f"{type(self).__name__}: a method is a dataclass, its fields are its options: put @dataclass before the class")
+        kind = type(self).__name__
+        if not type(self).__module__.startswith("evaluation.methods."):
+            kind = f"{type(self).__module__}.{type(self).__qualname__} {source_digest(type(self))}"
+        return {"kind": kind, **asdict(self)}  # type: ignore[call-overload]
 
     def require(self, models: Models) -> None:  # noqa: B027 - not every method has conditions
         """Raises ValueError for models that the method cannot work with; asked of all methods before the first one draws."""
@@ -124,6 +135,14 @@ class Method(ABC):
     @abstractmethod
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         """One picture a task, its initial noise drawn on the CPU from the task's seed."""
+
+
+def source_digest(kind: type) -> str:
+    """Eight digits that change with the class's own lines; "" where they cannot be read."""
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:8]
+    except (OSError, TypeError):
+        return ""
 
 
 def use_scheduler(pipeline: Any, sampler: Sampler) -> None:

@@ -1,6 +1,6 @@
 """Methods that sample with the project's pipeline, from the same noise: MoMA, IP-Adapter, the base model alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -111,8 +111,9 @@ class Moma(DiffusionMethod):
 
     def checkpoints(self, models: Models) -> tuple[str | None, str | None]:
         adapter, decoder = self.adapter or models.adapter, self.decoder or models.decoder
-        if adapter is None or decoder is None:
-            raise ValueError("MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config")
+        if adapter is None or (decoder is None and self.context == "decoder"):
+            raise ValueError("MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config; "
+                             "with `context: image` the adapter alone")  # fmt: skip
         return adapter, decoder
 
     def weights(self, models: Models) -> dict[str, str | None]:
@@ -168,8 +169,8 @@ class IpAdapter(DiffusionMethod):
 
 def mllm_precision(foundation: FoundationConfig) -> dict[str, str | None]:
     """How the MLLM's weights are held, as far as it is not the default: stamps without these names were made with the default."""
-    default, names = FoundationConfig(), ("mllm_dtype", "mllm_quantization")
-    return {name: getattr(foundation, name) for name in names if getattr(foundation, name) != getattr(default, name)}
+    options = [option for option in fields(FoundationConfig) if option.name in ("mllm_dtype", "mllm_quantization")]
+    return {option.name: getattr(foundation, option.name) for option in options if getattr(foundation, option.name) != option.default}
 
 
 def clip_embeds(pipeline: Any, reference: Reference) -> Float[Tensor, "1 dim"]:

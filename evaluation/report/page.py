@@ -27,7 +27,7 @@ from evaluation.names import method_name, metric_name
 from evaluation.report import tables
 from evaluation.report.pictures import as_data, narrow
 from evaluation.stamps import read_stamp
-from evaluation.statistics import LEVEL, METRICS, oracles, prompt_intervals, subject_means
+from evaluation.statistics import LEVEL, METRICS, by_chance, oracles, prompt_intervals, subject_means
 from moma_lightning.files import write_bytes
 
 CURVES = ("train/loss", "train/data_wait", "val/")
@@ -116,6 +116,7 @@ def scores_section(config: EvalConfig, scores: pd.DataFrame) -> dict[str, Any]:
         "headline": tables.score_tables("Method", rows, metrics, contenders),
         "score_charts": interval_charts(rows, colors, metrics),
         "differences": tables.difference_tables(differences, metrics) if differences else [],
+        "by_chance": by_chance(sum(map(len, differences.values()))),
         "difference_charts": interval_charts(differences, {}, metrics, width=4.8, zero=True),
     }
 
@@ -167,6 +168,7 @@ def ablation_section(ablation: Ablation) -> dict[str, Any]:
         "tables": tables.score_tables("Setting", ablation.rows, ablation.metrics),
         "charts": charts,
         "differences": tables.difference_tables(ablation.differences, ablation.metrics) if ablation.differences else [],
+        "by_chance": by_chance(sum(map(len, ablation.differences.values()))),
         "published": tables.published_table(ablation.axis.capitalize(), paper) if paper else None,
     }
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from experiments.benchmarks import explicit
 from experiments.benchmarks.discs import disc
 from experiments.benchmarks.timing import PRECISION, Case, dtype_of
-from moma_lightning.foundation import MINI, FoundationConfig, load_base
+from experiments.mini.models import MINI, mini_foundation
+from moma_lightning.foundation import load_base
 from moma_lightning.models.adapter import MoMAAdapter, install_processors
 from moma_lightning.models.attention import Recorder
 from moma_lightning.models.masks import MaskPyramid
@@ -75,7 +76,7 @@ class Setting:
         self.reference = self.adapter.reference_features(unet, self.latents[:1], self.text[:1])
         self.context = self.adapter.context_conditioning(torch.randn(rows, self.adapter.image_proj.proj.in_features, **there))
         self.t = torch.tensor(T, device=device)  # as schedulers give it
-        pipe = MoMAPipeline.from_base(replace(load_base(FoundationConfig()), unet=unet))
+        pipe = MoMAPipeline.from_base(replace(load_base(mini_foundation()), unet=unet))
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
         picture = self.mask.expand(-1, 3, -1, -1)
         subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL, self.adapter.variant)

@@ -16,7 +16,7 @@ from evaluation.metrics.encoders import DinoConfig, DinoEncoder, load_dino
 from evaluation.stamps import load_pictures
 from experiments.benchmarks.loading import photograph
 from experiments.benchmarks.timing import Case
-from moma_lightning.foundation import MINI
+from experiments.mini.models import MINI
 
 BATCH = 16
 Run = Callable[[], object]

@@ -18,8 +18,8 @@ from datamodules.mini.render import render
 from datamodules.samples import to_pixel_values, to_subject_mask
 from experiments.benchmarks.timing import PRECISION, Case, dtype_of
 from experiments.benchmarks.true_models import SD15, random_batch, random_stage
+from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
-from moma_lightning.foundation import MINI, FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig
 from moma_lightning.models.preprocess import preprocess_square
 from moma_lightning.modules.stage1 import Stage1
@@ -61,7 +61,7 @@ def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def stage2(device: torch.device, **options) -> Stage2:
     decoder = f"{MINI}/moma/image_feature_decoder" if options.get("context", "decoder") == "decoder" else None
-    return Stage2(FoundationConfig(), Stage2Config(**options), OptimizerConfig(), decoder).to(device)
+    return Stage2(mini_foundation(), Stage2Config(**options), OptimizerConfig(), decoder).to(device)
 
 
 def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch, bf16: bool = False) -> Run:
@@ -99,7 +99,7 @@ def stage1_against_bare_mllm(device: torch.device, target: bool = False, from_ca
     target: it makes CLIP's embeddings of the pictures too, as any training towards them has to. from_cache: the stage has its
     frozen features from a cache; the bare side runs its vision tower.
     """
-    module, batch = Stage1(FoundationConfig(), DecoderConfig(), OptimizerConfig()).to(device), batch_of(BATCH, device)
+    module, batch = Stage1(mini_foundation(), DecoderConfig(), OptimizerConfig()).to(device), batch_of(BATCH, device)
     bare = bare_mllm(module, batch)
 
     def beside_target() -> Tensor:

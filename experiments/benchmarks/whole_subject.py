@@ -17,7 +17,7 @@ from experiments.benchmarks.explicit import written_out
 from experiments.benchmarks.guided_step import COMPILE
 from experiments.benchmarks.timing import PRECISION, Case, dtype_of
 from experiments.benchmarks.true_models import LABEL, PLACES, SD15, random_stage
-from moma_lightning.foundation import MINI, FoundationConfig
+from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.modules.stage2 import Stage2
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 from moma_lightning.plan.stages import read_experiment
@@ -76,7 +76,7 @@ class Evaluation:
 
 def mini_evaluation(device: torch.device, setting: Setting = MINI_SETTING) -> Evaluation:
     """The shipped mini MoMA on a held-out subject."""
-    pipe = load_pipeline(FoundationConfig(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder").to(str(device))
+    pipe = load_pipeline(mini_foundation(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder").to(str(device))
     picture = world.sample_picture(np.random.default_rng(0), world.identity("heldout", 3, LABEL))
     return Evaluation(pipe, Image.fromarray(render([picture])[0][0]), setting)
 

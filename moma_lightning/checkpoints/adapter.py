@@ -37,7 +37,8 @@ def save_adapter(adapter: MoMAAdapter, folder: str | Path, card: dict[str, Any] 
 
     Returns the weights' path.
     """
-    return write_native(Path(folder), adapter_state(adapter, subject=adapter.has_subject), adapter.variant, card)
+    told = ({} if adapter.trained_on is None else {"context": adapter.trained_on}) | (card or {})
+    return write_native(Path(folder), adapter_state(adapter, subject=adapter.has_subject), adapter.variant, told)
 
 
 def write_native(folder: Path, state: Mapping[str, Tensor], variant: str, card: dict[str, Any] | None = None) -> Path:
@@ -46,8 +47,9 @@ def write_native(folder: Path, state: Mapping[str, Tensor], variant: str, card: 
         raise CheckpointError(f"{folder}: the source holds no {' and no '.join(sorted(lacking))}: not an IP-Adapter (the plain one) or MoMA adapter file")
     subject = holds_subject(state)
     num_tokens = len(state["image_proj.proj.weight"]) // len(state["image_proj.norm.weight"])
-    written = {"variant": variant, "num_tokens": num_tokens, "subject": subject} | (card or {})
-    write_safetensors(folder / ADAPTER_FILE, state, {"moma_variant": variant})
+    written: dict[str, Any] = {"variant": variant, "num_tokens": num_tokens, "subject": subject} | (card or {})
+    metadata = {"moma_variant": variant} | ({"moma_context": written["context"]} if "context" in written else {})
+    write_safetensors(folder / ADAPTER_FILE, state, metadata)
     write_json(folder / CARD_FILE, written, indent=2)
     return folder / ADAPTER_FILE
 
@@ -67,7 +69,7 @@ def load_adapter(path: str | Path, unet: UNet2DConditionModel, variant: Variant 
     variant = variant or cast(Variant, metadata.get("moma_variant", "released"))
     adapter = MoMAAdapter.for_unet(unet, weight.shape[1], num_tokens=num_tokens, variant=variant)
     load_into(adapter, state, path)
-    adapter.has_subject = holds_subject(state)
+    adapter.has_subject, adapter.trained_on = holds_subject(state), metadata.get("moma_context")
     return adapter
 
 

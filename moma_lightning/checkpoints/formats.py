@@ -25,10 +25,14 @@ ADAPTER_FILE = "moma.safetensors"
 IP_ADAPTER_PARTS = ("image_proj", "ip_adapter")
 RELEASED_PARTS = ("projectors", "self_cross_attentions", "llm_mapping")
 _SUBJECT_NAMES = {"to_k_ip.weight": "to_k.weight", "to_v_ip.weight": "to_v.weight", "scale_learnable": "lambda_"}
+#: Said of what is none of these.
+UNFINISHED = ("is a training's checkpoint, not what it exports: the same `fit` with --trainer.max_steps at the checkpoint's step writes the adapter's folder, "
+              "and with more steps goes on from there")  # fmt: skip
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the entries and what to do."""
+
 
 
 def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
@@ -43,6 +47,8 @@ def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
     if not path.exists() and "@" in str(path):
         inside = hub_name(str(path)).path
         path = find_file(str(path), None if inside and Path(inside).suffix else ADAPTER_FILE)
+    if (path.parent / "meta.pt").exists() and not path.exists():
+        raise CheckpointError(f"{path.parent} {UNFINISHED}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}, and a hub name needs its revision "
                                 "(owner/name@main)")  # fmt: skip
@@ -80,6 +86,8 @@ def flatten(nested: Any, path: Path) -> State:
     """A pickle's content under the native names; names that no layout knows are kept, so that strict loading reports them."""
     parts = set(nested) if isinstance(nested, dict) else set()
     known = next((layout for layout in (IP_ADAPTER_PARTS, RELEASED_PARTS) if set(layout) & parts), None)
+    if "pytorch-lightning_version" in parts:
+        raise CheckpointError(f"{path} {UNFINISHED}")
     if known is None or parts != set(known):
         expected = " or ".join(", ".join(layout) for layout in (IP_ADAPTER_PARTS, RELEASED_PARTS))
         raise CheckpointError(f"{path} holds {', '.join(sorted(map(str, parts))) or 'no dict'}; expected {expected}")

@@ -79,10 +79,12 @@ class MoMAAdapter(nn.Module, PublishedModel):
 
     variant: "released" composes on the frozen layer, K' = W'_k (W_k h), V' = W'_v (W_v h), as the authors' code does;
     "paper" takes K' = W'_k h and V' = W'_v h (below Eq. 3). h is the layer's input in the reference pass.
+    trained_on: what its image embeddings were in stage 2, "decoder" or "image_encoder", where the file says so.
     has_subject: False for what was read of an IP-Adapter file, or trained as one: it then draws as an IP-Adapter, its context unmasked.
     """
 
     has_subject: bool = True
+    trained_on: str | None = None
 
     def __init__(self, layers: dict[int, tuple[int, int | None]], image_embed_dim: int, cross_attention_dim: int, *,
                  num_tokens: int = 4, variant: Variant = "released"):

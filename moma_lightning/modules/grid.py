@@ -16,8 +16,8 @@ class GridConfig:
     """The picture grid of validation: the first `pictures` validation samples, redrawn from their own captions. 0: none."""
 
     pictures: int = 8
-    num_inference_steps: int = 12
-    guidance_scale: float = 3.0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
 
 
 @torch.compiler.set_stance("force_eager")  # a few pictures are not worth compiling a trained UNet anew for

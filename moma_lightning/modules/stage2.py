@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, Int
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
 from moma_lightning import losses
@@ -115,6 +115,8 @@ class Stage2(TrainedPartModule):
         if isinstance(batch, CachedBatch):
             target = batch.features["moments"]
             return target, batch.features["white_moments"] if self.white_reference and not self.config.cache_reference else target
+        if batch.pixel_values.shape[-1] % (factor := 2 ** (len(self.vae.config.block_out_channels) - 1)):
+            raise ValueError(f"pictures of {batch.pixel_values.shape[-1]} pixels: data.config.image_size has to be divisible by the autoencoder's {factor}")
         target = self.vae.encode(batch.pixel_values).latent_dist.parameters
         if not self.white_reference:
             return target, target
@@ -155,7 +157,7 @@ class Stage2(TrainedPartModule):
         options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype,
                    "mllm_quantization": self.foundation.mllm_quantization,
                    "reference_features": self.config.variant if self.config.cache_reference else None}  # fmt: skip
-        return {name: identity(model) for name, model in models.items()} | stated(options)
+        return {name: identity(model) for name, model in models.items()} | stated(options) | self.own_class()
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], batch: TripletBatch | CachedBatch) -> TextConditioning:
@@ -274,6 +276,9 @@ class Stage2(TrainedPartModule):
     def on_fit_end(self) -> None:
         if self.trainer.fast_dev_run:
             return
+        if other := [name for name in self.kept() if not name.startswith("adapter.")]:
+            rank_zero_warn(f"trained, and in the checkpoint, but not in the adapter's folder: {', '.join(other[:5])}. Evaluation will not see it: "
+                           "export it in an on_fit_end of your own")  # fmt: skip
         with whole_parameters(self.adapter, dict(self.adapter.named_parameters())):
             if self.trainer.is_global_zero:
                 card = {"steps": self.global_step, "context": self.config.context}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from evaluation.config import EvalConfig, WandbConfig
 from evaluation.methods import Method
 from evaluation.metrics import CachedEncoder, ImageTextEncoder
+from experiments.mini.models import PROTOCOL, mini_foundation
 
 SUBJECTS = {"red_mug": "mug", "old_boot": "boot", "tabby": "cat"}
 PROMPTS = ["in the snow", "on the beach", "in the jungle", "on a lake", "in the city"]
@@ -117,5 +118,5 @@ def fake_config(tmp_path: Path, methods: dict[str, Method], overrides: dict | No
     if not (tmp_path / "data").exists():
         write_data(tmp_path / "data")
     changed = {"context_prompts": 2, "texture_prompts": 1, "extra_scores": [], **(overrides or {})}
-    return EvalConfig(run=str(tmp_path / "run"), data=str(tmp_path / "data"), protocol="dreambooth-mini", overrides=changed, methods=methods,
-                      batch_size=2, wandb=WandbConfig(enabled=False), **rest)  # fmt: skip
+    return EvalConfig(run=str(tmp_path / "run"), data=str(tmp_path / "data"), protocol=PROTOCOL, foundation=rest.pop("foundation", None) or mini_foundation(),
+                      overrides=changed, methods=methods, batch_size=2, wandb=WandbConfig(enabled=False), **rest)  # fmt: skip

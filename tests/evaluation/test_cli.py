@@ -8,6 +8,8 @@ from evaluation import cli
 from evaluation.cli import COMMANDS, main, parse
 from evaluation.config import EvalConfig
 from evaluation.methods import IpAdapter, Moma, RealImages, TextOnly
+from experiments.mini.models import PROTOCOL, mini_foundation
+from moma_lightning.foundation import FoundationConfig
 from moma_lightning.wandb_mode import wandb_mode
 from tests.evaluation.fakes import write_data
 
@@ -75,7 +77,7 @@ def test_unknown_keys_are_errors(wrong, capsys):
 
 
 def test_unknown_keys_in_a_file_are_errors(tmp_path, capsys):
-    (tmp_path / "eval.yaml").write_text("protocol: dreambooth-mini\nstepz: 3\n")
+    (tmp_path / "eval.yaml").write_text(f"protocol: {PROTOCOL}\nstepz: 3\n")
     with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
     assert "stepz" in capsys.readouterr().err
@@ -105,10 +107,9 @@ def test_what_one_process_makes_is_not_made_by_the_others_of_torchrun(monkeypatc
 
 
 @pytest.mark.parametrize("name", ["../up", "differences", "title", "made_with", "methods", "published", "sampler"])
-def test_method_names_must_be_folders(tmp_path, capsys, name):
-    (tmp_path / "eval.yaml").write_text(f"run: runs/x\ndata: data\nmethods: {{{name}: TextOnly}}\n")
+def test_method_names_must_be_folders(capsys, name):
     with pytest.raises(SystemExit):
-        parse(["generate", "--config", str(tmp_path / "eval.yaml")])
+        parse(["generate", "--config", str(MINI), f"--methods={{{name}: TextOnly}}"])
     assert f"cannot be called {name!r}" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -119,12 +120,21 @@ def test_there_is_one_of_each_at_least(option, capsys):
     assert "each has to be 1 at least" in " ".join(capsys.readouterr().err.split())
 
 
-def test_two_methods_of_one_display_name_are_refused(tmp_path, capsys):
+def test_two_methods_of_one_display_name_are_refused(capsys):
     """In tables by that name one would take the other's row."""
-    (tmp_path / "eval.yaml").write_text("run: runs/x\ndata: data\nmethods: {moma_mask0.5: TextOnly, moma_masking0.5: TextOnly}\n")
+    with pytest.raises(SystemExit):
+        parse(["generate", "--config", str(MINI), "--methods={moma_mask0.5: TextOnly, moma_masking0.5: TextOnly}"])
+    assert "would both be called 'MoMA, mask strength 0.5'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_names_no_protocol_and_no_models_is_refused(tmp_path, capsys):
+    """Nothing of the mini world's stands in for what a full-size YAML forgets."""
+    (tmp_path / "eval.yaml").write_text("run: runs/x\ndata: data\nfoundation: {base: owner/name}\n")
     with pytest.raises(SystemExit):
         parse(["generate", "--config", str(tmp_path / "eval.yaml")])
-    assert "would both be called 'MoMA, mask strength 0.5'" in " ".join(capsys.readouterr().err.split())
+    told = capsys.readouterr().err
+    assert all(f"generate.{name}" in told for name in ("protocol", "foundation.image_encoder", "foundation.mllm")) and "generate.foundation.base" not in told
+    assert (FoundationConfig("base", "clip", "mllm").sam, FoundationConfig("base", "clip", "mllm").ip_adapter) == (None, None)
 
 
 def test_commands_are_the_documented_ones():
@@ -155,9 +165,8 @@ def test_a_judge_that_is_not_in_the_cache_is_missed_before_the_first_picture(tmp
 def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "dataset/tabby/01.png").write_bytes(b"no picture")
-    (tmp_path / "eval.yaml").write_text("protocol: dreambooth-mini\noverrides: {extra_scores: []}\nmethods: {real_images: RealImages}\n")
     with pytest.raises(SystemExit, match="evaluation score: .*tabby/01.png cannot be read as a picture"):
-        main(["score", "--config", str(tmp_path / "eval.yaml"), f"--data={data}", f"--run={tmp_path / 'run'}"])
+        main(["score", "--config", str(MINI), "--overrides.extra_scores=[]", "--methods={real_images: RealImages}", f"--data={data}", f"--run={tmp_path}"])
 
 
 @pytest.mark.parametrize(("told", "ends"), [
@@ -185,9 +194,9 @@ def test_the_traceback_behind_the_line_is_there_for_whoever_asks(monkeypatch, ca
 
 
 def test_no_more_processes_than_subjects_and_gpus(monkeypatch):
-    assert EvalConfig("run", "data", num_processes=8, device="cpu").processes(3) == 3
+    assert EvalConfig("run", "data", PROTOCOL, mini_foundation(), num_processes=8, device="cpu").processes(3) == 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert EvalConfig("run", "data", num_processes=2, device="cuda").processes(30) == 1
+    assert EvalConfig("run", "data", PROTOCOL, mini_foundation(), num_processes=2, device="cuda").processes(30) == 1
 
 
 def test_wandb_never_asks(tmp_path, monkeypatch):

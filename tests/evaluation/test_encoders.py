@@ -94,6 +94,12 @@ def test_dino_preprocessing_is_not_timms_own(dino):
     assert (dino.preprocess([picture])[0] - timms(picture)).abs().max() > 0.1
 
 
+def test_dinos_interpolation_is_the_configs(dino):
+    picture = random_picture(0, (50, 60))
+    found = [DinoEncoder(DinoConfig(interpolation=kind), dino.model).preprocess([picture]) for kind in ("bicubic", "bilinear")]
+    assert not torch.equal(*found)
+
+
 def test_dino_embedding_is_the_unit_cls_token(dino):
     pictures = [random_picture(i, (300, 260)) for i in range(2)]
     tokens = dino.model.forward_features(dino.preprocess(pictures))
@@ -145,6 +151,15 @@ def test_dinov3_is_its_class_token_not_its_registers():
     encoder, picture = DinoEncoder(DinoConfig("vit_small_patch16_dinov3"), model), random_picture(6, (300, 260))
     expected = own.eval()(encoder.preprocess([picture]))
     torch.testing.assert_close(encoder.encode_images([picture]), expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_mean_pooling_leaves_registers_out():
+    torch.manual_seed(0)
+    model, picture = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=1), random_picture(6, (300, 260))
+    encoder = DinoEncoder(DinoConfig("vit_small_patch16_dinov3", pooling="mean"), model)
+    patches = encoder.model.forward_features(encoder.preprocess([picture]))[:, 5:]  # after the class token and four registers
+    assert patches.shape[1] == 14 * 14
+    torch.testing.assert_close(encoder.encode_images([picture]), torch.nn.functional.normalize(patches.mean(1), dim=-1))
 
 
 def test_dino_from_a_local_folder(tmp_path):

@@ -17,6 +17,7 @@ from datamodules.dreambooth import Subject
 from evaluation.cli import parse
 from evaluation.methods import (
     DreamBoothLora,
+    Folder,
     Models,
     Pipeline,
     Reference,
@@ -26,7 +27,8 @@ from evaluation.methods import (
 )
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
-from moma_lightning.foundation import MINI, FoundationConfig, load_base
+from experiments.mini.models import MINI, mini_foundation
+from moma_lightning.foundation import load_base
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import random_picture
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
@@ -83,7 +85,7 @@ def test_a_pipeline_of_the_mini_base_draws_text_onlys_bits(reference):
     foreign, ours = Pipeline(f"{MINI}/base", "diffusers.StableDiffusionPipeline"), TextOnly()
     drawn = []
     for method in (foreign, ours):
-        method.setup(Models(FoundationConfig(sam=None)), SAMPLER)
+        method.setup(Models(mini_foundation(sam=None)), SAMPLER)
         drawn.append([image.tobytes() for image in method.generate(SUBJECT, reference, TASKS)])
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[0][1]
@@ -98,7 +100,7 @@ def test_a_foreign_scheduler_that_leaves_things_unsaid_does_not_clip_latents(tmp
     foreign, ours = Pipeline(str(tmp_path / "base"), "diffusers.StableDiffusionPipeline"), TextOnly()
     drawn = []
     for method in (foreign, ours):
-        method.setup(Models(FoundationConfig(base=str(tmp_path / "base"), vae=None, sam=None)), replace(SAMPLER, scheduler="DDIMScheduler"))
+        method.setup(Models(mini_foundation(base=str(tmp_path / "base"), vae=None, sam=None)), replace(SAMPLER, scheduler="DDIMScheduler"))
         drawn.append([image.tobytes() for image in method.generate(SUBJECT, reference, TASKS)])
     assert drawn[0] == drawn[1] and not foreign.pipeline.scheduler.config.clip_sample
 
@@ -108,18 +110,18 @@ def test_a_pipeline_of_another_formulation_keeps_its_scheduler_or_is_refused(tmp
     EDMEulerScheduler().save_pretrained(tmp_path / "base/scheduler")
     index = json.loads((tmp_path / "base/model_index.json").read_text())
     (tmp_path / "base/model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
-    models, method = Models(FoundationConfig(sam=None)), Pipeline(str(tmp_path / "base"), "diffusers.StableDiffusionPipeline")
+    models, method = Models(mini_foundation(sam=None)), Pipeline(str(tmp_path / "base"), "diffusers.StableDiffusionPipeline")
     with pytest.raises(ValueError, match="EDMEulerScheduler has no diffusion's noise schedule, .* own_scheduler: true"):
         method.setup(models, replace(SAMPLER, scheduler="DDIMScheduler"))
     replace(method, own_scheduler=True).setup(models, SAMPLER)
     with pytest.raises(ValueError, match="has a EDMEulerScheduler: flow matching and EDM are other formulations"):
-        load_base(FoundationConfig(base=str(tmp_path / "base")))
+        load_base(mini_foundation(base=str(tmp_path / "base")))
 
 
 def test_arguments_are_mapped(monkeypatch, reference):
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
     method = Pipeline("owner/name@abc", here("Recorder"), {"prompt": "prompt", "image": "image", "word": "label"}, {"strength": 0.3})
-    method.setup(Models(FoundationConfig()), Sampler(num_inference_steps=2, prompt_template="photo of a {label}. {prompt}"))
+    method.setup(Models(mini_foundation()), Sampler(num_inference_steps=2, prompt_template="photo of a {label}. {prompt}"))
     assert len(method.generate(SUBJECT, reference, TASKS)) == 2
     loaded, kwargs = method.pipeline.loaded
     assert (loaded, kwargs) == ("owner/name", {"revision": "abc", "torch_dtype": torch.float32})
@@ -129,7 +131,7 @@ def test_arguments_are_mapped(monkeypatch, reference):
     assert given["image"].tobytes() == random_picture(3, (64, 64)).tobytes()
     assert [g.initial_seed() for g in given["generator"]] == [1, 2]
     assert type(method.pipeline.scheduler).__name__ == "DDIMScheduler"
-    assert method.weights(Models(FoundationConfig())) == {"pipeline": "owner/name@abc"}
+    assert method.weights(Models(mini_foundation())) == {"pipeline": "owner/name@abc"}
 
 
 def test_pictures_that_a_safety_checker_has_hidden_are_not_scored(monkeypatch, reference):
@@ -139,7 +141,7 @@ def test_pictures_that_a_safety_checker_has_hidden_are_not_scored(monkeypatch, r
 
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Hiding}.__getitem__)
     method = Pipeline("owner/name", here("Recorder"))
-    method.setup(Models(FoundationConfig()), SAMPLER)
+    method.setup(Models(mini_foundation()), SAMPLER)
     with pytest.raises(ValueError, match=r"has hidden 1 of 2 pictures of red_mug.*safety_checker: null"):
         method.generate(SUBJECT, reference, TASKS)
 
@@ -147,7 +149,7 @@ def test_pictures_that_a_safety_checker_has_hidden_are_not_scored(monkeypatch, r
 def test_pictures_one_by_one_with_the_pipelines_own_scheduler(monkeypatch, reference):
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
     method = Pipeline("owner/name", here("Recorder"), batched=False, own_scheduler=True)
-    method.setup(Models(FoundationConfig()), SAMPLER)
+    method.setup(Models(mini_foundation()), SAMPLER)
     assert len(method.generate(SUBJECT, reference, TASKS)) == 2
     assert [given["prompt"] for given in method.pipeline.calls] == ["a mug in the snow", "a red mug"]
     assert isinstance(method.pipeline.scheduler, EulerDiscreteScheduler)
@@ -155,7 +157,7 @@ def test_pictures_one_by_one_with_the_pipelines_own_scheduler(monkeypatch, refer
 
 def test_a_held_pipeline_is_that_of_the_same_class_and_options_and_comes_with_its_own_scheduler(monkeypatch):
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
-    models, rows = Models(FoundationConfig()), [Pipeline("o/n", here("Recorder")), Pipeline("o/n", here("Recorder"), own_scheduler=True),
+    models, rows = Models(mini_foundation()), [Pipeline("o/n", here("Recorder")), Pipeline("o/n", here("Recorder"), own_scheduler=True),
                                                 Pipeline("o/n", here("Recorder"), load_kwargs={"variant": "fp16"})]  # fmt: skip
     for row in rows:
         row.setup(models, SAMPLER)
@@ -170,7 +172,7 @@ def test_one_pipeline_is_held_on_whichever_base(monkeypatch):
         return made
 
     monkeypatch.setattr("evaluation.methods.base.load_pipeline", load)
-    models = Models(FoundationConfig(base="one"))
+    models = Models(mini_foundation(base="one"))
     own = models.pipeline("adapter", "decoder")
     assert models.on_base("other").pipeline("adapter", "decoder").base == "other"
     assert len(models.held) == 1 and models.pipeline("adapter", "decoder") is not own
@@ -179,23 +181,23 @@ def test_one_pipeline_is_held_on_whichever_base(monkeypatch):
 def test_a_mask_that_is_not_there_is_told(monkeypatch, reference):
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
     method = Pipeline("o/n", here("Recorder"), {"prompt": "prompt", "image": "mask"})
-    method.setup(Models(FoundationConfig()), SAMPLER)
+    method.setup(Models(mini_foundation()), SAMPLER)
     with pytest.raises(ValueError, match="which has none"):
         method.generate(SUBJECT, Reference(reference.path), TASKS)
 
 
 def test_what_a_pipeline_does_not_take_is_named(monkeypatch):
     with pytest.raises(ValueError, match="no class 'diffusers.NoSuchPipeline'"):
-        Pipeline(f"{MINI}/base", "diffusers.NoSuchPipeline").setup(Models(FoundationConfig()), SAMPLER)
+        Pipeline(f"{MINI}/base", "diffusers.NoSuchPipeline").setup(Models(mini_foundation()), SAMPLER)
     method = Pipeline(f"{MINI}/base", "diffusers.StableDiffusionPipeline", {"prompt": "prompt", "picture": "image"})
     with pytest.raises(ValueError, match="takes no argument picture"):
-        method.setup(Models(FoundationConfig()), SAMPLER)
+        method.setup(Models(mini_foundation()), SAMPLER)
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
-        Pipeline("no/such/folder").weights(Models(FoundationConfig()))
+        Pipeline("no/such/folder").weights(Models(mini_foundation()))
 
 
 def stock(pipeline) -> StockIpAdapter:
-    models = Models(FoundationConfig(ip_adapter="ip.safetensors"), "adapter", "decoder")
+    models = Models(mini_foundation(ip_adapter="ip.safetensors"), "adapter", "decoder")
     asked = []
     models.pipeline = lambda *paths: asked.append(paths) or pipeline
     method = StockIpAdapter(scale=0.8)
@@ -221,7 +223,7 @@ def test_stage_1_feeds_the_stock_ip_adapter(reference):
 
 def test_stage_1_is_asked_for():
     with pytest.raises(ValueError, match="needs `decoder`"):
-        StockIpAdapter().weights(Models(FoundationConfig(), "adapter", None))
+        StockIpAdapter().weights(Models(mini_foundation(), "adapter", None))
 
 
 def test_methods_in_a_yaml(tmp_path):
@@ -239,3 +241,25 @@ def test_methods_in_a_yaml(tmp_path):
         "stock": StockIpAdapter(),
         "any": Pipeline("o/n@r", arguments={"text": "prompt", "picture": "image"}, kwargs={"eta": 0.5}),
     }
+
+
+def folder_of(tmp_path: Path, *rows: str, mark: str = "") -> Folder:
+    (tmp_path / "made.csv").write_text("\n".join((f"{mark}subject,prompt,path,reference", *rows)), encoding="utf-8")
+    return Folder(str(tmp_path / "made.csv"))
+
+
+def test_a_row_that_names_the_reference_goes_before_one_for_all(tmp_path):
+    method = folder_of(tmp_path, "red_mug,a red mug,any.png,", "red_mug,a red mug,own.png,00.png")
+    method.setup(Models(mini_foundation()), SAMPLER)
+    assert [method._find(TASKS[1], name).name for name in ("00.png", "01.png")] == ["own.png", "any.png"]
+
+
+def test_pictures_that_change_places_change_a_folders_stamp(tmp_path):
+    rows = [(f"red_mug,{first},0.png,", f"red_mug,{second},1.png,") for first, second in (("p", "q"), ("q", "p"))]
+    found = [folder_of(tmp_path, *both).weights(Models(mini_foundation())) for both in rows]
+    assert found[0] != found[1]
+
+
+def test_a_table_with_the_mark_that_excel_writes_is_read(tmp_path):
+    (row,) = folder_of(tmp_path, "red_mug,a red mug,0.png,", mark="\ufeff").rows()
+    assert row["subject"] == "red_mug"

@@ -1,21 +1,22 @@
 import csv
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.generation import generate
-from evaluation.methods import Folder, IpAdapter, Models, Moma, Reference, StockIpAdapter, TextOnly
+from evaluation.methods import Folder, IpAdapter, Method, Models, Moma, Reference, StockIpAdapter, TextOnly
+from evaluation.methods.base import use_scheduler
 from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler, named
 from evaluation.tasks import PictureTask, tasks_of
+from experiments.mini.models import MINI, PROTOCOL, mini_foundation
 from moma_lightning.digests import content_digest
-from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config, random_picture, write_data
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base, tiny_sdxl_base
@@ -47,13 +48,13 @@ class Recorder:
 @pytest.fixture
 def evaluation(tmp_path) -> Evaluation:
     config = fake_config(tmp_path, {})
-    protocol = named("dreambooth-mini", {"context_prompts": 2, "texture_prompts": 1})
+    protocol = named(PROTOCOL, {"context_prompts": 2, "texture_prompts": 1})
     return Evaluation(config, protocol, DreamBooth(write_data(tmp_path / "data")), config.models())
 
 
 def call(method, evaluation, pipeline, sampler=SAMPLER) -> dict:
     """What the pipeline receives from a method for the first subject."""
-    foundation = FoundationConfig(ip_adapter="ip.safetensors")
+    foundation = mini_foundation(ip_adapter="ip.safetensors")
     models = Models(foundation, "adapter", "decoder")
     models.pipeline = lambda adapter, decoder: pipeline
     method.setup(models, sampler)
@@ -101,6 +102,21 @@ def test_a_reference_is_prepared_once_for_all_its_batches(evaluation):
     assert len(pipeline.prepared) == 3, "another setup may bring other weights"
 
 
+def test_a_setup_forgets_what_was_prepared_before_it(evaluation):
+    """Another one may bring other weights."""
+    method, pipeline = Moma(), Recorder()
+    first, second = (call(method, evaluation, pipeline)["image"] for _ in range(2))
+    assert first is pipeline.prepared[0] and second is pipeline.prepared[1]
+
+
+def test_a_reference_is_prepared_of_the_samplers_size_and_anew_for_another_label(evaluation):
+    method, pipeline, subject = Moma(), Recorder(), evaluation.subjects[0]
+    method.pipeline, method.sampler = pipeline, replace(SAMPLER, height=32, width=64)
+    found = [method.prepared(replace(subject, label=label), evaluation.reference(subject, 0)) for label in ("cat", "cat", "toy")]
+    assert [made.label for made in found] == ["cat", "cat", "toy"]
+    assert [(made.label, made.area) for made in pipeline.prepared] == [("cat", 32 * 64), ("toy", 32 * 64)]
+
+
 def test_a_solver_of_its_own(evaluation):
     pipeline = Recorder()
     call(Moma(scheduler="UniPCMultistepScheduler"), evaluation, pipeline)
@@ -110,14 +126,29 @@ def test_a_solver_of_its_own(evaluation):
 
 
 def test_a_held_pipeline_comes_back_with_its_own_scheduler():
-    models, pipeline = Models(FoundationConfig()), SimpleNamespace(scheduler="own", to=lambda device: pipeline)
+    models, pipeline = Models(mini_foundation()), SimpleNamespace(scheduler="own", to=lambda device: pipeline)
     models.hold("key", lambda: pipeline).scheduler = "that of a method"
     assert models.hold("key", lambda: pytest.fail("loaded again")).scheduler == "own"
+
+
+def test_one_pipeline_is_held_at_a_time():
+    models = Models(mini_foundation())
+    for key in ("first", "second"):
+        models.hold(key, torch.nn.Identity)
+    assert list(models.held) == ["second"]
 
 
 def test_texture_prompts_may_have_a_beta_of_their_own(evaluation):
     given = call(Moma(beta=1.0, texture_beta=0.4), evaluation, Recorder())
     assert [(task.kind, beta) for task, beta in zip(given["tasks"], given["beta"], strict=True)] == [("context", 1.0), ("context", 1.0), ("texture", 0.4)]
+
+
+def test_a_texture_beta_of_zero_is_for_texture_prompts_alone(evaluation):
+    method, pipeline, subject = Moma(texture_beta=0.0), Recorder(), evaluation.subjects[0]
+    method.pipeline, method.sampler = pipeline, SAMPLER
+    tasks = [PictureTask("mug", "mug", 0, kind, 0, "a mug", 0, 0) for kind in ("context", "texture", "accessory", "pose", "camera")]
+    method.generate(subject, evaluation.reference(subject, 0), tasks)
+    assert pipeline.calls[0]["beta"] == [0.7, 0.0, 0.7, 0.7, 0.7]
 
 
 def test_clip_can_stand_in_for_the_mllm(evaluation):
@@ -150,6 +181,12 @@ def test_scheduler_and_template_come_from_the_protocol(evaluation):
         call(TextOnly(), evaluation, pipeline, Sampler(scheduler="NoSuchScheduler"))
 
 
+def test_what_a_pipelines_scheduler_leaves_out_is_stable_diffusions():
+    pipeline = SimpleNamespace(scheduler=PNDMScheduler())
+    use_scheduler(pipeline, Sampler(scheduler="DDIMScheduler"))
+    assert pipeline.scheduler.config.steps_offset == 1 and not pipeline.scheduler.config.clip_sample
+
+
 def test_the_mllm_reads_the_prompt_without_the_bases_template(evaluation):
     given = call(Moma(), evaluation, Recorder(), Sampler(prompt_template="photo of a {label}. {prompt}"))
     assert given["mllm_prompt"] == [task.prompt for task in given["tasks"]]
@@ -168,7 +205,7 @@ def test_the_real_pipeline_takes_what_methods_give(evaluation, method, make):
     base = make()
     pipeline = MoMAPipeline.from_base(base, tiny_adapter(base) if not isinstance(method, TextOnly) else None)
     pipeline.clip = lambda pixels: torch.ones(1, EMBED_DIM) * pixels.mean()
-    models = Models(FoundationConfig(), "adapter", "decoder")
+    models = Models(mini_foundation(), "adapter", "decoder")
     models.pipeline = lambda adapter, decoder: pipeline
     method.setup(models, SAMPLER)
     subject = evaluation.subjects[0]
@@ -184,7 +221,7 @@ def test_weights_are_named_by_their_content(tmp_path):
     for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w").write_text(name)
-    foundation = FoundationConfig(str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
+    foundation = mini_foundation(base=str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
                                   ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
 
     def models():
@@ -204,8 +241,19 @@ def test_what_a_base_in_one_file_is_read_with_is_stamped(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
-    a, b = (TextOnly().weights(Models(FoundationConfig(str(tmp_path / "base.safetensors"), base_config=str(tmp_path / name)))) for name in ("a", "b"))
+    a, b = (TextOnly().weights(Models(mini_foundation(base=str(tmp_path / "base.safetensors"), base_config=str(tmp_path / name)))) for name in ("a", "b"))
     assert a["base"] == b["base"] and a["base_config"] != b["base_config"]
+
+
+def test_another_vae_is_stamped():
+    plain, other = (TextOnly().weights(Models(mini_foundation(vae=vae))) for vae in (None, f"{MINI}/base/vae"))
+    assert plain["vae"] is None and other == plain | {"vae": content_digest(Path(MINI, "base/vae"))}
+
+
+def test_a_methods_own_base_is_stamped():
+    models = Models(mini_foundation(), f"{MINI}/ip_adapter", f"{MINI}/llava")
+    own, other = (Moma(base=base).weights(models) for base in (None, f"{MINI}/base/vae"))
+    assert own["base"] == content_digest(Path(MINI, "base")) and other["base"] == content_digest(Path(MINI, "base/vae"))
 
 
 def test_a_reference_is_read_as_the_data_module_reads_it(tmp_path):
@@ -219,7 +267,7 @@ def test_the_mllms_precision_is_stamped_where_it_is_used_and_not_the_default(tmp
     """Stamps from before these names, made with the default, stay as they were."""
     for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
         (tmp_path / name).mkdir()
-    foundation = FoundationConfig(str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
+    foundation = mini_foundation(base=str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
                                   ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
     plain, changed = (Models(f, str(tmp_path / "adapter"), str(tmp_path / "decoder")) for f in (foundation, replace(foundation, **change)))
     for method in (Moma(), StockIpAdapter()):
@@ -229,13 +277,40 @@ def test_the_mllms_precision_is_stamped_where_it_is_used_and_not_the_default(tmp
     assert IpAdapter().weights(changed) == IpAdapter().weights(plain)
 
 
+@dataclass
+class Mine(TextOnly):
+    strength: float = 1.0
+
+
+def test_a_class_of_ones_own_is_stamped_with_where_it_is_from_and_its_source(monkeypatch):
+    """A class by a shipped one's name would get the other's pictures, and an edited one those from before."""
+    assert TextOnly().options()["kind"] == "TextOnly"
+    own = Mine().options()
+    assert own["kind"].startswith(f"{Mine.__module__}.Mine ") and own["strength"] == 1.0
+    monkeypatch.setattr("inspect.getsource", lambda kind: "edited")
+    assert Mine().options()["kind"] != own["kind"]
+
+
+def test_a_method_that_is_no_dataclass_is_told():
+    class Undecorated(Method):
+        def generate(self, subject, reference, tasks):
+            return []
+
+    with pytest.raises(ValueError, match="Undecorated: a method is a dataclass"):
+        Undecorated().options()
+
+
+def test_a_context_of_clip_needs_no_decoder():
+    assert Moma(context="image").checkpoints(Models(mini_foundation(), "adapter", None)) == ("adapter", None)
+
+
 def test_missing_checkpoints_are_named():
     with pytest.raises(ValueError, match="`adapter` .* and `decoder`"):
-        Moma().weights(Models(FoundationConfig(), None, None))
+        Moma().weights(Models(mini_foundation(), None, None))
     with pytest.raises(ValueError, match="foundation.ip_adapter"):
-        IpAdapter().weights(Models(FoundationConfig(ip_adapter=None)))
+        IpAdapter().weights(Models(mini_foundation(ip_adapter=None)))
     with pytest.raises(FileNotFoundError, match="no/such/base"):
-        TextOnly().weights(Models(FoundationConfig(base="no/such/base")))
+        TextOnly().weights(Models(mini_foundation(base="no/such/base")))
 
 
 def write_folder(folder: Path, evaluation: Evaluation, skip: int = 0) -> str:
@@ -267,7 +342,7 @@ def test_a_folders_prompt_of_two_kinds_may_have_pictures_for_each(tmp_path):
     for name, color in (("t", "red"), ("any", "blue")):
         Image.new("RGB", (2, 2), color).save(tmp_path / f"{name}.png")
     method, reference = Folder(str(tmp_path / "made.csv")), Reference(tmp_path / "00.png")
-    method.setup(Models(FoundationConfig()), Sampler())
+    method.setup(Models(mini_foundation()), Sampler())
     mug = Subject("mug", "mug", False, [reference.path], None)
     tasks = [PictureTask("mug", "mug", 0, kind, 0, "a red mug", 0, 0) for kind in ("texture", "context")]
     assert [image.getpixel((0, 0)) for image in method.generate(mug, reference, tasks)] == [(255, 0, 0), (0, 0, 255)]

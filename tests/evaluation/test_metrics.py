@@ -140,6 +140,15 @@ def test_background_alignment_does_not_see_the_subject():
     assert values[0] == pytest.approx(2.5 * cosine(plain_vector(background_alone(random_picture(0), mask)), text), abs=1e-5)
 
 
+def test_each_background_is_held_against_its_own_prompt():
+    """Though the picture before it, which its subject fills, is passed over."""
+    pictures, everything = [random_picture(i) for i in range(2)], half("left") | half("right")
+    both, alone = BackgroundAlignment(ColorEncoder()), BackgroundAlignment(ColorEncoder())
+    both.update(pictures, [everything, half("left")], ["a", "b"])
+    alone.update(pictures[1:], [half("left")], ["b"])
+    assert both.per_picture()[0].isnan() and float(both.per_picture()[1]) == pytest.approx(float(alone.compute()), abs=1e-6)
+
+
 def test_diversity_is_one_minus_the_mean_over_pairs():
     pictures = [random_picture(i) for i in range(4)]
     metric = SeedDiversity(ColorEncoder())

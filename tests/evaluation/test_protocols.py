@@ -6,7 +6,10 @@ import pytest
 from datamodules.dreambooth import DreamBooth
 from evaluation.protocols import PRESETS, Sampler, named
 from evaluation.tasks import choose, chosen_subjects, picture_seed, tasks_of
+from experiments.mini.models import FULL_PROTOCOL, PROTOCOL
 from tests.evaluation.fakes import PROMPTS, write_data
+
+MINI = named(PROTOCOL)
 
 
 @pytest.fixture
@@ -27,9 +30,9 @@ def with_another(value, path):
     return copied
 
 
-@pytest.mark.parametrize("path", list(leaves(PRESETS["dreambooth-mini"])), ids=".".join)
+@pytest.mark.parametrize("path", list(leaves(MINI)), ids=".".join)
 def test_every_field_moves_the_digest(path):
-    assert with_another(PRESETS["dreambooth-mini"], path).digest != PRESETS["dreambooth-mini"].digest == replace(PRESETS["dreambooth-mini"]).digest
+    assert with_another(MINI, path).digest != MINI.digest == replace(MINI).digest
 
 
 def test_presets_say_what_they_are_named_after():
@@ -43,16 +46,16 @@ def test_presets_say_what_they_are_named_after():
 
 
 def test_overrides_reach_nested_fields_and_rename():
-    protocol = named("dreambooth-mini", {"pictures_per_prompt": 2, "sampler": {"num_inference_steps": 5}})
-    assert protocol.sampler == replace(PRESETS["dreambooth-mini"].sampler, num_inference_steps=5)
+    protocol = named(PROTOCOL, {"pictures_per_prompt": 2, "sampler": {"num_inference_steps": 5}})
+    assert protocol.sampler == replace(MINI.sampler, num_inference_steps=5)
     assert (protocol.name, protocol.pictures_per_prompt) == ("dreambooth-mini, modified", 2)
-    assert named("dreambooth-mini") == PRESETS["dreambooth-mini"] == named("dreambooth-mini", {"pictures_per_prompt": 1})
+    assert named(PROTOCOL, {"pictures_per_prompt": 1}) == MINI
 
 
 @pytest.mark.parametrize("overrides", [{"stepz": 3}, {"sampler": {"stepz": 3}}, {"pictures_per_prompt": "many"}])
 def test_wrong_overrides_are_refused(overrides):
     with pytest.raises(ValueError, match="protocol overrides"):
-        named("dreambooth-mini", overrides)
+        named(PROTOCOL, overrides)
 
 
 @pytest.mark.parametrize(("overrides", "told"), [
@@ -63,7 +66,7 @@ def test_wrong_overrides_are_refused(overrides):
     ({"sampler": {"prompt_template": "a photo"}}, "{prompt} and may have {label}")])  # fmt: skip
 def test_protocols_that_score_something_else_are_refused(overrides, told):
     with pytest.raises(ValueError, match=told):
-        named("dreambooth-mini", overrides)
+        named(PROTOCOL, overrides)
 
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip2"])
@@ -78,7 +81,7 @@ def test_a_pinned_revision_is_of_its_own_model_alone(encoder, tmp_path):
 
 
 def test_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="dreambooth, moma-paper, dreambooth-mini"):
+    with pytest.raises(ValueError, match="dreambooth, moma-paper, dreambooth-all-refs"):
         named("dreambench")
 
 
@@ -88,7 +91,7 @@ def test_counts_of_the_work_list(data):
     tasks = list(tasks_of(every, data, subject))
     assert len(tasks) == 3 * (5 + 10) * 2
     assert len({task.file for task in tasks}) == len(tasks)
-    mini = list(tasks_of(named("dreambooth-mini", {"context_prompts": 3, "texture_prompts": 2}), data, subject))
+    mini = list(tasks_of(named(PROTOCOL, {"context_prompts": 3, "texture_prompts": 2}), data, subject))
     assert [t.kind for t in mini] == ["context"] * 3 + ["texture"] * 2
     assert {t.reference for t in mini} == {0}
 
@@ -120,8 +123,8 @@ def test_prompt_choice_is_fixed_spread_and_in_order():
 
 def test_unknown_subjects_are_refused(data):
     with pytest.raises(ValueError, match="unicorn"):
-        chosen_subjects(named("dreambooth-mini", {"subjects": ["tabby", "unicorn"]}), data)
-    assert [s.name for s in chosen_subjects(named("dreambooth-mini", {"subjects": ["tabby"]}), data)] == ["tabby"]
+        chosen_subjects(named(PROTOCOL, {"subjects": ["tabby", "unicorn"]}), data)
+    assert [s.name for s in chosen_subjects(named(PROTOCOL, {"subjects": ["tabby"]}), data)] == ["tabby"]
 
 
 def test_a_subject_with_one_picture_cannot_be_compared_to_its_others(tmp_path):
@@ -132,13 +135,13 @@ def test_a_subject_with_one_picture_cannot_be_compared_to_its_others(tmp_path):
 
 
 def test_a_list_of_references_is_kept_to_and_checked(data):
-    protocol = named("dreambooth-mini", {"subjects": ["tabby"], "references": ["tabby/02.png", "tabby/00.png"]})
+    protocol = named(PROTOCOL, {"subjects": ["tabby"], "references": ["tabby/02.png", "tabby/00.png"]})
     subject = chosen_subjects(protocol, data)[0]
     assert [image.name for image in subject.images] == ["00.png", "01.png", "02.png"]
     assert list(dict.fromkeys(task.reference for task in tasks_of(protocol, data, subject))) == [2, 0]
     for listed, told in ([["tabby/09.png"], "09.png"], [["other/00.png"], "nothing"], [["tabby/00.png"] * 2, "00.png, 00.png"]):
         with pytest.raises(ValueError, match=rf"lists as references of 'tabby': {told}; its pictures are 00.png, 01.png"):
-            list(tasks_of(named("dreambooth-mini", {"references": listed}), data, subject))
+            list(tasks_of(named(PROTOCOL, {"references": listed}), data, subject))
 
 
 def test_sampler_defaults_are_the_papers_first_row():
@@ -147,19 +150,37 @@ def test_sampler_defaults_are_the_papers_first_row():
 
 def test_each_published_way_of_comparing_is_a_preset():
     references = {name: preset.references for name, preset in PRESETS.items()}
-    assert references == {"dreambooth": "first", "moma-paper": "every", "dreambooth-mini": "first", "dreambooth-all-refs": "every",
-                          "kosmosg-single-ref": "first", "dreambooth-mini-full": "first"}  # fmt: skip
+    assert references == {"dreambooth": "first", "moma-paper": "every", "dreambooth-all-refs": "every", "kosmosg-single-ref": "first"}
     assert PRESETS["kosmosg-single-ref"].comparison == "input"
     assert PRESETS["dreambooth-all-refs"].comparison == "others"
     assert len({preset.digest for preset in PRESETS.values()}) == len(PRESETS)
 
 
 def test_mini_keeps_what_its_pictures_depend_on():
-    mini = PRESETS["dreambooth-mini"]
-    assert mini.sampler == Sampler("UniPCMultistepScheduler", num_inference_steps=8, guidance_scale=3.0, masks="dataset")
-    assert (mini.pictures_per_prompt, mini.context_prompts, mini.texture_prompts) == (1, 8, 4)
-    full = PRESETS["dreambooth-mini-full"]
-    assert replace(full, name="dreambooth-mini", context_prompts=8, texture_prompts=4) == mini
+    assert MINI.sampler == Sampler("UniPCMultistepScheduler", num_inference_steps=8, guidance_scale=3.0, masks="dataset")
+    assert (MINI.pictures_per_prompt, MINI.context_prompts, MINI.texture_prompts) == (1, 8, 4)
+    assert replace(named(FULL_PROTOCOL), name="dreambooth-mini", context_prompts=8, texture_prompts=4) == MINI
+    assert (MINI.digest, named(FULL_PROTOCOL).digest) == ("1858694f3256", "42e718cdfb9a"), "the log's tables are of these"
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    (None, "cannot be read"), ("name: dreambooth", "a name of its own"), ("pictures_per_prompt: 1", "a name of its own"), ("[1, 2]", "a name of its own"),
+    ("name: mine\nstepz: 1", "stepz"), ("name: mine\nsampler: {num_inference_steps: 0}", "at least 1"), ("name: [", "cannot be read"),
+])  # fmt: skip
+def test_a_protocol_file_that_is_none_is_named(tmp_path, text, told):
+    path = tmp_path / "protocol.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=told) as raised:
+        named(str(path))
+    assert str(path) in str(raised.value)
+
+
+def test_a_protocol_of_ones_own_is_its_fields_over_the_papers(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\npictures_per_prompt: 2\nsampler: {seed: 7}\n")
+    assert named(str(path)) == replace(PRESETS["dreambooth"], name="mine", pictures_per_prompt=2, sampler=Sampler(seed=7))
+    assert named(str(path), {"pictures_per_prompt": 3}).name == "mine, modified"
 
 
 def test_full_size_counts_are_the_papers(tmp_path):
@@ -175,17 +196,17 @@ def test_full_size_counts_are_the_papers(tmp_path):
 
 
 def test_only_encoders_that_are_needed_are_named():
-    assert list(PRESETS["dreambooth-mini"].encoders) == ["dino", "clip"]
+    assert list(MINI.encoders) == ["dino", "clip"]
     protocol = named("dreambooth", {"extra_scores": ["siglip2_t", "dinov3", "dino_masked"]})
     assert list(protocol.encoders) == ["dino", "clip", "dinov3", "siglip2"]
     assert protocol.encoders["dinov3"].model == "vit_small_patch16_dinov3.lvd1689m"
     with pytest.raises(ValueError, match="extra_scores"):
-        named("dreambooth-mini", {"extra_scores": ["dinov9"]})
+        named(PROTOCOL, {"extra_scores": ["dinov9"]})
 
 
 def test_every_kind_of_prompt_is_asked_for_by_its_count(data):
     asked = {"context_prompts": 1, "texture_prompts": 0, "accessory_prompts": 2, "pose_prompts": 3, "camera_prompts": None}
-    tasks = list(tasks_of(named("dreambooth-mini", asked), data, data.subjects[2]))
+    tasks = list(tasks_of(named(PROTOCOL, asked), data, data.subjects[2]))
     assert list(dict.fromkeys(task.kind for task in tasks)) == ["context", "accessory", "pose", "camera"]
     assert [sum(task.kind == kind for task in tasks) for kind in ("accessory", "pose", "camera")] == [2, 3, 8]
     assert len({task.file for task in tasks}) == len({task.seed for task in tasks}) == len(tasks)

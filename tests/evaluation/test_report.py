@@ -18,7 +18,7 @@ from evaluation.figures import write_figures
 from evaluation.figures.ablations import read_ablation
 from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
 from evaluation.figures.style import DPI
-from evaluation.figures.tables import read_scores
+from evaluation.figures.tables import difference_rows, read_scores
 from evaluation.figures.write import figures_folder, read_grid
 from evaluation.generation import generate
 from evaluation.made_with import made_with
@@ -30,7 +30,7 @@ from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
 from evaluation.scoring import score
 from evaluation.stamps import stamp_path
-from evaluation.statistics import METRICS
+from evaluation.statistics import METRICS, by_chance
 from tests.evaluation.fakes import Painter, fake_config, fake_encoders, random_picture
 
 
@@ -87,6 +87,11 @@ def text(evaluated) -> str:
 @pytest.fixture(scope="module")
 def page(text) -> Page:
     return Page(text)
+
+
+def test_the_page_says_how_many_differences_would_stand_out_by_chance(evaluated, text):
+    differences = json.loads((evaluated.eval_folder / "summary.json").read_text())["differences"]
+    assert differences and f"Blue: {by_chance(len(differences))}" in text
 
 
 def test_page_is_well_formed_and_self_contained(text, page):
@@ -266,6 +271,13 @@ def test_differences_stand_out_where_zero_is_left_out():
     cells = [(-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)]
     rows = {str(i): {"dino": {"mean": 0.0, "lo": lo, "hi": hi}} for i, (lo, hi) in enumerate(cells)}
     assert [values[0].stands_out for _, values in difference_tables(rows, ["dino"])[0].rows] == [True, False, True]
+
+
+@pytest.mark.parametrize(("subjects", "stands_out"), [(3, False), (30, True)])
+def test_differences_of_few_subjects_do_not_stand_out(subjects, stands_out):
+    row = {"a": "x", "b": "y", "metric": "dino", "mean": 0.4, "lo": 0.3, "hi": 0.5, "subjects": subjects}
+    ((_, (value,)),) = difference_tables(difference_rows({"differences": [row]}), ["dino"])[0].rows
+    assert value.stands_out is stands_out
 
 
 @pytest.mark.parametrize(("number", "text"), [(0.4912, ".491"), (-0.05, "\u2212.050"), (1.25, "1.250"), (0.9999, "1.000"), (10.0, "10.000")])

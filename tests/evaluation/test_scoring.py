@@ -22,6 +22,7 @@ from evaluation.plan import Evaluation
 from evaluation.protocols import PRESETS, ExtraScore, named
 from evaluation.scoring import comparison, score
 from evaluation.tables import protocol_line
+from experiments.mini.models import PROTOCOL, mini_foundation
 from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, random_picture, write_data
 
 METHODS = {"real_images": RealImages(), "copy": Painter(0.0), "blurred": Painter(0.6)}
@@ -294,7 +295,7 @@ def test_real_pictures_must_score_what_is_published(dino, clip_i, missed):
 
 def test_nothing_is_said_of_other_encoders_or_a_part_of_the_subjects():
     scores = pd.DataFrame({"method": "real_images", "subject": ["a"], "prompt_kind": "real", "dino": 0.1, "clip_i": 0.1})
-    assert check_oracle(scores, PRESETS["dreambooth-mini"], 30) == []
+    assert check_oracle(scores, named(PROTOCOL), 30) == []
     assert check_oracle(scores, PRESETS["dreambooth"], 29) == []
 
 
@@ -312,7 +313,7 @@ def test_a_part_of_the_set_is_told_in_the_table(tmp_path):
 
 
 def test_few_subjects_are_said_to_be_few():
-    few, enough = (protocol_line(PRESETS["dreambooth-mini"], subjects) for subjects in (7, 8))
+    few, enough = (protocol_line(named(PROTOCOL), named(PROTOCOL), subjects) for subjects in (7, 8))
     assert "(of fewer than 8 too narrow, and none in bold)" in few and "fewer" not in enough
 
 
@@ -357,7 +358,7 @@ REAL = os.environ.get("MOMA_DREAMBOOTH")
 
 @pytest.mark.skipif(REAL is None, reason="set MOMA_DREAMBOOTH to a copy of google/dreambooth (or a part of it) to score its real pictures")
 def test_real_dreambooth_pictures_are_read_and_scored(tmp_path):
-    config = EvalConfig(run=str(tmp_path), data=str(REAL), protocol="dreambooth", methods={"real_images": RealImages()})
+    config = EvalConfig(run=str(tmp_path), data=str(REAL), protocol="dreambooth", foundation=mini_foundation(), methods={"real_images": RealImages()})
     evaluation = Evaluation.open(config)
     table = score(evaluation, config.methods, fake_encoders())
     assert table.groupby("subject").size().to_dict() == {subject.name: len(subject.images) for subject in evaluation.subjects}

@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evaluation.protocols import ExtraScore
 from evaluation.statistics import (
     ENOUGH_SUBJECTS,
     METRICS,
     TABLE_1,
     above_oracle,
+    by_chance,
     by_subject,
     difference,
     leaves_out_zero,
@@ -20,6 +22,7 @@ from evaluation.statistics import (
     subject_means,
     summarise,
 )
+from evaluation.tables import difference_table
 from evaluation.tasks import PromptKind
 
 
@@ -100,6 +103,14 @@ def test_a_difference_leaves_out_zero_where_it_has_an_interval_on_one_side(lo, h
     assert leaves_out_zero({"lo": lo, "hi": hi}) is expected
 
 
+@pytest.mark.parametrize(("differences", "some"), [(144, 7), (12, 1), (4, 0)])
+def test_tables_say_how_many_differences_would_stand_out_by_chance(differences, some):
+    assert f"Of {differences} differences some {some} would by chance" in by_chance(differences)
+    scores = frame({"a": normal(3), "b": normal(4)})
+    table = difference_table(summarise(scores, resamples=10))
+    assert table.splitlines()[-1] == f"Bold: {by_chance(table.count('['))}"
+
+
 def test_intervals_are_repeatable():
     scores = frame({"a": normal(3)})
     assert method_interval(by_subject(scores, "a", "dino")) == method_interval(by_subject(scores, "a", "dino"))
@@ -165,6 +176,10 @@ def test_metrics_are_named_after_their_column_and_kind():
             assert column == metric and set(kinds) <= {"context", "real"}
 
 
+def test_every_score_that_a_protocol_may_ask_for_has_a_column_in_tables():
+    assert set(get_args(ExtraScore)) <= {column for column, _, _ in METRICS.values()}
+
+
 def test_scores_of_two_protocols_are_refused_by_name():
     mixed = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2)])
     a_method_each = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2).replace({"method": {"weak": "other"}})])
@@ -196,6 +211,13 @@ def test_breakdown_by_subject_and_prompt():
     assert subject_means(scores, "dinov2").empty and not prompt_intervals(scores, "dinov2")
 
 
+def test_subjects_and_prompts_keep_the_order_in_which_they_come():
+    rows = [("z", "a cat in the snow", 0.2), ("z", "a cat at home", 0.4), ("a", "a cat in the snow", 0.6), ("a", "a cat at home", 0.8)]
+    scores = pd.DataFrame(rows, columns=["subject", "prompt", "dino"]).assign(method="m", label="cat", prompt_kind="context")
+    assert list(subject_means(scores, "dino").index) == ["z", "a"]
+    assert list(prompt_intervals(scores, "dino")) == ["a {} in the snow", "a {} at home"]
+
+
 def test_a_prompts_interval_is_over_the_subjects_that_have_it():
     rng = np.random.default_rng(3)
     values = rng.random((6, 4))
@@ -211,3 +233,4 @@ def test_the_subject_is_taken_out_of_its_prompt_as_a_word():
     assert prompt_form("a cat in the category of cat", "cat") == "a {} in the category of {}"
     assert prompt_form("a stuffed animal (blue)", "stuffed animal") == "a {} (blue)"
     assert prompt_form("two cats in the snow", "cat") == "two {} in the snow" and prompt_form("snow", "") == "snow"
+    assert prompt_form("a scarf on a car", "car") == "a scarf on a {}"

@@ -18,7 +18,7 @@ from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler
 from evaluation.stamps import read_stamp
 from evaluation.tasks import PictureTask
-from moma_lightning.foundation import FoundationConfig
+from experiments.mini.models import mini_foundation
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config, random_picture
 from tests.tiny import tiny_base, tiny_sdxl_base
@@ -59,7 +59,7 @@ def task(prompt: str = "a mug in the snow", seed: int = 1) -> PictureTask:
 
 
 def ready(method, pipeline, folder: Path | None = None):
-    models = Models(FoundationConfig())
+    models = Models(mini_foundation())
     models.pipeline = lambda adapter, decoder: pipeline
     models.digest = lambda path: str(path)
     method.folder = folder
@@ -93,7 +93,7 @@ def test_on_sdxl_lora_trains(subject):
 def test_textual_inversion_refuses_sdxl_before_anything_is_loaded(tmp_path, file):
     parts = {"_class_name": "StableDiffusionXLPipeline", **{part: ["diffusers", "Any"] for part in ("unet", "vae", "text_encoder", "text_encoder_2")}}
     (tmp_path / "model_index.json").write_text(json.dumps(parts))
-    foundation = FoundationConfig(base=file, base_config=str(tmp_path)) if file else FoundationConfig(base=str(tmp_path))
+    foundation = mini_foundation(base=file, base_config=str(tmp_path)) if file else mini_foundation(base=str(tmp_path))
     with pytest.raises(ValueError, match="SDXL.* reads prompts with two: use DreamBoothLora"):
         TUNED["ti"]().require(Models(foundation))
 

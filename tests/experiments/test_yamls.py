@@ -19,12 +19,13 @@ from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.methods import Moma
 from evaluation.names import methods_of
-from evaluation.protocols import PRESETS
+from evaluation.protocols import named
 from evaluation.sweeps import point_name
+from experiments.mini.models import PROTOCOL, mini_foundation
 from experiments.mini.recipe.check_views import measure
 from experiments.sweep import read, run_grid
 from moma_lightning.__main__ import main
-from moma_lightning.foundation import FoundationConfig, load_image_encoder
+from moma_lightning.foundation import load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from tests.offline_wandb import offline_run
 
@@ -33,7 +34,7 @@ MINI = EXPERIMENTS / "mini"
 YAMLS = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name not in ("sweeps", "ablations"))
 TRAINING = [path for path in YAMLS if "\ntrainer:" in path.read_text()]
 #: What full-size YAMLs are run with here: the mini world's base models and pictures, one CPU process.
-STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(FoundationConfig())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
+STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(mini_foundation())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
              "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64",
              "--data.init_args.config.num_workers", "0"]  # fmt: skip
 
@@ -47,7 +48,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> Path:
-    folder, foundation = tmp_path_factory.mktemp("decoder"), FoundationConfig()
+    folder, foundation = tmp_path_factory.mktemp("decoder"), mini_foundation()
     ImageFeatureDecoder.from_foundation(foundation, DecoderConfig(), load_image_encoder(foundation).embed_dim).save_pretrained(folder)
     return folder
 
@@ -210,11 +211,11 @@ def test_evaluation_is_parsed(path):
 
 def test_the_papers_evaluation_runs_with_stand_ins(trained, options, tmp_path):
     """Its protocol with the mini world's models and encoders in place of the hub's, one subject, two prompts, four steps."""
-    path, mini = EXPERIMENTS / "sd15_llava7b/eval.yaml", asdict(PRESETS["dreambooth-mini"])
+    path, mini = EXPERIMENTS / "sd15_llava7b/eval.yaml", asdict(named(PROTOCOL))
     own = yaml.safe_load(path.read_text())["overrides"]["sampler"]
     small = {"subjects": ["cat"], "context_prompts": 1, "texture_prompts": 1, "pictures_per_prompt": 1, "dino": mini["dino"], "clip": mini["clip"],
              "segmenter": mini["segmenter"], "sampler": own | {"num_inference_steps": 4}}  # fmt: skip
-    evaluation(["dreambooth", "--config", str(path), *options[:-1], f"--run={tmp_path}", f"--foundation={json.dumps(asdict(FoundationConfig()))}",
+    evaluation(["dreambooth", "--config", str(path), *options[:-1], f"--run={tmp_path}", f"--foundation={json.dumps(asdict(mini_foundation()))}",
                 f"--overrides={json.dumps(small)}"])  # fmt: skip
     summary = json.loads((tmp_path / "eval/summary.json").read_text())
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)

@@ -19,6 +19,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from experiments.mini.models import mini_foundation
 from experiments.mini.recipe import captions, llava
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
@@ -80,14 +81,14 @@ def tiny_foundation(tmp_path_factory) -> FoundationConfig:
     """LLaVA, CLIP's image encoder and (beside them, in `clip`) the whole CLIP, with random weights."""
     folder = tmp_path_factory.mktemp("foundation")
     write_mllm_and_clip(folder)
-    return FoundationConfig(mllm=str(folder / "llava"), image_encoder=str(folder / "image_encoder"))
+    return mini_foundation(mllm=str(folder / "llava"), image_encoder=str(folder / "image_encoder"))
 
 
 @pytest.fixture(scope="session")
 def foundation(tiny_foundation, tmp_path_factory) -> FoundationConfig:
     folder = tmp_path_factory.mktemp("base")
     write_base(folder)
-    return FoundationConfig(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
+    return mini_foundation(base=str(folder), image_encoder=tiny_foundation.image_encoder, mllm=tiny_foundation.mllm, ip_adapter=None, sam=None)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moma_lightning.models.adapter import MoMAAdapter, attention_layers
+from moma_lightning.models.adapter import MoMAAdapter, SubjectAttention, attention_layers, subject_keys
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.masks import MaskPyramid
 from tests.tiny import EMBED_DIM, TEXT_DIM, tiny_adapter, tiny_base
@@ -63,6 +63,24 @@ def test_both_variants_start_as_the_frozen_layer(base):
         made.append(adapter.subject_conditioning(reference, MaskPyramid(torch.ones(1, 1, 8, 8), (8, 8))).keys)
     for layer in made[0]:
         torch.testing.assert_close(made[0][layer], made[1][layer])
+
+
+def test_a_mask_that_keeps_nothing_silences_the_subject():
+    layer = SubjectAttention(8).requires_grad_(False)
+    layer.lambda_.fill_(1)
+    features = torch.randn(1, 64, 8)
+    nothing, everything = (subject_keys(layer, features, features, MaskPyramid(torch.full((1, 1, 8, 8), value), (8, 8))) for value in (0.0, 1.0))
+    assert (nothing[1] == 0).all() and torch.equal(everything[1], features)
+    assert nothing[2].isfinite().all(), "the softmax stays finite"
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_reference_pass_is_not_trained_through(variant):
+    base = tiny_base()
+    adapter = tiny_adapter(base, variant)
+    base.unet.requires_grad_(True)
+    reference = adapter.reference_features(base.unet, torch.randn(1, 4, 8, 8), torch.randn(1, 24, TEXT_DIM))
+    assert reference and not any(tensor.requires_grad for pair in reference.values() for tensor in pair)
 
 
 def test_the_context_starts_as_the_texts_attention(base):

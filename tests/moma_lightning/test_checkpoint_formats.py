@@ -134,6 +134,15 @@ def test_a_truncated_file_is_named(tmp_path, name, keep):
         load_adapter(path, base.unet)
 
 
+def test_a_trainings_checkpoint_is_no_adapter(tmp_path):
+    torch.save({"pytorch-lightning_version": "2.6", "state_dict": {}}, tmp_path / "last.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "folder.ckpt/meta.pt").touch()
+    for name in ("last.ckpt", "folder.ckpt"):
+        with pytest.raises(CheckpointError, match=rf"{name} is a training's checkpoint.*max_steps"):
+            read_adapter_file(tmp_path / name)
+
+
 @pytest.mark.parametrize("content, message", [
     ({"state_dict": {}}, "holds state_dict; expected image_proj, ip_adapter or projectors"),
     ({"image_proj": {}, "ip_adapter": {}, "faceid": {}}, "holds faceid, image_proj, ip_adapter"),

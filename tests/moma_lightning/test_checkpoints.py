@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import pytest
@@ -21,6 +22,25 @@ def test_round_trip_keeps_every_bit_and_the_variant(base, tmp_path, variant):
     assert loaded.variant == variant and loaded.has_subject
     assert all(torch.equal(a, b) for a, b in zip(adapter.state_dict().values(), loaded.state_dict().values(), strict=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "moma.safetensors"]
+
+
+def test_what_it_was_trained_on_stays_with_it(base, tmp_path):
+    adapter = tiny_adapter(base)
+    save_adapter(adapter, tmp_path / "a")
+    assert load_adapter(tmp_path / "a", base.unet).trained_on is None
+    save_adapter(adapter, tmp_path / "b", {"context": "image_encoder", "steps": 3})
+    again = load_adapter(tmp_path / "b", base.unet)
+    again.save_pretrained(tmp_path / "c")
+    assert (again.trained_on, load_adapter(tmp_path / "c", base.unet).trained_on) == ("image_encoder", "image_encoder")
+    assert json.loads((tmp_path / "c/card.json").read_text())["context"] == "image_encoder"
+
+
+def test_another_number_of_image_tokens_is_read_of_the_file(base, tmp_path):
+    adapter = tiny_adapter(base, num_tokens=2)
+    save_adapter(adapter, tmp_path)
+    loaded = load_adapter(tmp_path, base.unet)
+    assert loaded.image_proj.num_tokens == json.loads((tmp_path / "card.json").read_text())["num_tokens"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(adapter.state_dict().values(), loaded.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -8,9 +8,10 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from experiments.mini.models import mini_foundation
 from moma_lightning import foundation
-from moma_lightning.foundation import FoundationConfig, load_base
-from moma_lightning.pipeline import MoMAPipeline, load_pipeline
+from moma_lightning.foundation import load_base
+from moma_lightning.pipeline import MoMAPipeline, MoMAPipelineSD, load_pipeline
 from tests.moma_lightning.test_pipeline import generators, picture, run, square_mask
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base
 
@@ -83,11 +84,11 @@ def test_an_ip_adapter_is_read_as_an_adapter(pipe):
 
 
 def test_a_base_that_reads_its_guidance_is_refused(monkeypatch):
-    distilled = load_base(FoundationConfig())
+    distilled = load_base(mini_foundation())
     distilled.unet.register_to_config(time_cond_proj_dim=256)
     monkeypatch.setattr(foundation, "load_folder", lambda *_: stock_of(distilled))
     with pytest.raises(ValueError, match="distilled to read its guidance as an input"):
-        load_base(FoundationConfig())
+        load_base(mini_foundation())
 
 
 @pytest.mark.parametrize("image", ["cat.png", [picture()], np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8)])
@@ -141,6 +142,33 @@ def test_a_unet_of_no_square_pictures_asks_for_sizes(pipe):
     assert run(pipe, height=64, width=96).images.shape == (2, 64, 96, 3)
 
 
+def test_a_callback_sees_and_changes_each_steps_latents(pipe):
+    seen = []
+
+    def noted(own, step, t, tensors):
+        assert own is pipe
+        seen.append((step, int(t), tensors["latents"].clone()))
+        return {"latents": tensors["latents"] * 0} if step == 2 else {}
+
+    given = dict(num_inference_steps=3, height=16, width=16, output_type="latent", callback_on_step_end=noted)
+    images, *_ = pipe("a cat", generator=torch.manual_seed(0), return_dict=False, **given)
+    assert [step for step, _, _ in seen] == [0, 1, 2] and [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
+    assert not images.any() and seen[2][2].any()
+
+
+def test_eta_is_the_schedulers(pipe):
+    def drawn(eta):
+        return pipe("a cat", generator=torch.manual_seed(0), num_inference_steps=3, height=16, width=16, output_type="latent", eta=eta).images
+
+    assert torch.equal(drawn(0.0), drawn(0.0)) and not torch.equal(drawn(0.0), drawn(1.0))
+
+
+def test_a_folder_of_diffusers_is_no_moma_pipeline():
+    for kind in (MoMAPipeline, MoMAPipelineSD):
+        with pytest.raises(ValueError, match="load_pipeline"):
+            kind.from_pretrained("no/such/folder")
+
+
 def test_a_dtype_is_named_before_anything_is_read():
     with pytest.raises(ValueError, match="float32, bfloat16 and float16 are known"):
-        load_pipeline(FoundationConfig(base="no/such/folder"), dtype="fp16")
+        load_pipeline(mini_foundation(base="no/such/folder"), dtype="fp16")

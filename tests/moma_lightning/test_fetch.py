@@ -15,10 +15,11 @@ from evaluation.cli import main as evaluation
 from evaluation.made_with import weights_of
 from evaluation.metrics.configs import hub_name_of
 from evaluation.protocols import named
+from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.__main__ import main
 from moma_lightning.checkpoints import read_adapter_file
 from moma_lightning.fetch import fetch, fetch_model, git_digest, named_models, wanted
-from moma_lightning.foundation import MINI, FoundationConfig, load_base, load_image_encoder, load_mllm
+from moma_lightning.foundation import load_base, load_image_encoder, load_mllm
 from tests.fake_hub import fake_hub
 
 FOUNDATION = Path(__file__).parents[2] / MINI
@@ -42,13 +43,13 @@ def test_what_was_fetched_is_read_offline_as_if_it_lay_here(hub, tmp_path, monke
     hub.add_folder("o/llava", FOUNDATION / "llava")
     hub.add_folder("o/ip", FOUNDATION / "image_encoder", "models/image_encoder/")
     hub.add_folder("o/ip", FOUNDATION / "ip_adapter", "models/")
-    config = FoundationConfig(base=f"o/base@{hub.commit('o/base')}", mllm="o/llava@main", image_encoder="o/ip@main/models/image_encoder",
+    config = mini_foundation(base=f"o/base@{hub.commit('o/base')}", mllm="o/llava@main", image_encoder="o/ip@main/models/image_encoder",
                               ip_adapter="o/ip@main/models/ip-adapter.safetensors")  # fmt: skip
     fetch(models=[config.base, config.mllm, config.image_encoder, str(config.ip_adapter)], out=str(tmp_path / "fetched.json"))
     asked = len(hub.requests)
     offline(monkeypatch)
     for load in (load_base, load_image_encoder, lambda c: load_mllm(c)[0]):
-        ours, shipped = load(config), load(FoundationConfig())
+        ours, shipped = load(config), load(mini_foundation())
         ours, shipped = (getattr(model, "unet", model).state_dict() for model in (ours, shipped))
         assert all(torch.equal(ours[name], shipped[name]) for name in shipped)
     assert "image_proj.proj.weight" in read_adapter_file(str(config.ip_adapter))[0]
@@ -64,7 +65,7 @@ def test_a_folder_without_a_processor_gets_clips_own_if_it_fits(hub):
     hub.add_folder("o/ip", FOUNDATION / "image_encoder", "models/image_encoder/")
     del hub.repositories["o/ip"]["models/image_encoder/preprocessor_config.json"]
     with pytest.raises(ValueError, match="CLIP's own is for 224 pixels, not the model's 64"):
-        load_image_encoder(FoundationConfig(image_encoder="o/ip@main/models/image_encoder"))
+        load_image_encoder(mini_foundation(image_encoder="o/ip@main/models/image_encoder"))
 
 
 def test_names_in_yamls_and_in_the_yamls_they_name():

@@ -11,9 +11,11 @@ from PIL import Image
 
 from datamodules.mini import world
 from datamodules.mini.render import render
+from experiments.mini.models import mini_foundation
 from moma_lightning.__main__ import main
-from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
+
+GENERATE = ["generate", "--config", "experiments/mini/generate.yaml"]
 
 
 @pytest.fixture
@@ -26,8 +28,8 @@ def cat(tmp_path) -> str:
 
 def generate(out: Path, prompts: list[str], *options: str) -> dict[str, np.ndarray]:
     """Pictures by file name. The shipped IP-Adapter stands for a trained adapter."""
-    fixed = ["--out", str(out), "--num_inference_steps", "2", "--device", "cpu", "--adapter", str(FoundationConfig().ip_adapter), "--decoder", "null"]
-    assert main(["generate", "--prompt", json.dumps(prompts), *fixed, *options]) == 0
+    fixed = ["--out", str(out), "--num_inference_steps", "2", "--device", "cpu", "--adapter", str(mini_foundation().ip_adapter), "--decoder", "null"]
+    assert main([*GENERATE, "--prompt", json.dumps(prompts), *fixed, *options]) == 0
     return {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
 
 
@@ -45,7 +47,7 @@ def test_pictures_that_are_there_stay(tmp_path):
 ])  # fmt: skip
 def test_options_that_cannot_be_are_told(options, told, tmp_path):
     with pytest.raises(SystemExit, match=told):
-        main(["generate", "--out", str(tmp_path), "--device", "cpu", *options])
+        main([*GENERATE, "--out", str(tmp_path), "--device", "cpu", *options])
 
 
 def test_pictures_are_written_with_their_settings(cat, tmp_path, caplog):
@@ -61,8 +63,8 @@ def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):
     (alone,), (first,), (again,) = (generate(tmp_path / name, prompts, *options).values() for name, options in (("a", ()), ("b", subject), ("c", subject)))
     assert np.array_equal(first, again) and not np.array_equal(alone, first)
     alone, first = (json.loads(next((tmp_path / name).glob("*.json")).read_text()) for name in "ab")
-    assert [alone["adapter"], alone["decoder"]] == [None, None] and first["adapter"] == str(FoundationConfig().ip_adapter)
-    assert alone["foundation"] == first["foundation"] == asdict(FoundationConfig())
+    assert [alone["adapter"], alone["decoder"]] == [None, None] and first["adapter"] == str(mini_foundation().ip_adapter)
+    assert alone["foundation"] == first["foundation"] == asdict(mini_foundation())
 
 
 def test_each_sampler_option_reaches_the_sampler_and_the_record(cat, tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import pytest
 from diffusers import DEISMultistepScheduler
 from huggingface_hub import constants
 
-from moma_lightning.foundation import FoundationConfig, ddim, load_base, load_image_encoder
-from moma_lightning.hub import HubName, find_file, hub_name, resolve
+from experiments.mini.models import mini_foundation
+from moma_lightning.foundation import ddim, load_base, load_image_encoder
+from moma_lightning.hub import REPOSITORY, HubName, find_file, hub_name, local_path, resolve
 
 COMMIT = "018e402774aeeddd60609b4ecdb7e298259dc729"
 
@@ -37,6 +38,13 @@ def test_a_folder_that_is_there_wins_over_a_hub_name(tmp_path, monkeypatch):
     assert resolve("owner/name") == {"pretrained_model_name_or_path": "owner/name"}
 
 
+def test_a_path_is_looked_for_here_before_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("README.md") == REPOSITORY / "README.md"
+    (tmp_path / "README.md").write_text("mine")
+    assert local_path("README.md").read_text() == "mine"
+
+
 def test_a_repository_is_no_file():
     with pytest.raises(FileNotFoundError, match="write owner/name@main/<file>"):
         find_file("owner/name")
@@ -47,7 +55,7 @@ def test_what_is_missing_offline_is_named_with_the_command_that_fetches_it(load,
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"owner/missing@v1 .*HF_HUB_OFFLINE is set\)\.\n.*moma_lightning fetch --models owner/missing@v1"):
-        load(FoundationConfig(**{field: "owner/missing@v1"}))
+        load(mini_foundation(**{field: "owner/missing@v1"}))
 
 
 def test_another_samplers_config_does_not_bring_ddims_own_defaults():

@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from moma_lightning.foundation import FoundationConfig, load_mllm
+from experiments.mini.models import mini_foundation
+from moma_lightning.foundation import load_mllm
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder, append_token
 from moma_lightning.models.instruction import instruction
 
@@ -278,7 +279,7 @@ def test_refuses_an_mllm_of_another_width_before_loading_it(decoder, tiny_founda
     decoder.save_pretrained(tmp_path)
     monkeypatch.setattr(f"{ImageFeatureDecoder.__module__}.load_mllm", lambda *_: pytest.fail("gigabytes were loaded first"))
     with pytest.raises(ValueError, match=r"its mapping reads hidden states of 24, the MLLM .* has 128: set foundation.mllm"):
-        ImageFeatureDecoder.from_pretrained(tmp_path, replace(tiny_foundation, mllm=FoundationConfig().mllm))
+        ImageFeatureDecoder.from_pretrained(tmp_path, replace(tiny_foundation, mllm=mini_foundation().mllm))
 
 
 def test_a_frozen_mllm_may_be_in_half_precision(decoder, tiny_foundation, pictures, tmp_path):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlavaConfig
 
-from moma_lightning.foundation import FoundationConfig, load_image_encoder
+from experiments.mini.models import mini_foundation
+from moma_lightning.foundation import load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.models.mllm import FAMILIES, unread_vision_layer
@@ -117,7 +118,7 @@ def test_a_pass_that_fails_leaves_no_hook_behind():
 
 @torch.no_grad()
 def test_clips_embedding_is_that_of_the_whole_model():
-    encoder = load_image_encoder(FoundationConfig())
+    encoder = load_image_encoder(mini_foundation())
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     with seen_by(encoder.model.vision_model.encoder.layers[-1].mlp) as shapes:
         embeds = encoder(pictures)

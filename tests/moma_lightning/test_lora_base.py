@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from evaluation.methods import Models
+from experiments.mini.models import mini_foundation
 from moma_lightning.foundation import FoundationConfig, load_base, vae_name
 from tests.tiny import tiny_base, tiny_sdxl_base
 
@@ -35,7 +36,7 @@ def base_of(folder, tmp_path, monkeypatch):
 
     def make(updates: dict[str, torch.Tensor], name: str = "lora.safetensors") -> FoundationConfig:
         save_file(updates, tmp_path / name)
-        return FoundationConfig(base=str(tmp_path / name), base_config=str(folder))
+        return mini_foundation(base=str(tmp_path / name), base_config=str(folder))
     return make
 
 
@@ -60,7 +61,7 @@ def assert_only(changed: dict[str, torch.Tensor], made: torch.nn.Module, plain: 
 
 
 def test_updates_under_diffusers_names_are_added(folder, base_of):
-    plain = load_base(FoundationConfig(base=str(folder)))
+    plain = load_base(mini_foundation(base=str(folder)))
     updates, changed = {}, {}
     for seed, layer in enumerate((QUERY, CONV)):
         weight = plain.unet.get_submodule(layer).weight
@@ -76,7 +77,7 @@ def test_updates_under_diffusers_names_are_added(folder, base_of):
 
 
 def test_updates_under_kohyas_names_are_added_at_their_scale(folder, base_of):
-    plain = load_base(FoundationConfig(base=str(folder)))
+    plain = load_base(mini_foundation(base=str(folder)))
     updates, unet, text = {}, {}, {}
     layers = [("unet", QUERY, plain.unet, unet), *(("te_text_model", layer, plain.text_encoder, text) for layer in WORDS)]
     for seed, (short, layer, part, changed) in enumerate(layers):
@@ -95,7 +96,7 @@ def test_sdxls_second_text_encoder_takes_its_updates(base_of, tmp_path):
     pipe = StableDiffusionXLPipeline(base.vae, base.text_encoder, base.text_encoder_2, base.tokenizer, base.tokenizer_2, base.unet, base.scheduler,
                                      add_watermarker=False)  # fmt: skip
     pipe.save_pretrained(tmp_path / "sdxl")
-    plain = load_base(FoundationConfig(base=str(tmp_path / "sdxl")))
+    plain = load_base(mini_foundation(base=str(tmp_path / "sdxl")))
     (layer, weight), (name, other) = next((n, m.weight) for n, m in plain.unet.named_modules() if n.endswith("attn1.to_q")), words_of(plain.text_encoder_2)
     unet, text = low_rank(weight, 0), low_rank(other, 1)
     updates = named(layer, *unet) | {key.replace("unet.", "text_encoder_2."): value for key, value in named(name, *text).items()}
@@ -111,7 +112,7 @@ def words_of(encoder: torch.nn.Module) -> tuple[str, torch.Tensor]:
 
 
 def test_a_lora_of_another_model_is_refused(folder, base_of):
-    weight = load_base(FoundationConfig(base=str(folder))).unet.get_submodule(QUERY).weight
+    weight = load_base(mini_foundation(base=str(folder))).unet.get_submodule(QUERY).weight
     good, elsewhere = (named(layer, *low_rank(weight, 0)) for layer in (QUERY, QUERY.replace("down_blocks.0", "down_blocks.7")))
     with pytest.raises(ValueError, match=r"lora\.safetensors holds 2 low-rank updates, of which 1 fit a layer of the model"):
         load_base(base_of(good | elsewhere))
@@ -126,17 +127,17 @@ def named(layer: str, down: torch.Tensor, up: torch.Tensor) -> dict[str, torch.T
 
 def test_an_alpha_in_the_files_header_counts(folder, tmp_path):
     """As diffusers' own training scripts write it."""
-    plain, made = (load_base(FoundationConfig(base=str(folder))) for _ in range(2))
+    plain, made = (load_base(mini_foundation(base=str(folder))) for _ in range(2))
     made.unet.add_adapter(LoraConfig(r=4, lora_alpha=1, target_modules=[QUERY], init_lora_weights=False))
     layer = made.unet.get_submodule(QUERY)
     down, up = (getattr(layer, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
     StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(made.unet), **_collate_lora_metadata({"unet": made.unet}))
-    fused = load_base(FoundationConfig(base=str(tmp_path / "pytorch_lora_weights.safetensors"), base_config=str(folder)))
+    fused = load_base(mini_foundation(base=str(tmp_path / "pytorch_lora_weights.safetensors"), base_config=str(folder)))
     assert_only({f"{QUERY}.weight": added(plain.unet.get_submodule(QUERY).weight, down, up, 1 / 4)}, fused.unet, plain.unet)
 
 
 def test_older_diffusers_names_are_read(folder, base_of):
-    plain = load_base(FoundationConfig(base=str(folder)))
+    plain = load_base(mini_foundation(base=str(folder)))
     weight = plain.unet.get_submodule(QUERY).weight
     down, up = low_rank(weight, 0)
     name = f"unet.{QUERY.removesuffix('to_q')}processor.to_q_lora"

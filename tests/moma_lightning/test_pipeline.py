@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, DynamicCache
 
+from experiments.mini.models import MINI
 from moma_lightning.batch import TripletBatch
-from moma_lightning.foundation import MINI, ImageEncoder
+from moma_lightning.foundation import ImageEncoder
 from moma_lightning.modules.grid import GridConfig, redrawn
 from moma_lightning.pipeline import MoMAPipeline
 from moma_lightning.segmentation import SamMasker

@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from moma_lightning.foundation import FoundationConfig, load_base
+from experiments.mini.models import mini_foundation
+from moma_lightning.foundation import load_base
 from tests.moma_lightning.test_single_file import RESNET, level_names, renamed, same, small_vae, vae_names
 from tests.tiny import POOLED_DIM, TEXT_DIM, TEXT_DIM_2, tiny_sdxl_base
 
@@ -75,8 +76,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_one_file_is_the_folder_it_was_made_of(model):
-    one = load_base(FoundationConfig(base=str(model / "community.safetensors"), base_config=str(model / "configs")))
-    folder = load_base(FoundationConfig(base=str(model / "folder")))
+    one = load_base(mini_foundation(base=str(model / "community.safetensors"), base_config=str(model / "configs")))
+    folder = load_base(mini_foundation(base=str(model / "folder")))
     assert all(same(getattr(one, part), getattr(folder, part)) for part in ("unet", "vae", "text_encoder", "text_encoder_2"))
     assert one.tokenizer_2("a cat").input_ids == folder.tokenizer_2("a cat").input_ids and one.force_zeros_for_empty_prompt
     assert not any(p.requires_grad for p in one.text_encoder_2.parameters())
@@ -87,4 +88,4 @@ def test_a_file_that_lacks_weights_is_refused(model, tmp_path, prefix):
     state = {name: value for name, value in load_file(model / "community.safetensors").items() if not name.startswith(prefix)}
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(ValueError, match="less.safetensors (lacks|could not be read)"):
-        load_base(FoundationConfig(base=str(tmp_path / "less.safetensors"), base_config=str(model / "configs")))
+        load_base(mini_foundation(base=str(tmp_path / "less.safetensors"), base_config=str(model / "configs")))

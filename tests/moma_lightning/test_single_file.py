@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from experiments.mini.models import mini_foundation
 from moma_lightning.fetch import fetch_model
 from moma_lightning.foundation import FoundationConfig, load_base
 from tests.fake_hub import fake_hub
@@ -114,11 +115,11 @@ def same(a, b) -> bool:
 
 @pytest.fixture
 def config(model, configs):
-    return FoundationConfig(base=str(model / "community.safetensors"), base_config=str(configs))
+    return mini_foundation(base=str(model / "community.safetensors"), base_config=str(configs))
 
 
 def test_one_file_is_the_folder_it_was_made_of(model, config):
-    one, folder = load_base(config), load_base(FoundationConfig(base=str(model / "folder")))
+    one, folder = load_base(config), load_base(mini_foundation(base=str(model / "folder")))
     assert same(one.unet, folder.unet) and same(one.vae, folder.vae) and same(one.text_encoder, folder.text_encoder)
     assert one.tokenizer("a cat").input_ids == folder.tokenizer("a cat").input_ids
     assert one.scheduler.config.prediction_type == "epsilon" and not one.scheduler.config.clip_sample
@@ -129,9 +130,9 @@ def test_file_and_configs_may_come_from_the_hub(model, configs, tmp_path):
     with fake_hub(tmp_path / "cache") as hub:
         hub.repositories["o/community"] = {"v1.safetensors": (model / "community.safetensors").read_bytes()}
         hub.add_folder("o/sd", model / "folder")
-        one = load_base(FoundationConfig(base="o/community@main/v1.safetensors", base_config="o/sd@main"))
+        one = load_base(mini_foundation(base="o/community@main/v1.safetensors", base_config="o/sd@main"))
         assert not any(path.endswith(".safetensors") and "o/sd" in path for _, path in hub.requests), "weights of the config's model were fetched"
-    assert same(one.unet, load_base(FoundationConfig(base=str(model / "folder"))).unet)
+    assert same(one.unet, load_base(mini_foundation(base=str(model / "folder"))).unet)
 
 
 def test_configs_that_were_fetched_are_enough_offline(model, tmp_path, monkeypatch):
@@ -140,8 +141,8 @@ def test_configs_that_were_fetched_are_enough_offline(model, tmp_path, monkeypat
         hub.repositories["o/sd"]["safety_checker/config.json"] = b"{}"
         fetch_model("o/sd@main")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        one = load_base(FoundationConfig(base=str(model / "community.safetensors"), base_config="o/sd@main"))
-    assert same(one.unet, load_base(FoundationConfig(base=str(model / "folder"))).unet)
+        one = load_base(mini_foundation(base=str(model / "community.safetensors"), base_config="o/sd@main"))
+    assert same(one.unet, load_base(mini_foundation(base=str(model / "folder"))).unet)
 
 
 def test_a_file_without_configs_says_what_is_missing(config):

@@ -282,6 +282,28 @@ def test_lightnings_own_fsdp_strategy_is_refused(build_stage2):
         module.setup("fit")
 
 
+def test_what_a_subclass_trains_outside_the_adapter_is_told(build_stage2, tmp_path):
+    module = build_stage2()
+    module.unet.mid_block.attentions[0].proj_out.weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"not in the adapter's folder: unet\.mid_block\.attentions\.0\.proj_out\.weight\."):
+        trainer(tmp_path, 1).fit(module, loader(0))
+
+
+def test_pictures_that_the_autoencoder_cannot_divide_are_refused(build_stage2):
+    """Masks and latents would be out of step by part of a position."""
+    one = batch(0)
+    odd = replace(one, pixel_values=one.pixel_values[..., :-1, :-1], subject_mask=one.subject_mask[..., :-1, :-1])
+    with pytest.raises(ValueError, match="image_size has to be divisible by the autoencoder's"):
+        build_stage2().sample_losses(odd, drop=False)
+
+
+def test_a_cache_is_held_against_a_class_of_ones_own(build_stage2):
+    module = build_stage2()
+    assert "class" not in module.cache_identity()
+    module.__class__ = type("Mine", (Stage2,), {"__module__": "mine", "__qualname__": "Mine"})
+    assert module.cache_identity()["class"] == "mine.Mine"
+
+
 def test_stage_2_may_start_from_a_moma_adapter(build_stage2, foundation, tmp_path):
     """On another data set, say: its subject side too, unless an IP-Adapter is trained; never of the other variant."""
     trained = build_stage2(variant="paper")

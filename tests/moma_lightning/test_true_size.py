@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from experiments.mini.recipe import llava
@@ -87,7 +86,7 @@ def test_a_stage_2_step_of_stable_diffusion():
 
 def test_the_planners_configs_have_the_same_sizes():
     """Those of the step that `experiments.true_size` measures, too."""
-    config = FoundationConfig(**yaml.safe_load((Path(__file__).parents[2] / "experiments/sd15_llava7b/foundation.yaml").read_text()))
+    config = FoundationConfig.from_yaml("experiments/sd15_llava7b/foundation.yaml")
     with torch.device("meta"):
         base, encoder = architectures.build_base(config), architectures.build_image_encoder(config)
     assert [round(count(part.parameters()) / 1e6, 2) for part in (base.unet, base.vae, base.text_encoder, encoder)] == [859.52, 83.65, 123.06, 632.08]
@@ -96,7 +95,7 @@ def test_the_planners_configs_have_the_same_sizes():
 
 @pytest.fixture(scope="module")
 def sdxl() -> tuple[Base, MoMAAdapter]:
-    config = FoundationConfig(**yaml.safe_load((Path(__file__).parents[2] / "experiments/sdxl_llava7b/foundation.yaml").read_text()))
+    config = FoundationConfig.from_yaml("experiments/sdxl_llava7b/foundation.yaml")
     with torch.device("meta"):
         base = architectures.build_base(config)
         return base, MoMAAdapter.for_unet(base.unet, true_size.IMAGE_EMBED_DIM)

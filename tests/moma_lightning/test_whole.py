@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from evaluation.metrics.encoders import build_encoder
 from moma_lightning.foundation import load_base, load_image_encoder, load_mllm
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.segmentation import SamMasker
+from moma_lightning.whole import load_whole
 
 
 def without_a_weight(folder: Path) -> str:
@@ -58,6 +60,15 @@ def test_a_head_that_nothing_is_read_of_may_be_missing(copied):
     assert any(name.startswith(("lm_head", "language_model.lm_head")) for name in tensors)
     save_file({name: value for name, value in tensors.items() if "lm_head" not in name}, path, {"format": "pt"})
     load_mllm(copied)
+
+
+def test_only_what_begins_as_said_may_be_missing():
+    lacking = SimpleNamespace(from_pretrained=lambda **options: ("model", {"missing_keys": {"lm_head.weight", *also}}))
+    also = ()
+    assert load_whole(lacking, "llava", {}, ("lm_head.",)) == "model"
+    also = ("model.lm_head.weight",)
+    with pytest.raises(ValueError, match=r"llava lacks 1 weights of the model \(model.lm_head.weight\)"):
+        load_whole(lacking, "llava", {}, ("lm_head.",))
 
 
 def test_a_text_encoder_of_an_unknown_class_is_told(copied):

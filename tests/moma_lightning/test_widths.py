@@ -1,5 +1,6 @@
 """Image encoder, decoder and adapter that do not belong together are refused by name, before the MLLM is loaded."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,15 @@ def test_the_pipeline_names_the_adapter(wider, foundation, decoder_folder, tmp_p
 def test_what_belongs_together_is_loaded(foundation, decoder_folder, tmp_path):
     pipe = load_pipeline(foundation, adapter=adapter_folder(tmp_path, EMBED), decoder=decoder_folder)
     assert pipe.decoder.embed_dim == pipe.clip.embed_dim == pipe.adapter.image_proj.proj.in_features == EMBED
+
+
+def test_an_adapter_of_clips_embeddings_is_not_given_a_decoders_in_silence(foundation, decoder_folder, tmp_path):
+    save_adapter(MoMAAdapter.for_unet(tiny_base().unet, EMBED), tmp_path / "adapter", {"context": "image_encoder"})
+    with pytest.warns(UserWarning, match="trained on CLIP's embeddings"):
+        load_pipeline(foundation, adapter=str(tmp_path / "adapter"), decoder=decoder_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_pipeline(foundation, adapter=str(tmp_path / "adapter"))
 
 
 def test_a_decoder_that_is_not_there_is_named(foundation, tmp_path):

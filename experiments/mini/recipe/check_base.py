@@ -12,9 +12,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from datamodules.mini import world
 from datamodules.mini.render import render
+from experiments.mini.models import mini_foundation
 from experiments.mini.recipe.common import FOUNDATION, WORK, sample_world, to_pixels
 from experiments.mini.recipe.unet import scheduler
-from moma_lightning.foundation import FoundationConfig, load_base
+from moma_lightning.foundation import load_base
 from moma_lightning.models.attention import Conditioning, Recorder
 from moma_lightning.models.mask_estimation import estimate_mask
 from moma_lightning.picture_grid import picture_grid
@@ -59,7 +60,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--guidance", type=float, default=3.0)
     args = parser.parse_args()
-    pipe = MoMAPipeline.from_base(load_base(FoundationConfig()))
+    pipe = MoMAPipeline.from_base(load_base(mini_foundation()))
     cells = [(label, scene) for label in world.LABELS for scene in world.SCENES] * args.seeds
     rows = []
     for start in range(0, len(cells), 20):

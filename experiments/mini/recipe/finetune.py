@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from datamodules.mini.world import Picture
+from experiments.mini.models import mini_foundation
 from experiments.mini.recipe.captions import caption_style
 from experiments.mini.recipe.common import FOUNDATION, optimize
 from experiments.mini.recipe.unet import BASE, Losses
-from moma_lightning.foundation import FoundationConfig, load_base
+from moma_lightning.foundation import load_base
 
 #: Every convolution and matrix of the UNet's blocks.
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -39,7 +40,7 @@ def finetune(args: argparse.Namespace, pixels, coverage: Tensor, pictures: Seque
     word: a picture's caption, drawn with a generator.
     """
     torch.manual_seed(0)
-    base = load_base(FoundationConfig(base=str(BASE)))
+    base = load_base(mini_foundation(base=str(BASE)))
     unet, vae, losses = base.unet, base.vae, Losses(base.text_encoder, base.tokenizer, word)
     unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS))
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]

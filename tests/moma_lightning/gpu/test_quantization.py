@@ -4,8 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
+from experiments.mini.models import mini_foundation
 from moma_lightning import optim
-from moma_lightning.foundation import FoundationConfig, load_mllm
+from moma_lightning.foundation import load_mllm
 from moma_lightning.models.image_feature_decoder import DecoderConfig
 from moma_lightning.models.lora import LoraOptions
 from moma_lightning.modules.stage1 import Stage1
@@ -18,8 +19,8 @@ KINDS = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_language_model_alone_takes_fewer_bits(kind):
-    plain, _ = load_mllm(FoundationConfig())
-    mllm, _ = load_mllm(FoundationConfig(mllm_quantization=kind))
+    plain, _ = load_mllm(mini_foundation())
+    mllm, _ = load_mllm(mini_foundation(mllm_quantization=kind))
     linear = {name for name, module in plain.model.named_modules() if isinstance(module, torch.nn.Linear)}
     quantized = {name for name, module in mllm.model.named_modules() if type(module).__name__ == KINDS[kind]}
     assert quantized == {name for name in linear if name.startswith("language_model.")} and 0 < len(quantized) < len(linear)
@@ -31,9 +32,9 @@ def test_stage_1_trains_adapters_on_it(kind, tmp_path):
     """The shipped mini models: the prediction is near the unquantized one's, and 20 steps of LoRA lower the loss; what was quantized stays."""
     lora = DecoderConfig(lora=LoraOptions(rank=4))
     seed_everything(0, verbose=False)
-    plain = Stage1(FoundationConfig(), lora, OptimizerConfig(lr=3e-3)).cuda()
+    plain = Stage1(mini_foundation(), lora, OptimizerConfig(lr=3e-3)).cuda()
     seed_everything(0, verbose=False)
-    module = Stage1(FoundationConfig(mllm_quantization=kind), lora, OptimizerConfig(lr=3e-3)).cuda()
+    module = Stage1(mini_foundation(mllm_quantization=kind), lora, OptimizerConfig(lr=3e-3)).cuda()
     batch = global_batch(0, 0, 1)
     pixels, mask = batch.pixel_values.cuda(), batch.subject_mask.cuda()
     batch = type(batch)(pixels, mask, batch.caption, batch.label, batch.key)

@@ -12,7 +12,7 @@ from PIL import Image
 from datamodules.mini import world
 from datamodules.mini.render import render
 from experiments.benchmarks.guided_step import SIZES, Setting
-from moma_lightning.foundation import MINI, FoundationConfig
+from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.models import kernels
 from moma_lightning.models.attention import (
     Conditioning,
@@ -116,7 +116,7 @@ def test_a_step_does_not_wait_for_the_gpu(monkeypatch):
 
 
 def mini_pipeline(device: str, dtype: str) -> MoMAPipeline:
-    return load_pipeline(FoundationConfig(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder", dtype).to(device)
+    return load_pipeline(mini_foundation(), f"{MINI}/moma/adapter", f"{MINI}/moma/image_feature_decoder", dtype).to(device)
 
 
 def drawn_with(pipe: MoMAPipeline):
