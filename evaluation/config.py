@@ -11,7 +11,7 @@ from datamodules.dreambooth import DreamBooth
 from evaluation.methods import Method, Models, Moma
 from evaluation.names import method_name
 from evaluation.protocols import Protocol, named
-from moma_lightning.foundation import FoundationConfig
+from moma_lightning.foundation import Dtype, FoundationConfig
 
 #: Of summaries and ablations, beside their methods.
 RESERVED = ("differences", "title", "made_with", "methods", "published", "sampler")
@@ -81,7 +81,7 @@ class EvalConfig:
     decoder: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_processes: int = 1
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     batch_size: int = 16
     ablation: AblationConfig = field(default_factory=AblationConfig)
     moma: Moma = field(default_factory=Moma)

@@ -34,6 +34,9 @@ from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_lora, is_single_file, load_single_file
 from moma_lightning.whole import load_whole, require_all_weights, require_vocabulary
 
+#: Of weights, as torch calls them.
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass
 class FoundationConfig:
@@ -55,7 +58,7 @@ class FoundationConfig:
     vae: str | None = None
     ip_adapter: str | None = None
     sam: str | None = None
-    mllm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mllm_dtype: Dtype = "float32"
     mllm_quantization: Quantization | None = None
 
     def __post_init__(self):

@@ -3,13 +3,12 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
 
 from moma_lightning.files import write_beside, write_json
-from moma_lightning.foundation import FoundationConfig
+from moma_lightning.foundation import Dtype, FoundationConfig
 from moma_lightning.pipeline import load_pipeline
 
 
@@ -34,7 +33,7 @@ def generate(
     width: int | None = None,
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
     """Write pictures of the subject in `image` as PNG files, each with its settings in a JSON file beside it; numbers go on after those that are there.
 

@@ -1,6 +1,7 @@
 """Training losses: pure functions, each with the equation it stands for."""
 
-from jaxtyping import Float
+from diffusers import DDPMScheduler
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +29,16 @@ def image_embedding_cosine_loss(
 ) -> Float[Tensor, ""]:
     """1 - cosine, in [0, 2]: Eq. 4 without the embedding's length (an ablation; not in the paper)."""
     return 1 - image_embedding_cosine(predicted, target)
+
+
+def denoising_target(
+    scheduler: DDPMScheduler,
+    latents: Float[Tensor, "batch channels height width"],
+    noise: Float[Tensor, "batch channels height width"],
+    timesteps: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch channels height width"]:
+    """What the base predicts, and Eq. 1 compares: the noise, or where it was trained so the velocity (Salimans and Ho, 2022)."""
+    return scheduler.get_velocity(latents, noise, timesteps) if scheduler.config.prediction_type == "v_prediction" else noise
 
 
 def noise_prediction_losses(

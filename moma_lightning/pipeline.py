@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moma_lightning.base_pipelines import BasePipelineSD, BasePipelineSDXL
 from moma_lightning.batch import white_background
-from moma_lightning.foundation import Base, FoundationConfig, ImageEncoder, load_base, load_image_encoder
+from moma_lightning.foundation import Base, Dtype, FoundationConfig, ImageEncoder, load_base, load_image_encoder
 from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning, ContextConditioning, MoMAAttnProcessor, Recorder
@@ -307,7 +307,7 @@ class MoMAPipelineSDXL(MoMAPipeline, BasePipelineSDXL):
 
 
 def load_pipeline(
-    foundation: FoundationConfig, adapter: str | None = None, decoder: str | None = None, dtype: str = "float32"
+    foundation: FoundationConfig, adapter: str | None = None, decoder: str | None = None, dtype: Dtype = "float32"
 ) -> MoMAPipeline:
     """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
 
@@ -315,8 +315,8 @@ def load_pipeline(
     16 bits for all but SAM; with float32 the MLLM keeps `foundation.mllm_dtype`.
     Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings, and for another dtype.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r}: float32, bfloat16 and float16 are known, by these names")
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype {dtype!r}: {', '.join(get_args(Dtype))} are known, by these names")
     base = load_base(foundation)
     sam = foundation.sam
     masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None

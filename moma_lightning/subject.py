@@ -143,7 +143,12 @@ def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor
     width, height = (max(1, round(side * scale / multiple)) * multiple for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    array = np.array(image, dtype=np.float32)
+    return to_pixels(image)
+
+
+def to_pixels(image: Image.Image) -> Float[Tensor, "1 3 height width"]:
+    """A picture in [-1, 1], as it is."""
+    array = np.array(image.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1)[None].div(127.5).sub(1)
 
 

@@ -15,7 +15,7 @@ from datamodules.dreambooth import Subject, load_mask, load_picture
 from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import identity
-from moma_lightning.foundation import FoundationConfig, unsaid
+from moma_lightning.foundation import Dtype, FoundationConfig, unsaid
 from moma_lightning.pipeline import MoMAPipeline, load_pipeline
 from moma_lightning.single_file import is_lora, is_single_file
 
@@ -48,7 +48,7 @@ class Models:
     adapter: str | None = None
     decoder: str | None = None
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     held: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     digests: dict[str, str] = field(default_factory=dict)
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -15,6 +14,7 @@ from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.single_file import is_single_file
+from moma_lightning.subject import to_pixels
 
 
 class DiffusionMethod(Method):
@@ -176,9 +176,3 @@ def mllm_precision(foundation: FoundationConfig) -> dict[str, str | None]:
 def clip_embeds(pipeline: Any, reference: Reference) -> Float[Tensor, "1 dim"]:
     """CLIP's embedding of the whole reference picture."""
     return pipeline.clip(to_pixels(reference.image).to(pipeline.device))
-
-
-def to_pixels(image: Image.Image) -> Float[Tensor, "1 3 height width"]:
-    """A picture in [-1, 1]."""
-    array = np.array(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1)[None].div(127.5).sub(1)

@@ -26,8 +26,9 @@ from evaluation.protocols import Sampler
 from evaluation.tasks import PictureTask
 from moma_lightning.digests import content_digest
 from moma_lightning.files import write_beside
-from moma_lightning.losses import noise_prediction_losses
+from moma_lightning.losses import denoising_target, noise_prediction_losses
 from moma_lightning.models.latents import scaled
+from moma_lightning.subject import to_pixels
 
 logger = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
@@ -130,9 +131,8 @@ class TunedMethod(DiffusionMethod):
 def encode(pipeline: Any, pictures: list[Image.Image], size: tuple[int, int]) -> Float[Tensor, "pictures moments h w"]:
     """Mean and log-variance of each picture's latents, once: cut to the middle's aspect ratio, resized to (height, width)."""
     fitted = [ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC) for picture in pictures]
-    array = np.stack([np.array(picture.convert("RGB"), np.float32) for picture in fitted])
-    pixels = torch.from_numpy(array).permute(0, 3, 1, 2).div(127.5).sub(1).to(pipeline.device, pipeline.vae.dtype)
-    return torch.cat([pipeline.vae.encode(one[None]).latent_dist.parameters for one in pixels])
+    pixels = [to_pixels(picture).to(pipeline.device, pipeline.vae.dtype) for picture in fitted]
+    return torch.cat([pipeline.vae.encode(one).latent_dist.parameters for one in pixels])
 
 
 def noise_prediction_loss(
@@ -146,8 +146,7 @@ def noise_prediction_loss(
     size = [side * pipeline.vae_scale_factor for side in latents.shape[-2:]]
     text = pipeline.encode_text(captions, size)
     predicted = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **text._asdict()).sample
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    return noise_prediction_losses(predicted, scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise).mean()
+    return noise_prediction_losses(predicted, denoising_target(scheduler, latents, noise, timesteps)).mean()
 
 
 def reworded(task: PictureTask, word: str) -> PictureTask:

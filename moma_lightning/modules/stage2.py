@@ -190,9 +190,7 @@ class Stage2(TrainedPartModule):
             embeds = torch.where((chance[0] < self.config.context_dropout)[:, None], torch.zeros_like(embeds), embeds)
             captions = ["" if lost else text for lost, text in zip((chance[1] < self.config.text_dropout).tolist(), captions, strict=True)]
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        target = noise
-        if self.noise_scheduler.config.prediction_type == "v_prediction":
-            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        target = losses.denoising_target(self.noise_scheduler, latents, noise, timesteps)
         noise_pred = self(noisy_latents, timesteps, batch, embeds, captions, reference_latents)
         return self.weighted(losses.noise_prediction_losses(noise_pred, target, self.position_weight(batch, latents)), timesteps), timesteps
 
