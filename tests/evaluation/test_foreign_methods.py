@@ -228,13 +228,13 @@ def test_stage_1_is_asked_for():
 
 def test_methods_in_a_yaml(tmp_path):
     (tmp_path / "eval.yaml").write_text(
-        "run: runs/x\ndata: data\nmethods:\n"
+        "methods:\n"
         "  ti: {class_path: TextualInversion, init_args: {steps: 7, pictures: all}}\n"
         "  lora: {class_path: DreamBoothLora, init_args: {rank: 2}}\n"
         "  stock: StockIpAdapter\n"
         "  any: {class_path: Pipeline, init_args: {pretrained: o/n@r, arguments: {text: prompt, picture: image}, kwargs: {eta: 0.5}}}\n"
     )
-    methods = parse(["generate", "--config", str(Path(tmp_path / "eval.yaml"))])[1].methods
+    methods = parse(["generate", "--config", "experiments/mini/eval.yaml", "--config", str(tmp_path / "eval.yaml")])[1].methods
     assert methods == {
         "ti": TextualInversion(steps=7, pictures="all"),
         "lora": DreamBoothLora(rank=2),

@@ -233,4 +233,4 @@ def test_the_subject_is_taken_out_of_its_prompt_as_a_word():
     assert prompt_form("a cat in the category of cat", "cat") == "a {} in the category of {}"
     assert prompt_form("a stuffed animal (blue)", "stuffed animal") == "a {} (blue)"
     assert prompt_form("two cats in the snow", "cat") == "two {} in the snow" and prompt_form("snow", "") == "snow"
-    assert prompt_form("a scarf on a car", "car") == "a scarf on a {}"
+    assert prompt_form("a scarf on a car", "car") == "a scarf on a {}" and prompt_form("a scar on a car", "car") == "a scar on a {}"
