@@ -12,6 +12,7 @@ import re
 import string
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,22 +166,24 @@ def parse_prompts_and_classes(text: str, source: str = PROMPTS_FILE) -> PromptsA
 
 
 def parse_prompt_lists(text: str, source: str) -> list[list[str]]:
-    """Every `prompt_list = [...]` of a text, as templates. The Python in it is parsed, never run; a list ends with a line that ends in `]`."""
-    begun = len(re.findall(r"^[ \t]*prompt_list\s*=", text, re.MULTILINE))
-    blocks = re.findall(r"^[ \t]*prompt_list\s*=\s*(\[.*?\])[ \t]*,?[ \t]*(?:#[^\n]*)?$", text, re.MULTILINE | re.DOTALL)
-    if len(blocks) != begun:
-        raise ValueError(f"{source}: {begun} times `prompt_list =`, and {len(blocks)} lists that end in a line of their own or with a line's end")
+    """Every `prompt_list = [...]` of a text, as templates. The Python in it is parsed, never run."""
+    begun = [text[match.end() :] for match in re.finditer(r"^[ \t]*prompt_list\s*=\s*", text, re.MULTILINE)]
     try:
-        return [[_template(node) for node in _elements(block)] for block in blocks]
+        return [[_template(node) for node in _elements(rest)] for rest in begun]
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: a prompt_list is not a list of '...'.format(unique_token, class_token): {error}") from error
 
 
-def _elements(block: str) -> list[ast.expr]:
-    body = ast.parse(block, mode="eval").body
-    if not isinstance(body, ast.List):
-        raise TypeError(f"{ast.unparse(body)} is not a list")
-    return body.elts
+def _elements(rest: str) -> list[ast.expr]:
+    """Of the list that a text begins with: it ends at the first bracket that makes Python of it, and its line there."""
+    for end in (match.end() for match in re.finditer(r"\]", rest)):
+        with suppress(SyntaxError):  # the bracket of a prompt, or of a comment
+            body = ast.parse(rest[:end], mode="eval").body
+            behind = rest[end:].partition("\n")[0]
+            if not isinstance(body, ast.List) or not re.fullmatch(r"[ \t]*,?[ \t]*(#.*)?", behind):
+                raise TypeError(f"{ast.unparse(body)}{behind} is not a list")
+            return body.elts
+    raise ValueError(f"no list begins with {rest[:40]!r}")
 
 
 def _template(node: ast.expr) -> str:

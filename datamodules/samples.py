@@ -67,7 +67,7 @@ class BadSamples:
             return
         if key == WHOLE_SHARD:
             warnings.warn(f"{shard}: {reason}. The rest of it is left out", stacklevel=2)
-        elif not self._known:
+        elif all(known.split("\t")[1:2] == [WHOLE_SHARD] for known in self._known):
             warnings.warn(f"{shard}, sample {key}: {reason}. It is skipped; all such are named in {self.path}", stacklevel=2)
         self._known.add(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ stands is kept in checkpoints. Validation reads each sample once, in the same ba
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +175,8 @@ class TrainLoader:
 def require_the_same_shards(names: list[list[str]]) -> None:
     """names: of each rank. Raises ValueError where ranks see other files: samples would be left out and seen twice."""
     for rank, own in enumerate(names):
-        if lacking := sorted(set(names[0]) ^ set(own)):
+        first, here = Counter(names[0]), Counter(own)
+        if lacking := sorted((first - here) + (here - first)):
             raise ValueError(f"rank {rank} sees {len(own)} shards and rank 0 {len(names[0])}: {', '.join(lacking[:5])} are on one of them only. "
                              "Put the same shards on every node")  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Means with bootstrap intervals over subjects, paired differences, and what a mean is made of."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -117,11 +117,12 @@ def leaves_out_zero(cell: Mapping[str, Any]) -> bool:
     return cell.get("subjects", ENOUGH_SUBJECTS) >= ENOUGH_SUBJECTS and cell["lo"] < cell["hi"] and (cell["lo"] > 0 or cell["hi"] < 0)
 
 
-def by_chance(differences: int) -> str:
-    """What a difference that stands out means, and how many would if nothing differed: intervals are not corrected for their number."""
-    some = f"{(1 - LEVEL) * differences:.0f}"
-    return (f"the interval leaves out zero, with {ENOUGH_SUBJECTS} subjects or more. Of {differences} differences some {some} would by chance, "
-            "if nothing differed.")  # fmt: skip
+def by_chance(differences: Iterable[Mapping[str, Any]]) -> str:
+    """What a difference that stands out means, and how many of these would if nothing differed: intervals are not corrected for their number."""
+    count = sum(cell.get("subjects", ENOUGH_SUBJECTS) >= ENOUGH_SUBJECTS for cell in differences)
+    some = f"{(1 - LEVEL) * count:.{0 if (1 - LEVEL) * count >= 1 else 1}f}"
+    told = f" Of {count} such differences {some} would by chance, if nothing differed." if count else ""
+    return f"the interval leaves out zero, with {ENOUGH_SUBJECTS} subjects or more.{told}"
 
 
 def protocols_of(scores: pd.DataFrame) -> dict[str, str]:

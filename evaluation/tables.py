@@ -46,7 +46,7 @@ def difference_table(summary: dict[str, Any]) -> str:
         ["Difference", *(METRICS[m].title for m in columns)],
         [[f"{a} - {b}", *(cells.get(m, "-") for m in columns)] for (a, b), cells in pairs.items()],
     )
-    return f"{table}\nBold: {by_chance(len(summary['differences']))}\n"
+    return f"{table}\nBold: {by_chance(summary['differences'])}\n"
 
 
 def published_table(rows: Mapping[Any, Sequence[float | None]], first: str = "Method") -> str:

@@ -52,8 +52,9 @@ def evaluate(exp: str, seed: int, first: int) -> None:
     What no training moves is taken over from the first seed's run; stamps say whether it is the same.
     """
     folder = f"runs/{exp}-seed{seed}"
-    own = Path(folder) / "seeds.yaml"
-    write_bytes(own, Path(f"experiments/{exp}/seeds.yaml").read_text().replace(f"runs/{exp}-seed0", folder).encode())
+    own, home = Path(folder) / "seeds.yaml", Path(f"experiments/{exp}").resolve()
+    text = (home / "seeds.yaml").read_text().replace("foundation: foundation.yaml", f"foundation: {home}/foundation.yaml")  # named from beside it
+    write_bytes(own, text.replace(f"runs/{exp}-seed0", folder).encode())
     for method in UNTRAINED if seed != first else ():
         made = Path(f"runs/{exp}-seed{first}/eval/pictures/{method}")
         if made.exists():

@@ -87,12 +87,14 @@ class MoMACLI(LightningCLI):
         if self.subcommand != "fit" or config.trainer.fast_dev_run:
             return
         if not self.run.goes_on(config.ckpt_path):
+            self.run.hold()
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
         changed = "; ".join(self.run.changed(now))
         if not self.run.is_finished(**ends(config.trainer)):
             if changed:
                 rank_zero_warn(f"{self.run.folder}: training goes on with other settings than before ({changed})")
+            self.run.hold()
             return
         if changed:
             raise SystemExit(f"{self.run.folder}: training is complete, with other settings than these ({changed}): "
@@ -130,12 +132,11 @@ class MoMACLI(LightningCLI):
             with ended_together(self.trainer):
                 self.trainer.fit(model, **kwargs)
             return
-        self.run.hold()
         if self.run.goes_on(ckpt_path):
             begun, ckpt_path = "" if ckpt_path is None else f", of the run that began from {ckpt_path}", str(self.run.last_checkpoint)
             rank_zero_info(f"going on from {ckpt_path}{begun}")
-        elif ckpt_path is None:
-            self.run.forget()
+        else:
+            self.run.forget(metrics=ckpt_path is None)
         with ended_together(self.trainer):
             self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
             self.trainer.save_checkpoint(self.run.last_checkpoint)

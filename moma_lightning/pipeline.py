@@ -142,7 +142,8 @@ class MoMAPipeline(DiffusionPipeline):
         mllm_prompt: what the decoder is asked for, one a prompt, where it is not the prompt itself: the released code reads
             "photo of a {label}. {prompt}" with the UNet and "{prompt}" with the MLLM.
         negative_prompt: for all prompts, or one a prompt.
-        eta, callback_on_step_end, return_dict: as diffusers' pipelines have them; of a step's tensors the callback gets the latents.
+        eta, callback_on_step_end, return_dict: as diffusers' pipelines have them; of a step's tensors the callback gets
+            the latents, and guidance stays as it was.
         Raises ValueError for a label that no prompt names, settings out of their range, betas or image_embeds that are neither one nor one a
         prompt, a mask or label without its picture, an empty mask, a reference or image_embeds without adapter, a reference without label, a context
         that nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
@@ -173,7 +174,10 @@ class MoMAPipeline(DiffusionPipeline):
         made: dict[tuple[int, str], Any] = {}
         timesteps = self.scheduler.timesteps
         numbers = timesteps.tolist()  # since a GPU is waited for to compare its tensor
+        self._interrupt, self._num_timesteps = False, len(numbers)
         for step, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                continue
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
             conditioning = guide.conditioning(numbers[step], context, guided, recorder) if guide else Conditioning(context=context)
@@ -307,7 +311,7 @@ class MoMAPipelineSDXL(MoMAPipeline, BasePipelineSDXL):
 
 
 def load_pipeline(
-    foundation: FoundationConfig, adapter: str | None = None, decoder: str | None = None, dtype: Dtype = "float32"
+    foundation: FoundationConfig, adapter: str | None = None, decoder: str | None = None, dtype: str = "float32"
 ) -> MoMAPipeline:
     """A ready pipeline: base, image encoder and SAM from `foundation`, then optionally an adapter and a decoder.
 

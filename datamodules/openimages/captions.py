@@ -204,11 +204,13 @@ def _is_thing(lower: list[str], i: int, removed: frozenset[str]) -> bool:
     """Whether a word like "orange" is the fruit here: an article before it and nothing that it could describe after it."""
     if lower[i] not in THINGS:
         return False
-    j = i + 1
-    while j + 1 < len(lower) and lower[j] in JOINTS and _is_listed(lower[j + 1], removed):  # "orange and white cat"
+    before, j = lower[i - 1] if i else "", i + 1
+    while j + 1 < len(lower) and lower[j] in JOINTS and _is_listed(lower[j + 1], removed):  # "an orange and white cat", and not "an orange and green apples"
         j += 2
+    if j >= len(lower) or (before in ("a", "an", "one") and re.search(r"[^isu]s$", lower[j])):
+        j = i + 1
     follows = lower[j] if j < len(lower) else "."
-    return follows in CLOSERS and i > 0 and (lower[i - 1] in ("a", "an", "the", "one") or lower[i - 1] in removed)
+    return follows in CLOSERS and (before in ("a", "an", "the", "one") or before in removed)
 
 
 def _companions(lower: list[str], gone: set[int], own: set[int]) -> set[int]:

@@ -111,7 +111,8 @@ class Method(ABC):
             raise ValueError(f"{type(self).__name__}: a method is a dataclass, its fields are its options: put @dataclass before the class")
         kind = type(self).__name__
         if not type(self).__module__.startswith("evaluation.methods."):
-            kind = f"{type(self).__module__}.{type(self).__qualname__} {source_digest(type(self))}"
+            module = type(self).__module__.replace("__mp_main__", "__main__")  # of a script's class in a process that it has started
+            kind = f"{module}.{type(self).__qualname__} {source_digest(type(self))}"
         return {"kind": kind, **asdict(self)}  # type: ignore[call-overload]
 
     def require(self, models: Models) -> None:  # noqa: B027 - not every method has conditions

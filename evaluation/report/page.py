@@ -116,7 +116,7 @@ def scores_section(config: EvalConfig, scores: pd.DataFrame) -> dict[str, Any]:
         "headline": tables.score_tables("Method", rows, metrics, contenders),
         "score_charts": interval_charts(rows, colors, metrics),
         "differences": tables.difference_tables(differences, metrics) if differences else [],
-        "by_chance": by_chance(sum(map(len, differences.values()))),
+        "by_chance": by_chance(cell for cells in differences.values() for cell in cells.values()),
         "difference_charts": interval_charts(differences, {}, metrics, width=4.8, zero=True),
     }
 
@@ -168,7 +168,7 @@ def ablation_section(ablation: Ablation) -> dict[str, Any]:
         "tables": tables.score_tables("Setting", ablation.rows, ablation.metrics),
         "charts": charts,
         "differences": tables.difference_tables(ablation.differences, ablation.metrics) if ablation.differences else [],
-        "by_chance": by_chance(sum(map(len, ablation.differences.values()))),
+        "by_chance": by_chance(cell for cells in ablation.differences.values() for cell in cells.values()),
         "published": tables.published_table(ablation.axis.capitalize(), paper) if paper else None,
     }
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from moma_lightning.files import commit
+from moma_lightning.files import commit, write_beside
 
 #: Beside the shards: what is not a tensor (`torch.save`).
 REST = "meta.pt"
@@ -33,10 +33,10 @@ def save(path: Path, tensors: dict[str, Any], rest: dict[str, Any], rank: int, b
     try:
         dcp.save(tensors, checkpoint_id=folder)
         if rank == 0:
-            torch.save(rest, folder / REST)
+            write_beside(folder / REST, lambda beside: torch.save(rest, beside), durable=False)  # as a part of the folder
             _point(path, folder)
     except (CheckpointException, OSError) as error:
-        why = str(error).strip().splitlines()[-1]
+        why = (str(error).strip() or repr(error)).splitlines()[-1]
         raise OSError(f"{path} was not written ({why}); the checkpoint from before is unchanged") from error
     barrier()
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from moma_lightning.digests import identity
 from moma_lightning.dotted import flat
@@ -49,8 +49,12 @@ class Run:
         if ckpt_path is None or not self.last_checkpoint.exists():
             return self.last_checkpoint.exists()
         path = self.last_checkpoint / REST if self.last_checkpoint.is_dir() else self.last_checkpoint
-        with naming(path):
-            states = torch.load(path, "cpu", mmap=True, weights_only=True).get("callbacks", {})
+        try:
+            with naming(path):
+                states = torch.load(path, "cpu", mmap=True, weights_only=True).get("callbacks", {})
+        except ValueError as error:
+            rank_zero_warn(f"{error}. Training begins from {ckpt_path}")
+            return False
         return states.get(BeganFrom.__qualname__, {}).get("ckpt_path") == ckpt_path
 
     @rank_zero_only
@@ -113,9 +117,9 @@ class Run:
         return self._wandb_id.read_text()
 
     @rank_zero_only
-    def forget(self) -> None:
-        """Remove what an earlier run without checkpoints left, so that its metrics are not taken for the new one's."""
-        for path in (self._finished, self.folder / ExperimentWriter.NAME_METRICS_FILE):
+    def forget(self, metrics: bool = True) -> None:
+        """Remove what an earlier training left that this one does not go on with: its mark of having finished, and its metrics, if it is of no other either."""
+        for path in (self._finished, *([self.folder / ExperimentWriter.NAME_METRICS_FILE] if metrics else [])):
             path.unlink(missing_ok=True)
 
 

@@ -176,14 +176,16 @@ def test_lists_are_parsed_never_run(tmp_path):
 
 
 @pytest.mark.parametrize("written", [
-    "prompt_list = ['a {1} in armour']", "prompt_list = ['a {1} in armour',\n  ]", "prompt_list = [\n'a {1} in armour'] # mine"])
+    "prompt_list = ['a {1} in armour']", "prompt_list = ['a {1} in armour',\n  ]", "prompt_list = [\n'a {1} in armour'] # mine",
+    "prompt_list = [ # see [1]\n'a {1} in armour', # and [2]\n],"])
 def test_a_list_may_stand_on_one_line(written):
     several = "prompt_list = [\n'a {0} {1}'.format(unique_token, class_token),\n]\n"
     assert parse_prompt_lists(written, "f") == [["a {1} in armour"]]
     assert parse_prompt_lists(f"{several}{written}\n{several}", "f") == [["a {0} {1}"], ["a {1} in armour"], ["a {0} {1}"]]
 
 
-@pytest.mark.parametrize("written", ["prompt_list = 'a {1}'", "prompt_list = [\n'a {1}'\n", "prompt_list = ['a {1}'] + ['b {1}'], 3"])
+@pytest.mark.parametrize("written", [
+    "prompt_list = 'a {1}'", "prompt_list = [\n'a {1}'\n", "prompt_list = ['a {1}'] + ['b {1}'], 3", "prompt_list = ['a {1}'] 3"])
 def test_a_list_that_does_not_end_is_told(written):
     with pytest.raises(ValueError, match="f: "):
         parse_prompt_lists(written, "f")

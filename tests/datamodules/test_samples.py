@@ -128,6 +128,14 @@ def test_each_shard_that_is_lost_is_warned_of(tmp_path):
         log.report("b.tar", WHOLE_SHARD, "shard cannot be read: stale")
 
 
+def test_a_lost_shard_does_not_keep_bad_samples_unsaid(tmp_path):
+    log = bad_log(tmp_path)
+    with pytest.warns(UserWarning, match="The rest of it"):
+        log.report("b.tar", WHOLE_SHARD, "shard cannot be read: stale")
+    with pytest.warns(UserWarning, match="all such are named in"):
+        log.report("a.tar", "k1", "mask is empty")
+
+
 def test_a_key_with_a_dot_is_told(as_read):
     with pytest.raises(BadSampleError, match=r"json is missing: a key has no dots, or b_0\.json is not <key>\.json"):
         decode({"__key__": "a", "__url__": "u", "b_0.png": b"", "b_0.json": b"{}"}, image_size=8)

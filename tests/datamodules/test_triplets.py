@@ -144,7 +144,7 @@ def test_uneven_shards_give_every_rank_the_same_number_of_steps(shards, tools):
         assert len(list(stream)) == 50
 
 
-@pytest.mark.parametrize("other", [["b.tar"], ["a.tar", "b.tar", "c.tar"], ["a.tar", "x.tar"]])
+@pytest.mark.parametrize("other", [["b.tar"], ["a.tar", "b.tar", "c.tar"], ["a.tar", "x.tar"], ["a.tar", "b.tar", "b.tar"]])
 def test_ranks_that_see_other_shards_are_named(other):
     require_the_same_shards([["a.tar", "b.tar"]] * 3)
     with pytest.raises(ValueError, match=r"rank 2 sees \d shards and rank 0 2: .*Put the same shards on every node"):

@@ -103,12 +103,13 @@ def test_a_difference_leaves_out_zero_where_it_has_an_interval_on_one_side(lo, h
     assert leaves_out_zero({"lo": lo, "hi": hi}) is expected
 
 
-@pytest.mark.parametrize(("differences", "some"), [(144, 7), (12, 1), (4, 0)])
-def test_tables_say_how_many_differences_would_stand_out_by_chance(differences, some):
-    assert f"Of {differences} differences some {some} would by chance" in by_chance(differences)
-    scores = frame({"a": normal(3), "b": normal(4)})
-    table = difference_table(summarise(scores, resamples=10))
-    assert table.splitlines()[-1] == f"Bold: {by_chance(table.count('['))}"
+@pytest.mark.parametrize(("count", "some"), [(144, "7"), (20, "1"), (4, "0.2")])
+def test_tables_say_how_many_differences_would_stand_out_by_chance(count, some):
+    enough, few = {"subjects": ENOUGH_SUBJECTS}, {"subjects": ENOUGH_SUBJECTS - 1}
+    assert f"Of {count} such differences {some} would by chance" in by_chance([enough] * count + [few] * 9)
+    assert by_chance([few]).endswith("subjects or more.")
+    summary = summarise(frame({"a": normal(3), "b": normal(4)}), resamples=10)
+    assert difference_table(summary).splitlines()[-1] == f"Bold: {by_chance(summary['differences'])}"
 
 
 def test_intervals_are_repeatable():

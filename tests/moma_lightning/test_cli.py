@@ -28,8 +28,10 @@ ROOT = Path(__file__).parents[2]
 class OneWeight(LightningModule):
     """Each step adds 1 to the weight: its value tells how many steps were trained."""
 
-    def __init__(self, slope: float = 1.0, die_at: int = -1, die_in_validation: bool = False, echo: str = "", strict: str = "one"):
+    def __init__(self, slope: float = 1.0, die_at: int = -1, die_in_validation: bool = False, echo: str = "", strict: str = "one",
+                 raise_at: int = -1):  # fmt: skip
         super().__init__()
+        self.raise_at = raise_at
         self.slope, self.die_at, self.die_in_validation, self.echo, self.strict = slope, die_at, die_in_validation, echo, strict
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
@@ -45,6 +47,8 @@ class OneWeight(LightningModule):
     def training_step(self, batch, batch_idx):
         if self.global_step == self.die_at:
             os._exit(9)
+        if self.global_step == self.raise_at:
+            raise RuntimeError("cut")
         self.log("train/loss", self.weight.detach())
         return -self.slope * self.weight
 
@@ -255,17 +259,40 @@ def test_a_run_that_began_from_another_checkpoint_goes_on_from_its_own(run, tmp_
     assert torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6, "another one is begun from"
 
 
+def test_a_training_that_began_elsewhere_is_not_finished_by_what_was_there(run, tmp_path):
+    """Cut off behind its first checkpoint, in the folder of a finished one with as many steps."""
+    run(max_steps=3)
+    other = str(shutil.copy(tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt", tmp_path / "other.ckpt"))
+    run(max_steps=8)
+    with pytest.raises(RuntimeError, match="cut"):
+        run("--ckpt_path", other, "--model.raise_at", "7", max_steps=8)
+    assert last_step(tmp_path) == 6
+    run("--ckpt_path", other, max_steps=8)
+    assert last_step(tmp_path) == 8
+
+
+def test_a_damaged_last_checkpoint_is_left_by_naming_another(run, tmp_path):
+    run(max_steps=3)
+    last = tmp_path / "runs/tiny/stage1/checkpoints/last.ckpt"
+    other = str(shutil.copy(last, tmp_path / "other.ckpt"))
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="--ckpt_path"):
+        run(max_steps=5)
+    with pytest.warns(UserWarning, match=f"Training begins from {other}"):
+        run("--ckpt_path", other, max_steps=5)
+    assert last_step(tmp_path) == 5
+
+
 def test_a_folder_that_another_process_trains_in_is_refused(run, tmp_path):
-    run()
     hold = "import sys, pathlib; from moma_lightning.training.run import Run; a = Run(pathlib.Path(sys.argv[1])); a.hold(); print('held', flush=True); input()"
     folder = tmp_path / "runs/tiny/stage1"
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(SystemExit, match=rf"another process trains here \(.*, process {other.pid}, since "):
-            run(max_steps=7)
+            run()
         other.kill()
-    run(max_steps=7)
-    assert last_step(tmp_path) == 7
+    run()
+    assert last_step(tmp_path) == 5
 
 
 def test_with_a_logger_of_ones_own_the_config_is_in_the_runs_folder(run, tmp_path):

@@ -156,6 +156,21 @@ def test_a_callback_sees_and_changes_each_steps_latents(pipe):
     assert not images.any() and seen[2][2].any()
 
 
+def test_a_callback_can_end_the_drawing(pipe):
+    seen = []
+
+    def stopped(own, step, t, tensors):
+        seen.append(step)
+        own._interrupt = step == 1
+        return {}
+
+    given = dict(height=16, width=16, output_type="latent", num_inference_steps=5)
+    pipe("a cat", callback_on_step_end=stopped, **given)
+    assert seen == [0, 1] and pipe.num_timesteps == 5
+    pipe("a cat", **given)
+    assert not pipe.interrupt, "the next call draws to its end"
+
+
 def test_eta_is_the_schedulers(pipe):
     def drawn(eta):
         return pipe("a cat", generator=torch.manual_seed(0), num_inference_steps=3, height=16, width=16, output_type="latent", eta=eta).images
@@ -170,5 +185,5 @@ def test_a_folder_of_diffusers_is_no_moma_pipeline():
 
 
 def test_a_dtype_is_named_before_anything_is_read():
-    with pytest.raises(ValueError, match="float32, bfloat16 and float16 are known"):
+    with pytest.raises(ValueError, match="float32, bfloat16, float16 are known"):
         load_pipeline(mini_foundation(base="no/such/folder"), dtype="fp16")

@@ -55,6 +55,10 @@ def test_of_a_label_no_word_goes(before, label, after):
 
 def test_a_colour_that_is_a_thing_too_goes_with_the_colour_it_is_joined_to():
     assert finish("an orange and white cat on a chair", "cat", RULES)[1] == "a cat on a chair"
+    assert finish("the orange and white cats", "cat", RULES)[1] == "photo of a cat. the cats"
+    assert finish("a silver and black bus on a road", "bus", RULES)[1] == "a bus on a road"
+    assert finish("a table with an orange and green apples", "table", RULES)[1] == "a table with an orange and apples"
+    assert finish("a bowl with an orange, green grapes and a knife", "bowl", RULES)[1] == "a bowl with an orange, grapes and a knife"
 
 
 def test_captions_without_the_label_can_be_left_out():
