@@ -12,12 +12,12 @@ from PIL import Image
 
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import Judges
-from evaluation.figures.sampled import STRENGTHS, Studio, mask_path
 from evaluation.methods import Moma
 from evaluation.metrics import Masker
 from evaluation.plan import Evaluation
 from evaluation.stamps import load_picture
 from evaluation.statistics import draws, interval
+from evaluation.studio import STRENGTHS, Studio, mask_path
 from evaluation.tables import markdown, signed_interval, with_interval
 from moma_lightning.files import write_bytes, write_json
 from moma_lightning.models.masks import resize_mask

@@ -18,6 +18,7 @@ from evaluation.methods import Moma
 from evaluation.names import method_name
 from evaluation.plan import Evaluation
 from evaluation.statistics import oracles
+from evaluation.studio import Studio
 from moma_lightning.files import write_bytes
 
 #: Grids whose pictures are sampled for them.
@@ -72,7 +73,7 @@ def made_grids(config: EvalConfig) -> Iterator[Grid]:
     if not draws_moma(config):
         logger.info("no adapter, no decoder or no MoMA among the methods of the config: Figures 8 to 10 are left out")
         return
-    studio = sampled.Studio(Evaluation.open(config, config.resolved_device()), figures_folder(config) / "pictures")
+    studio = Studio(Evaluation.open(config, config.resolved_device()), figures_folder(config) / "pictures")
     yield sampled.beta_strip(studio)
     yield sampled.masking_grid(studio)
     yield sampled.settings_grid(studio, config.report.settings_base)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +10,11 @@ import torch
 from PIL import Image
 
 from evaluation.figures import sampled
-from evaluation.figures.sampled import (
-    Studio,
-    as_picture,
-    base_name,
-    beta_strip,
-    community_grid,
-    mask_path,
-    masking_grid,
-    settings_grid,
-)
-from evaluation.methods import Models
+from evaluation.figures.sampled import base_name, beta_strip, community_grid, masking_grid, settings_grid
+from evaluation.methods import Models, Moma
 from evaluation.plan import Evaluation
 from evaluation.stamps import read_stamp
+from evaluation.studio import Studio, as_picture, mask_path
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config
@@ -59,7 +52,7 @@ def studio(tmp_path, monkeypatch, pipeline) -> Studio:
 
 
 def settings(path) -> dict:
-    return read_stamp(sampled.Path(path))["settings"]
+    return read_stamp(Path(path))["settings"]
 
 
 def test_the_beta_strip_is_one_noise_at_seven_strengths(studio):
@@ -79,7 +72,7 @@ def test_a_second_call_makes_nothing_and_a_broken_picture_is_made_again(studio):
     calls = len(studio.loaded)
     assert beta_strip(studio, subjects=1) == first
     assert len(studio.loaded) == calls == 7
-    broken = sampled.Path(first.rows[0].cells[3].path)
+    broken = Path(first.rows[0].cells[3].path)
     content = broken.read_bytes()
     broken.write_bytes(content[:50])
     beta_strip(studio, subjects=1)
@@ -89,7 +82,7 @@ def test_a_second_call_makes_nothing_and_a_broken_picture_is_made_again(studio):
 
 def test_the_first_noise_is_the_evaluations_own(studio):
     subject = studio.evaluation.subjects[0]
-    method = sampled.Moma(beta=1.0)
+    method = Moma(beta=1.0)
     own = studio.evaluation.planned("moma", method, [subject])[0]
     assert studio.plan("beta1", method, subject).settings == own.settings
 
@@ -116,7 +109,7 @@ def test_a_masks_picture_is_the_last_steps_m_gen(studio, pipeline):
     output = pipeline([made["task"]["prompt"]], image=reference.image, mask=reference.mask, label="cat", beta=1.0, mask_strength=0.5,
                       guidance_scale=2.0, num_inference_steps=2, generator=noise, return_masks=True)  # fmt: skip
     expected = (output.masks[-1, 0, 0].numpy() * 255).round()
-    assert np.abs(np.asarray(Image.open(mask_path(sampled.Path(cell.path))), float) - expected).max() <= 1
+    assert np.abs(np.asarray(Image.open(mask_path(Path(cell.path))), float) - expected).max() <= 1
 
 
 def test_other_bases_take_the_adapters_as_they_are(studio, tmp_path):
