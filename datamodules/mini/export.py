@@ -1,9 +1,10 @@
-"""Exports the mini world as the data sets everything else reads: triplet shards and two DreamBooth-like folders.
+"""Exports the mini world as the data sets everything else reads: triplet shards and three DreamBooth-like folders.
 
     <out>/shards/{train,val,heldout}-{00000..}.tar, manifest.json
     <out>/dreambooth/dataset/<subject>/00.png ..., prompts_and_classes.txt, {texture,pose,camera}_prompts.txt
     <out>/dreambooth/masks/<subject>/00.png ...
     <out>/dreambooth-dev/...                    the same with training-split subjects: settings are chosen on these
+    <out>/dreambooth-fresh/...                  the same with other held-out subjects: nothing is chosen on these
 """
 
 import hashlib
@@ -26,11 +27,11 @@ from moma_lightning.files import commit, place_beside, write_json
 
 #: Shards -> split of the world and first number of their identities; far apart, so that validation identities are new to the
 #: adapters and to the base models alike. Nothing is trained on "heldout": stage 1 is judged on it in the end. What its tables showed led to new recipes at
-#: times (LOG: the IP-Adapter's steps, stage 1's edits), so scores on it are not quite of the unseen; fresh identities gave the same picture (LOG, 2026-11-28).
+#: times (LOG: the IP-Adapter's steps, stage 1's edits), so its 30 subjects are not quite unseen: "dreambooth-fresh" has 30 that nothing was chosen on.
 SHARDS = {"train": ("train", 0), "val": ("train", 1_000_000_000), "heldout": ("heldout", 1_000_000_000)}
 
 #: DreamBooth folder -> the same. The dev subjects are in no shard.
-FOLDERS = {"dreambooth": ("heldout", 0), "dreambooth-dev": ("train", 1_500_000_000)}
+FOLDERS = {"dreambooth": ("heldout", 0), "dreambooth-dev": ("train", 1_500_000_000), "dreambooth-fresh": ("heldout", 700_000)}
 
 #: Triplets: few accessories and other materials. Captions name the accessory, and lose colour, pattern and material; `caption_full` keeps them.
 ACCESSORY_RATE = 0.1

@@ -82,9 +82,11 @@ def test_identities_of_training_validation_and_evaluation_never_meet():
     heldout, dev = set(export.subjects().values()), set(export.subjects("dreambooth-dev").values())
     train = {export.triplet_picture("train", index).identity for index in range(12_000)}
     val = {export.triplet_picture("val", index).identity for index in range(512)}
-    heldout |= {export.triplet_picture("heldout", index).identity for index in range(512)}
+    fresh = set(export.subjects("dreambooth-fresh").values())
+    assert len(fresh) == 30 and not fresh & heldout
+    heldout |= fresh | {export.triplet_picture("heldout", index).identity for index in range(512)}
     base = {picture.identity for picture in sample_world(0, 12_000)}
-    assert len(heldout) == 542 and len(val) == 512
+    assert len(heldout) == 572 and len(val) == 512
     assert not heldout & (train | val | base) and not val & (train | base)
     assert len(dev) == 30 and not dev & (heldout | train | val | base)
     # Not only the whole identity: the look that a person would tell apart, without the proportions, is new as well.
