@@ -52,14 +52,20 @@ def evaluate(exp: str, seed: int, first: int) -> None:
     What no training moves is taken over from the first seed's run; stamps say whether it is the same.
     """
     folder = f"runs/{exp}-seed{seed}"
-    own, home = Path(folder) / "seeds.yaml", Path(f"experiments/{exp}").resolve()
-    text = (home / "seeds.yaml").read_text().replace("foundation: foundation.yaml", f"foundation: {home}/foundation.yaml")  # named from beside it
-    write_bytes(own, text.replace(f"runs/{exp}-seed0", folder).encode())
+    own = Path(folder) / "seeds.yaml"
+    write_bytes(own, config_of(exp, folder).encode())
     for method in UNTRAINED if seed != first else ():
         made = Path(f"runs/{exp}-seed{first}/eval/pictures/{method}")
         if made.exists():
             shutil.copytree(made, f"{folder}/eval/pictures/{method}", dirs_exist_ok=True)
     run("evaluation", "dreambooth", "--config", str(own))
+
+
+def config_of(exp: str, folder: str) -> str:
+    """The text of experiments/<exp>/seeds.yaml for the trainings below `folder`, for a file anywhere."""
+    home = Path(f"experiments/{exp}").resolve()
+    text = (home / "seeds.yaml").read_text().replace(f"runs/{exp}-seed0", folder)
+    return text.replace("foundation: foundation.yaml", f"foundation: {home}/foundation.yaml")
 
 
 def pool(folders: list[Path]) -> pd.DataFrame:

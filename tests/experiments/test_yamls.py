@@ -21,6 +21,7 @@ from evaluation.methods import Moma
 from evaluation.names import methods_of
 from evaluation.protocols import named
 from evaluation.sweeps import point_name
+from experiments import seeds
 from experiments.mini.models import PROTOCOL, mini_foundation
 from experiments.mini.recipe.check_views import measure
 from experiments.sweep import read, run_grid
@@ -132,7 +133,7 @@ def test_the_line_from_shards_to_report(trained, options):
 
 def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
     path = tmp_path / "seeds.yaml"
-    path.write_text((MINI / "seeds.yaml").read_text().replace("runs/mini-seed0/stage1-plain", str(trained / "stage1")))
+    path.write_text(seeds.config_of("mini", "runs/mini-seed0").replace("runs/mini-seed0/stage1-plain", str(trained / "stage1")))
     evaluation(["dreambooth", "--config", str(path), *options, f"--run={tmp_path}"])
     summary = json.loads((tmp_path / "eval/summary.json").read_text())
     assert {"text_only", "ip_adapter", "ip_adapter_0.4", "moma", "beta_0.5", "mask_0", "clip_embedding", "plain_stage1"} <= set(summary)

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_a_merged_decoder_keeps_what_was_trained_beside_the_adapters(tiny_founda
 def test_the_command_merges_a_folder(tiny_foundation, pictures, tmp_path, capsys):
     decoder, yml = build(tiny_foundation, moved=True), tmp_path / "foundation.yaml"
     decoder.save_pretrained(tmp_path / "adapters")
-    yml.write_text(yaml.safe_dump({"mllm": tiny_foundation.mllm}))
+    yml.write_text(yaml.safe_dump(asdict(tiny_foundation)))
     arguments = ["convert", "--from", str(tmp_path / "adapters"), "--to", str(tmp_path / "merged"), "--merge-lora", str(yml)]
     main(arguments)
     assert "the adapters merged into the language model" in capsys.readouterr().out
@@ -216,7 +217,7 @@ def test_blocks_to_shard_are_the_layers_with_their_adapters(tiny_foundation):
 
 def test_a_yaml_names_the_adapters(tmp_path):
     given = yaml.safe_load((EXPERIMENTS / "mini/stage1.yaml").read_text())
-    given["model"]["init_args"]["decoder"] = {"lora": {"rank": 4, "alpha": 8}}
+    given["model"]["init_args"] |= {"decoder": {"lora": {"rank": 4, "alpha": 8}}, "foundation": str(EXPERIMENTS / "mini/foundation.yaml")}
     (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(given))
     assert DecoderConfig.from_dict(read_experiment(tmp_path / "stage1.yaml").model["decoder"]) == DecoderConfig(lora=LORA)
 
