@@ -7,6 +7,7 @@ stands is kept in checkpoints. Validation reads each sample once, in the same ba
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ class TripletDataModule(LightningDataModule):
         return {
             "readers": self._readers(),
             "order": self._order(),
+            "sizes": self._sizes(),
             "positions": {reader: position for positions in ranks for reader, position in positions.items()},
             "given": self.progress.given % self.config.steps_per_epoch,
         }
@@ -124,11 +126,18 @@ class TripletDataModule(LightningDataModule):
             next_pass = max(number for number, _ in positions.values()) + 1
             self.progress.positions = dict.fromkeys(range(workers), (next_pass, 0))
             rank_zero_warn("the number of ranks or workers, the shards, the seed or the shuffling are not the checkpoint's: reading goes on with the next pass")
+        elif self.train_shards and positions and state_dict.get("sizes", self._sizes()) != self._sizes():
+            rank_zero_warn("shards of the same names are of other sizes than the checkpoint's: reading goes on at the same places of what is there now")
 
     def _order(self) -> str:
         """Digest of what decides which sample comes when, the number of readers apart."""
         told = [[Path(shard).name for shard in self.train_shards], self.config.seed, self.config.shuffle_buffer]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def _sizes(self) -> str:
+        """Digest of the local shards' sizes: others of the same names may be a cache of the same samples, or other samples."""
+        sizes = [os.path.getsize(shard) if os.path.isfile(shard) else None for shard in self.train_shards]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
     def _readers(self) -> list[int]:
         return [self.rank_and_world_size[1], max(1, self.config.num_workers)]

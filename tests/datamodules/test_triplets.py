@@ -3,6 +3,7 @@ import itertools
 import json
 import re
 import traceback
+import warnings
 from collections.abc import Callable
 from unittest.mock import Mock
 
@@ -304,7 +305,7 @@ def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     killed = tools.datamodule(shards)
     epochs(killed, 2)
     state = killed.state_dict()
-    assert state == {"readers": [1, 1], "order": state["order"], "positions": {0: (1, 4)}, "given": 0}
+    assert state == {"readers": [1, 1], "order": state["order"], "sizes": state["sizes"], "positions": {0: (1, 4)}, "given": 0}
     resumed = tools.datamodule(shards, num_workers=2)
     with pytest.warns(UserWarning, match="reading goes on with the next pass"):
         resumed.load_state_dict(killed.state_dict())
@@ -400,3 +401,18 @@ def test_a_changed_order_starts_with_the_next_pass(shards, tools, changed):
     same.load_state_dict(state)
     other.load_state_dict(state)
     assert same.progress.positions == {0: (0, 4)} and other.progress.positions == {0: (1, 0)}
+
+
+def test_shards_that_were_replaced_under_their_names_are_told(shards, tools):
+    first = tools.datamodule(shards)
+    next(iter(first.train_dataloader()))
+    state = first.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tools.datamodule(shards).load_state_dict(state)
+        tools.datamodule(shards).load_state_dict({key: value for key, value in state.items() if key != "sizes"})  # of a checkpoint from before
+    tools.write_tar(shards / "train-00001.tar", {f"new{i}": tools.sample(i) for i in range(9)})
+    resumed = tools.datamodule(shards)
+    with pytest.warns(UserWarning, match="of other sizes than the checkpoint's"):
+        resumed.load_state_dict(state)
+    assert resumed.progress.positions == {0: (0, 2)}
