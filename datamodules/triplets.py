@@ -183,10 +183,10 @@ class TrainLoader:
 
 def require_the_same_shards(names: list[list[str]]) -> None:
     """names: of each rank. Raises ValueError where ranks see other files: samples would be left out and seen twice."""
-    for rank, own in enumerate(names):
-        first, here = Counter(names[0]), Counter(own)
-        if lacking := sorted((first - here) + (here - first)):
-            raise ValueError(f"rank {rank} sees {len(own)} shards and rank 0 {len(names[0])}: {', '.join(lacking[:5])} are on one of them only. "
+    first, *others = map(Counter, names)
+    for rank, own in enumerate(others, 1):
+        if lacking := sorted((first - own) + (own - first)):
+            raise ValueError(f"rank {rank} sees {own.total()} shards and rank 0 {first.total()}: {', '.join(lacking[:5])} are on one of them only. "
                              "Put the same shards on every node")  # fmt: skip
 
 

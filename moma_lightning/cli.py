@@ -67,34 +67,26 @@ class MoMACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decide, before anything large is loaded, whether `fit` starts, goes on, or has nothing left to do."""
         config = self.config[self.subcommand]
-        if config.trainer.default_root_dir is None:
-            raise SystemExit("trainer.default_root_dir is not set: name the run's folder, e.g. runs/mini/stage1")
+        _refuse(config)
         self.run = Run(Path(config.trainer.default_root_dir))
-        if config.trainer.enable_checkpointing is False:
-            raise SystemExit("trainer.enable_checkpointing is false: a run goes on from its checkpoints; see checkpoint.* for how often they are written")
-        often = config.checkpoint
-        if not (often.every_n_train_steps or often.train_time_interval or often.save_top_k):
-            raise SystemExit("checkpoint.every_n_epochs with save_top_k 0 writes nothing to go on from: set every_n_train_steps, or save_top_k to 1 or -1")
-        if often.save_weights_only or often.save_on_exception:
-            raise SystemExit("checkpoint.save_weights_only and save_on_exception leave a checkpoint that no training goes on from as if nothing had happened: "
-                             "the optimizer is missing, or the batch that failed counts as trained")
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write last.ckpt even so, over the real run's
         if self.subcommand == "validate":
             self.save_config_callback = None  # the run's config.yaml and metrics.csv are training's
             if config.ckpt_path is None and not self.run.last_checkpoint.exists():
                 raise SystemExit(f"{self.run.last_checkpoint} is not there: train first, or name a checkpoint by --ckpt_path")
-        if self.subcommand != "fit" or config.trainer.fast_dev_run:
-            return
-        if not self.run.goes_on(config.ckpt_path):
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            if self.run.goes_on(config.ckpt_path):
+                self._end_if_finished(config)
             self.run.hold()
-            return
+
+    def _end_if_finished(self, config: Any) -> None:
+        """Exits where nothing is left to train; warns where training goes on with other settings."""
         now = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
         changed = "; ".join(self.run.changed(now))
         if not self.run.is_finished(**ends(config.trainer)):
             if changed:
                 rank_zero_warn(f"{self.run.folder}: training goes on with other settings than before ({changed})")
-            self.run.hold()
             return
         if changed:
             raise SystemExit(f"{self.run.folder}: training is complete, with other settings than these ({changed}): "
@@ -165,6 +157,20 @@ class SaveRunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_unset=False)))
+
+
+def _refuse(config: Any) -> None:
+    """Exits for a run without a folder, and for checkpoints that no run goes on from."""
+    if config.trainer.default_root_dir is None:
+        raise SystemExit("trainer.default_root_dir is not set: name the run's folder, e.g. runs/mini/stage1")
+    if config.trainer.enable_checkpointing is False:
+        raise SystemExit("trainer.enable_checkpointing is false: a run goes on from its checkpoints; see checkpoint.* for how often they are written")
+    often = config.checkpoint
+    if not (often.every_n_train_steps or often.train_time_interval or often.save_top_k):
+        raise SystemExit("checkpoint.every_n_epochs with save_top_k 0 writes nothing to go on from: set every_n_train_steps, or save_top_k to 1 or -1")
+    if often.save_weights_only or often.save_on_exception:
+        raise SystemExit("checkpoint.save_weights_only and save_on_exception leave a checkpoint that no training goes on from as if nothing had happened: "
+                         "the optimizer is missing, or the batch that failed counts as trained")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -25,7 +25,7 @@ ADAPTER_FILE = "moma.safetensors"
 IP_ADAPTER_PARTS = ("image_proj", "ip_adapter")
 RELEASED_PARTS = ("projectors", "self_cross_attentions", "llm_mapping")
 _SUBJECT_NAMES = {"to_k_ip.weight": "to_k.weight", "to_v_ip.weight": "to_v.weight", "scale_learnable": "lambda_"}
-#: Said of what is none of these.
+#: Of Lightning's checkpoints, which are taken for adapters.
 UNFINISHED = ("is a training's checkpoint, not what it exports: the same `fit` with --trainer.max_steps at the checkpoint's step writes the adapter's folder, "
               "and with more steps goes on from there")  # fmt: skip
 
@@ -47,7 +47,7 @@ def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
     if not path.exists() and "@" in str(path):
         inside = hub_name(str(path)).path
         path = find_file(str(path), None if inside and Path(inside).suffix else ADAPTER_FILE)
-    if (path.parent / "meta.pt").exists() and not path.exists():
+    if (path.parent / ".metadata").exists() and not path.exists():  # torch.distributed.checkpoint's
         raise CheckpointError(f"{path.parent} {UNFINISHED}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}, and a hub name needs its revision "

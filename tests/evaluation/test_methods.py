@@ -1,5 +1,5 @@
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +10,12 @@ from PIL import Image
 
 from datamodules.dreambooth import DreamBooth, Subject
 from evaluation.generation import generate
-from evaluation.methods import Folder, IpAdapter, Method, Models, Moma, Reference, StockIpAdapter, TextOnly
+from evaluation.methods import Folder, IpAdapter, Models, Moma, Reference, TextOnly
 from evaluation.methods.base import use_scheduler
 from evaluation.plan import Evaluation
 from evaluation.protocols import Sampler, named
 from evaluation.tasks import PictureTask, tasks_of
-from experiments.mini.models import MINI, PROTOCOL, mini_foundation
-from moma_lightning.digests import content_digest
+from experiments.mini.models import PROTOCOL, mini_foundation
 from moma_lightning.pipeline import MoMAPipeline
 from tests.evaluation.fakes import fake_config, random_picture, write_data
 from tests.tiny import EMBED_DIM, tiny_adapter, tiny_base, tiny_sdxl_base
@@ -217,87 +216,10 @@ def test_the_real_pipeline_takes_what_methods_give(evaluation, method, make):
     assert difference.abs().max() <= 2  # a picture does not depend on its batch
 
 
-def test_weights_are_named_by_their_content(tmp_path):
-    for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "w").write_text(name)
-    foundation = mini_foundation(base=str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
-                                  ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
-
-    def models():
-        return Models(foundation, str(tmp_path / "adapter"), str(tmp_path / "decoder"))
-
-    before = {type(m): m.weights(models()) for m in (TextOnly(), IpAdapter(), Moma())}
-    (tmp_path / "mllm" / "w").write_text("other")
-    after = {type(m): m.weights(models()) for m in (TextOnly(), IpAdapter(), Moma())}
-    assert before[TextOnly] == after[TextOnly]
-    assert before[IpAdapter] == after[IpAdapter]
-    assert {k for k in before[Moma] if before[Moma][k] != after[Moma][k]} == {"mllm"}
-    assert before[Moma]["adapter"] == content_digest(tmp_path / "adapter")
-
-
-def test_what_a_base_in_one_file_is_read_with_is_stamped(tmp_path):
-    (tmp_path / "base.safetensors").write_text("weights")
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(name)
-    a, b = (TextOnly().weights(Models(mini_foundation(base=str(tmp_path / "base.safetensors"), base_config=str(tmp_path / name)))) for name in ("a", "b"))
-    assert a["base"] == b["base"] and a["base_config"] != b["base_config"]
-
-
-def test_another_vae_is_stamped():
-    plain, other = (TextOnly().weights(Models(mini_foundation(vae=vae))) for vae in (None, f"{MINI}/base/vae"))
-    assert plain["vae"] is None and other == plain | {"vae": content_digest(Path(MINI, "base/vae"))}
-
-
-def test_a_methods_own_base_is_stamped():
-    models = Models(mini_foundation(), f"{MINI}/ip_adapter", f"{MINI}/llava")
-    own, other = (Moma(base=base).weights(models) for base in (None, f"{MINI}/base/vae"))
-    assert own["base"] == content_digest(Path(MINI, "base")) and other["base"] == content_digest(Path(MINI, "base/vae"))
-
-
 def test_a_reference_is_read_as_the_data_module_reads_it(tmp_path):
     """What is transparent is white."""
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "00.png")
     assert Reference(tmp_path / "00.png").image.getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("change", [{"mllm_dtype": "bfloat16"}, {"mllm_quantization": "4bit"}])
-def test_the_mllms_precision_is_stamped_where_it_is_used_and_not_the_default(tmp_path, change):
-    """Stamps from before these names, made with the default, stay as they were."""
-    for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
-        (tmp_path / name).mkdir()
-    foundation = mini_foundation(base=str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
-                                  ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
-    plain, changed = (Models(f, str(tmp_path / "adapter"), str(tmp_path / "decoder")) for f in (foundation, replace(foundation, **change)))
-    for method in (Moma(), StockIpAdapter()):
-        assert not {"mllm_dtype", "mllm_quantization"} & method.weights(plain).keys()
-        assert method.weights(changed) == method.weights(plain) | change
-    assert TextOnly().weights(changed) == TextOnly().weights(plain)
-    assert IpAdapter().weights(changed) == IpAdapter().weights(plain)
-
-
-@dataclass
-class Mine(TextOnly):
-    strength: float = 1.0
-
-
-def test_a_class_of_ones_own_is_stamped_with_where_it_is_from_and_its_source(monkeypatch):
-    """A class by a shipped one's name would get the other's pictures, and an edited one those from before."""
-    assert TextOnly().options()["kind"] == "TextOnly"
-    own = Mine().options()
-    assert own["kind"].startswith(f"{Mine.__module__}.Mine ") and own["strength"] == 1.0
-    monkeypatch.setattr("inspect.getsource", lambda kind: "edited")
-    assert Mine().options()["kind"] != own["kind"]
-
-
-def test_a_method_that_is_no_dataclass_is_told():
-    class Undecorated(Method):
-        def generate(self, subject, reference, tasks):
-            return []
-
-    with pytest.raises(ValueError, match="Undecorated: a method is a dataclass"):
-        Undecorated().options()
 
 
 def test_a_context_of_clip_needs_no_decoder():

@@ -1,10 +1,12 @@
 """Tiny random models in hub folder layout, made once a session."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from lightning.pytorch import seed_everything
 from transformers import (
@@ -21,10 +23,12 @@ from transformers import (
 
 from experiments.mini.models import mini_foundation
 from experiments.mini.recipe import captions, llava
+from moma_lightning.cli import MoMACLI
 from moma_lightning.foundation import FoundationConfig
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
+from tests.moma_lightning.one_weight import config
 from tests.tiny import tiny_base, tiny_sdxl_base
 
 HIDDEN, EMBED, VISION_WIDTH = 24, 12, 16
@@ -114,3 +118,18 @@ def build_stage2(foundation, decoder_folder):
         return Stage2(foundation, Stage2Config(**options), optimizer, decoder, GridConfig(pictures=0))
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that writes a config and runs `fit` in this process; returns the CLI. wandb forgets its mode afterwards."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+
+    def fit(*extra: str, **trainer) -> MoMACLI:
+        monkeypatch.setattr(sys, "argv", ["moma_lightning", "fit", "--config", str(config(tmp_path, **trainer)), *extra])
+        return MoMACLI()
+
+    yield fit
+    wandb.finish()
+    wandb.teardown()

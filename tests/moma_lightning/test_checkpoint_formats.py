@@ -137,7 +137,7 @@ def test_a_truncated_file_is_named(tmp_path, name, keep):
 def test_a_trainings_checkpoint_is_no_adapter(tmp_path):
     torch.save({"pytorch-lightning_version": "2.6", "state_dict": {}}, tmp_path / "last.ckpt")
     (tmp_path / "folder.ckpt").mkdir()
-    (tmp_path / "folder.ckpt/meta.pt").touch()
+    (tmp_path / "folder.ckpt/.metadata").touch()
     for name in ("last.ckpt", "folder.ckpt"):
         with pytest.raises(CheckpointError, match=rf"{name} is a training's checkpoint.*max_steps"):
             read_adapter_file(tmp_path / name)
