@@ -68,7 +68,7 @@ def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch, bf16: bool = 
     """bf16: with the loss under autocast, as Lightning's bf16-mixed has it."""
     def loss() -> Tensor:
         with torch.autocast(batch.subject_mask.device.type, torch.bfloat16, enabled=bf16):
-            return module.sample_losses(batch, drop=True)[0].mean()
+            return module.sample_losses(batch, drop=True, draws=module.config.noise_draws)[0].mean()
 
     return step(trained(module.adapter), loss)
 
@@ -78,11 +78,14 @@ def cached(module: Stage1 | Stage2, batch: TripletBatch) -> CachedBatch:
     return CachedBatch(features, batch.subject_mask, batch.caption, batch.label, batch.key, batch.full_caption)
 
 
-def against_ip_adapter(from_cache: bool = False, **options) -> Callable[[torch.device], tuple[Run, Run]]:
-    """from_cache: both sides. options: of MoMA's side."""
+def against_ip_adapter(from_cache: bool = False, its_draws: int = 1, **options) -> Callable[[torch.device], tuple[Run, Run]]:
+    """from_cache: both sides. options: of MoMA's side. Both have as many rows of the UNet, whatever either's `noise_draws`."""
     def prepare(device: torch.device) -> tuple[Run, Run]:
-        batch, moma, ip_adapter = batch_of(BATCH, device), stage2(device, **options), stage2(device, context="image_encoder", subject=False)
-        return tuple(stage2_step(module, cached(module, batch) if from_cache else batch) for module in (moma, ip_adapter))  # type: ignore[return-value]
+        runs = []
+        for module in (stage2(device, **options), stage2(device, context="image_encoder", subject=False, noise_draws=its_draws)):
+            batch = batch_of(BATCH // module.config.noise_draws, device)
+            runs.append(stage2_step(module, cached(module, batch) if from_cache else batch))
+        return runs[0], runs[1]
 
     return prepare
 
@@ -212,6 +215,9 @@ def cases(full: bool) -> list[Case]:
         Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, mini", "<= 1.35", shape,
              against_ip_adapter(from_cache=True, cache_reference=True)),
         Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, mini", "", shape, against_ip_adapter(context="image_encoder")),
+        *(Case(f"stage 2 step of {draws} noise draws / IP-Adapter step{both}, mini", goal, f"{BATCH} rows, mini, fp32, AdamW",
+               against_ip_adapter(noise_draws=draws, its_draws=its_draws))
+          for draws in (2, 4) for its_draws, both, goal in ((1, "", "<= 1.35"), (draws, " of as many", ""))),
         Case("stage 2 step online / from a cache, mini", ">= 2.0", shape, online_against_cached),
         Case("stage 2 step online / from a cache with the reference, mini", ">= 2.0", shape, functools.partial(online_against_cached, reference=True)),
         Case("stage 1 step / bare MLLM, mini", "<= 1.02", shape, stage1_against_bare_mllm),

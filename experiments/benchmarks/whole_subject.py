@@ -1,6 +1,8 @@
 """A subject's evaluation: prepared once and batched over prompts and seeds, against one call a picture."""
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,8 @@ from moma_lightning.plan.stages import read_experiment
 from moma_lightning.segmentation import NothingFoundError, SamMasker
 
 FEW_PROMPTS = [f"a {LABEL} {place}" for place in PLACES]
+#: In a process of `on_two_cores`, what it draws with.
+OF_WORKER: list["Evaluation"] = []
 ALL_PROMPTS = [" ".join(prompt.format("", LABEL).split()) for prompt in live_prompts()]
 
 
@@ -111,6 +115,31 @@ def against_batched(build: Callable[[torch.device], Evaluation], released: bool)
     return prepare
 
 
+def on_two_cores(device: torch.device, setting: Setting = MINI_SETTING) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Two subjects' pictures, each way on two cores: the loop on PyTorch's threads, and a process of one thread a subject, as the project evaluates."""
+    evaluation = mini_evaluation(device, setting)
+    workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), begin_worker, (setting,))
+
+    def as_released() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        for _ in range(2):
+            evaluation.as_released()
+        torch.set_num_threads(threads)
+
+    return as_released, lambda: list(workers.map(draw_in_worker, range(2)))
+
+
+def begin_worker(setting: Setting) -> None:
+    torch.set_num_threads(1)
+    OF_WORKER.append(mini_evaluation(torch.device("cpu"), setting))
+
+
+def draw_in_worker(number: int) -> int:
+    """The pictures stay there; returns their number."""
+    return len(OF_WORKER[0].batched())
+
+
 def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
     """The UNet as it is and compiled, in the same pipeline."""
     evaluation = true_evaluation(device)
@@ -125,6 +154,8 @@ def cases(full: bool, compiled: bool = False) -> list[Case]:
     for name, told, build, pairs in sizes:
         listed.append(Case(f"released code's loop / a subject at once, {name}", ">= 4.0", told, against_batched(build, released=True), pairs))
         listed.append(Case(f"one by one / a subject at once, {name}", "", told, against_batched(build, released=False), pairs))
+    listed.append(Case("released code's loop / at once, on two cores, mini", ">= 4.0", f"mini MoMA, two subjects of {MINI_SETTING.shape}", on_two_cores, 7,
+                       by_the_clock=True))
     if compiled:
         listed.append(Case("a subject at once, as it is / compiled, sd15", "", f"{shape}, {COMPILE}", eager_against_compiled))
     return listed

@@ -16,6 +16,13 @@ class TextConditioning(NamedTuple):
     encoder_hidden_states: Float[Tensor, "batch text dim"]
     added_cond_kwargs: dict[str, Tensor] | None = None
 
+    def repeated(self, times: int) -> "TextConditioning":
+        """Each text so many times side by side."""
+        added = self.added_cond_kwargs
+        if added is not None:
+            added = {name: value.repeat_interleave(times, 0) for name, value in added.items()}
+        return TextConditioning(self.encoder_hidden_states.repeat_interleave(times, 0), added)
+
 
 def sized(hidden_states: Float[Tensor, "batch text dim"], pooled: Float[Tensor, "batch pooled"], size: Sequence[int]) -> TextConditioning:
     """SDXL's conditioning (Podell et al., 2023, section 2.2) for a whole picture of `size`, (height, width) in pixels.

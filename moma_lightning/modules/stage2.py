@@ -1,5 +1,6 @@
 """Stage 2, diffusion learning: subject and context attention on the frozen UNet (paper section 3.2, Eq. 1 and 3)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from moma_lightning.foundation import (
     vae_name,
 )
 from moma_lightning.hub import local_path
-from moma_lightning.models.adapter import MoMAAdapter, Reference
+from moma_lightning.models.adapter import KeptFeatures, MoMAAdapter, Reference
 from moma_lightning.models.attention import Conditioning
 from moma_lightning.models.blocks import blocks_of
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
@@ -80,22 +81,27 @@ class Stage2(TrainedPartModule):
         feature_decoder = load_decoder(self.decoder_name, foundation, embed_dim) if wanted == "decoder" else None
         return base, image_encoder, feature_decoder, build_adapter(base, foundation, config, embed_dim)
 
-    def forward(self, noisy_latents: Float[Tensor, "batch c h w"], timesteps: Int[Tensor, " batch"], batch: TripletBatch | CachedBatch,
+    def forward(self, noisy_latents: Float[Tensor, "rows c h w"], timesteps: Int[Tensor, " rows"], batch: TripletBatch | CachedBatch,
                 image_embeds: Float[Tensor, "batch dim"], captions: list[str],
-                reference_latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
-        """Noise prediction with both conditions; M_gen = M_ref, as always in training."""
-        latent_size = tuple(noisy_latents.shape[-2:])
-        context, subject = self.adapter.context_conditioning(image_embeds), None
+                reference_latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "rows c h w"]:
+        """Noise prediction with both conditions; M_gen = M_ref, as always in training.
+
+        There may be several rows a sample, side by side, as `noise_draws` has them: what is made of the sample is made once.
+        """
+        latent_size, draws = tuple(noisy_latents.shape[-2:]), len(noisy_latents) // len(batch)
+        context, subject = self.adapter.context_conditioning(image_embeds.repeat_interleave(draws, 0)), None
         if self.config.subject:
             mask = MaskPyramid(batch.subject_mask, latent_size)
             if isinstance(batch, CachedBatch) and self.config.cache_reference:
-                subject = self.adapter.subject_conditioning(read_reference(batch.features, mask, self.adapter), mask, mask)
+                reference: Reference | Mapping[int, KeptFeatures] = read_reference(batch.features, mask, self.adapter)
             else:
-                subject = self.adapter.subject_conditioning(self.reference_features(reference_latents, batch), mask, mask)
+                reference = self.reference_features(reference_latents, batch)
+            generated = mask if draws == 1 else MaskPyramid(batch.subject_mask.repeat_interleave(draws, 0), latent_size)
+            subject = self.adapter.subject_conditioning(reference, mask, generated)
             if VARIANTS[self.config.variant].mask_context:
-                context.generated_mask = mask
+                context.generated_mask = generated
         conditioning = Conditioning(subject, context)
-        text = self.encode_text(captions, batch)
+        text = self.encode_text(captions, batch).repeated(draws)
         return self.unet(noisy_latents, timesteps, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}).sample
 
     def reference_features(self, latents: Float[Tensor, "batch c h w"], batch: TripletBatch | CachedBatch) -> Reference:
@@ -175,38 +181,43 @@ class Stage2(TrainedPartModule):
             return self.image_encoder(batch.pixel_values)
         return self.decoder(white_background(batch.pixel_values, batch.subject_mask), batch.label, batch.caption)
 
-    def random_draws(self, latents: Float[Tensor, "batch c h w"], generator: torch.Generator | None, drop: bool):
-        """Noise, timesteps and, for the two dropouts, numbers in [0, 1) [2, batch]; the latter None without `drop`."""
-        noise = torch.randn(latents.shape, generator=generator, device=self.device)
-        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=self.device)
+    def random_draws(self, latents: Float[Tensor, "batch c h w"], generator: torch.Generator | None, drop: bool, draws: int = 1):
+        """Noise and timesteps, `draws` rows a sample, and for the two dropouts, which are a sample's, numbers in [0, 1) [2, batch]; None without `drop`."""
+        rows = draws * len(latents)
+        noise = torch.randn(rows, *latents.shape[1:], generator=generator, device=self.device)
+        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (rows,), generator=generator, device=self.device)
         return noise, timesteps, torch.rand(2, len(latents), device=self.device) if drop else None
 
-    def sample_losses(self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None, *, drop: bool) -> tuple[Tensor, Tensor]:
-        """Eq. 1 of each sample, and its timestep. `drop` applies the two dropouts."""
+    def sample_losses(
+        self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None, *, drop: bool, draws: int = 1
+    ) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Eq. 1 and its timestep, for each sample `draws` times side by side. `drop` applies the two dropouts."""
         latents, reference_latents = self.latents(batch, generator)
-        noise, timesteps, chance = self.random_draws(latents, generator, drop)
+        noise, timesteps, chance = self.random_draws(latents, generator, drop, draws)
         embeds, captions = self.context_embeds(batch), batch.caption
         if chance is not None:
             embeds = torch.where((chance[0] < self.config.context_dropout)[:, None], torch.zeros_like(embeds), embeds)
             captions = ["" if lost else text for lost, text in zip((chance[1] < self.config.text_dropout).tolist(), captions, strict=True)]
+        latents = latents.repeat_interleave(draws, 0)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         target = losses.denoising_target(self.noise_scheduler, latents, noise, timesteps)
         noise_pred = self(noisy_latents, timesteps, batch, embeds, captions, reference_latents)
         return self.weighted(losses.noise_prediction_losses(noise_pred, target, self.position_weight(batch, latents)), timesteps), timesteps
 
-    def position_weight(self, batch: TripletBatch | CachedBatch, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 1 h w"] | None:
+    def position_weight(self, batch: TripletBatch | CachedBatch, latents: Float[Tensor, "rows c h w"]) -> Float[Tensor, "rows 1 h w"] | None:
         if not self.config.subject_weight:
             return None
-        return 1 + self.config.subject_weight * resize_mask(batch.subject_mask, tuple(latents.shape[-2:]))
+        weight = 1 + self.config.subject_weight * resize_mask(batch.subject_mask, tuple(latents.shape[-2:]))
+        return weight.repeat_interleave(len(latents) // len(batch), 0)
 
-    def weighted(self, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def weighted(self, values: Float[Tensor, " rows"], timesteps: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         if self.config.min_snr_gamma is None:
             return values
         alphas = self.noise_scheduler.alphas_cumprod.to(self.device)[timesteps]
         return values * losses.min_snr_weight(alphas, self.config.min_snr_gamma, self.noise_scheduler.config.prediction_type == "v_prediction")
 
     def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
-        values, timesteps = self.sample_losses(batch, drop=True)
+        values, timesteps = self.sample_losses(batch, drop=True, draws=self.config.noise_draws)
         loss = values.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps):  # not written: Lightning would write this step's values later
@@ -224,7 +235,7 @@ class Stage2(TrainedPartModule):
         if batch_idx == 0:
             self.grid_samples = batch if isinstance(batch, TripletBatch) else batch.without_reference()
 
-    def _log_bands(self, values: Float[Tensor, " batch"], timesteps: Int[Tensor, " batch"]) -> None:
+    def _log_bands(self, values: Float[Tensor, " rows"], timesteps: Int[Tensor, " rows"]) -> None:
         """Loss by quarter of the noise schedule, `train/loss_t0` the least noisy. NaN where the batch has no sample: Lightning writes the last value again."""
         bands = timesteps * BANDS // self.noise_scheduler.config.num_train_timesteps
         self.log_dict({f"train/loss_t{band}": values[bands == band].mean() for band in range(BANDS)}, batch_size=len(values))

@@ -18,6 +18,9 @@ class Stage2Config:
     context: the context embedding's source: stage 1's decoder (MoMA) or CLIP of the whole picture (IP-Adapter).
     subject: train the subject attention; False is an IP-Adapter.
     context_dropout: rate of all-zero embeddings (guidance on the context side only); text_dropout: of empty captions.
+    noise_draws: timesteps and noises drawn for each sample of a training step, each a row of the UNet's batch (as MAR's `diffusion_batch_mul`, Li et al.,
+        2024; the paper says nothing of it): autoencoder, MLLM and reference pass, which are frozen, then run once for so many rows, and text and context
+        are dropped for all of them or none. Rows, and what the UNet holds for gradients, are `batch_size` times it.
     num_tokens: N of section 3.2.
     subject_weight: the loss weighs 1 + subject_weight on the subject's positions, 1 elsewhere (ours); 0 is Eq. 1.
     min_snr_gamma: min-SNR weights over timesteps (Hang et al., ICCV 2023), which the paper does not use; None is Eq. 1.
@@ -30,6 +33,7 @@ class Stage2Config:
     subject: bool = True
     context_dropout: float = 0.1
     text_dropout: float = 0.0
+    noise_draws: int = 1
     num_tokens: int = 4
     subject_weight: float = 0.0
     min_snr_gamma: float | None = None
@@ -37,6 +41,8 @@ class Stage2Config:
     cache_reference: bool = False
 
     def __post_init__(self) -> None:
+        if self.noise_draws < 1:
+            raise ValueError(f"stage2.noise_draws {self.noise_draws}: it has to be 1 or more")
         if self.cache_reference and not self.subject:
             raise ValueError("stage2.cache_reference keeps what the subject attention reads, and stage2.subject is false: leave one of them out")
 

@@ -208,3 +208,13 @@ def test_a_subject_at_once_draws_the_pictures_of_one_by_one(small, released):
     one, both = (run() for run in whole_subject.against_batched(whole_subject.true_evaluation, released)(small))
     assert one.shape == both.shape == (4, 64, 64, 3)
     assert abs(one - both).max() < 1e-4  # other prompts differ by .005
+
+
+def test_on_two_cores_each_way_draws_two_subjects(monkeypatch):
+    setting, drawn = whole_subject.Setting(whole_subject.FEW_PROMPTS[:2], 1, 1, 2, 3.0), []
+    as_released, at_once = whole_subject.on_two_cores(torch.device("cpu"), setting)
+    monkeypatch.setattr(whole_subject.Evaluation, "as_released", lambda self: drawn.append((self.tasks, torch.get_num_threads())))
+    before = torch.get_num_threads()
+    as_released()
+    assert drawn == [([(prompt, 0) for prompt in setting.prompts], 2)] * 2 and torch.get_num_threads() == before
+    assert at_once() == [2, 2]

@@ -241,9 +241,19 @@ def test_gradients_with_an_empty_mask_are_finite():
     assert all(torch.isfinite(t.grad).all() for t in key_value)
 
 
-def test_refuses_subjects_that_are_neither_one_nor_one_a_row():
-    with pytest.raises(ValueError, match="2 subjects for a batch of 4"):
-        run(self_attention(), torch.randn(4, 24, CHANNELS), subject(reference(), named_masks(["some", "some"])))
+@both_ways
+def test_several_rows_of_each_subject_attend_to_it():
+    """As many rows a subject, side by side; M_gen is each row's own."""
+    attn, x, key_value, m_ref = self_attention(), torch.randn(6, 24, CHANNELS), reference(), named_masks(["some", "one"])
+    m_gen = random_mask(6, (4, 6), soft=True)
+    every, kept = [t.repeat_interleave(3, 0) for t in key_value], m_ref.flatten(1).repeat_interleave(3, 0)
+    expected = equation_3(attn, x, every, kept, m_gen.flatten(1), 0.8 * 0.6)
+    torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen)), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_refuses_rows_that_cannot_be_shared_out_evenly():
+    with pytest.raises(ValueError, match="2 subjects for a batch of 5"):
+        run(self_attention(), torch.randn(5, 24, CHANNELS), subject(reference(), named_masks(["some", "some"])))
 
 
 @pytest.mark.usefixtures("way")

@@ -199,7 +199,7 @@ def test_logged_lambda_is_that_of_the_logged_step(build_stage2, tmp_path):
 def test_a_quarter_of_the_schedule_without_a_sample_is_logged_as_nan(build_stage2, tmp_path):
     """And not as what it was the last time."""
     module, drawn = build_stage2(), iter([[0, 300, 999], [100, 100, 600]])
-    module.random_draws = lambda latents, generator, drop: (torch.zeros_like(latents), torch.tensor(next(drawn)), None)
+    module.random_draws = lambda latents, generator, drop, draws: (torch.zeros_like(latents), torch.tensor(next(drawn)), None)
     logger = CSVLogger(tmp_path, name="", version="")
     fitted = Trainer(max_steps=2, default_root_dir=tmp_path, accelerator="cpu", logger=logger, log_every_n_steps=1, enable_progress_bar=False,
                      enable_model_summary=False, enable_checkpointing=False)

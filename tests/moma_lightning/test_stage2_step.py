@@ -51,6 +51,59 @@ def test_a_step_is_section_3_by_hand(build_stage2, variant, context):
     torch.testing.assert_close(values, (predicted - by_hand.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"variant": "paper"}, {"variant": "released", "min_snr_gamma": 5.0, "subject_weight": 3.0}], ids=["paper", "released"])
+@pytest.mark.parametrize("source", ["pictures", "cache", "cache with the reference"])
+def test_several_draws_of_noise_are_as_many_steps_of_one(build_stage2, options, source):
+    """Losses of each row, and the mean's gradients."""
+    module, one = build_stage2(**options, cache_reference=source == "cache with the reference"), batch(0)
+    module.latents = lambda given, generator: (torch.linspace(-1, 1, 192).view(3, 4, 4, 4), torch.linspace(1, -1, 192).view(3, 4, 4, 4))
+    given = one if source == "pictures" else CachedBatch(module.features(one), one.subject_mask, one.caption, one.label, one.key, one.caption)
+    with torch.no_grad():
+        for layer in module.adapter.subject.values():
+            layer.lambda_.fill_(0.5)
+    noise, timesteps = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([10, 900, 300, 500, 700, 20])
+
+    def stepped(rows: slice, draws: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        module.random_draws = lambda *_: (noise[rows], timesteps[rows], None)
+        module.zero_grad(set_to_none=True)
+        values, _ = module.sample_losses(given, drop=True, draws=draws)
+        values.mean().backward()
+        return values.detach(), [p.grad for p in module.adapter.parameters()]
+
+    together, apart = stepped(slice(None), 2), [stepped(slice(draw, None, 2), 1) for draw in (0, 1)]
+    torch.testing.assert_close(together[0], torch.stack([values for values, _ in apart], 1).flatten(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together[1], [(a + b) / 2 for a, b in zip(*(grads for _, grads in apart), strict=True)], rtol=1e-3, atol=1e-6)
+
+
+def test_draws_have_noise_and_timesteps_of_their_own_and_share_what_is_frozen(build_stage2):
+    module, calls = build_stage2(noise_draws=4, context_dropout=0.5), {}
+
+    def counted(name, made):
+        def call(*inputs):
+            calls[name] = calls.get(name, 0) + len(inputs[0])
+            return made(*inputs)
+
+        return call
+
+    for name in ("latents", "context_embeds", "encode_text", "reference_features"):
+        setattr(module, name, counted(name, getattr(module, name)))
+    noise, timesteps, chance = module.random_draws(torch.zeros(3, 4, 4, 4), None, True, 4)
+    assert len(noise.flatten(1).unique(dim=0)) == 12 and len(timesteps.unique()) > 6 and chance.shape == (2, 3)
+    values, timesteps = module.sample_losses(batch(0), drop=True, draws=4)
+    assert len(values) == len(timesteps) == 12 and calls == {"latents": 3, "context_embeds": 3, "encode_text": 6, "reference_features": 3}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_draws_as_often_as_asked_and_validation_once(build_stage2, tmp_path):
+    module, seen = build_stage2(noise_draws=2), []
+    forward = module.forward
+    module.forward = lambda *inputs: seen.append(len(inputs[0])) or forward(*inputs)
+    trainer(tmp_path, 1, limit_val_batches=1).fit(module, loader(0), loader(1))
+    assert seen == [6, 3]
+    with pytest.raises(ValueError, match="noise_draws 0"):
+        build_stage2(noise_draws=0)
+
+
 def test_a_base_that_predicts_velocity_is_trained_on_it(build_stage2):
     """v = sqrt(a) noise - sqrt(1 - a) latents (Salimans and Ho, 2022), and min-SNR's weight of it, min(SNR, gamma) / (SNR + 1)."""
     module = build_stage2(min_snr_gamma=1.0)

@@ -42,7 +42,7 @@ class SameNoise(Stage2):
         target = self.vae.encode(batch.pixel_values).latent_dist.mode() * self.vae.config.scaling_factor
         return target, target
 
-    def random_draws(self, latents, generator, drop):
+    def random_draws(self, latents, generator, drop, draws=1):
         rng = torch.Generator().manual_seed(self.global_step)
         size, start, whole = len(latents), self.global_rank * len(latents), len(latents) * self.trainer.world_size
         noise = torch.randn(whole, *latents.shape[1:], generator=rng)[start : start + size]

@@ -17,7 +17,7 @@ def gradients(module) -> tuple[dict[str, torch.Tensor], int]:
             part.register_forward_hook(lambda *_: calls.append(1))
     module.configure_model()
     module.log = module.log_dict = lambda *_, **__: None
-    module.random_draws = lambda latents, generator, drop: (torch.ones_like(latents), torch.tensor([10, 300, 600, 900]), None)
+    module.random_draws = lambda latents, generator, drop, draws: (torch.ones_like(latents), torch.tensor([10, 300, 600, 900]), None)
     module._log_bands = lambda *_: None
     torch.manual_seed(0)
     batch = global_batch(0, 0, 1)
