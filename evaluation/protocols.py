@@ -100,6 +100,8 @@ class Protocol:
             raise ValueError(f"protocol {self.name!r}: numbers of prompts are 0 or more, pictures_per_prompt 1 or more")
         if not any(count != 0 for count in counts.values()):
             raise ValueError(f"protocol {self.name!r} asks for no prompt of any kind")
+        if "diversity" in self.extra_scores and self.pictures_per_prompt == 1:
+            raise ValueError(f"protocol {self.name!r}: diversity is between a prompt's pictures, and pictures_per_prompt is 1")
         if self.subjects is not None and not self.subjects:
             raise ValueError(f"protocol {self.name!r} names no subject: null stands for all")
         if len(set(self.subjects or ())) < len(self.subjects or ()):

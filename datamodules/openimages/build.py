@@ -27,6 +27,7 @@ from datamodules.openimages.given_captions import write_captions
 from datamodules.openimages.sources import DIGITS, Sources
 from datamodules.openimages.tables import COLUMNS, SplitTable
 from datamodules.openimages.units import CaptionStage, PictureStage, write_units
+from moma_lightning.digests import content_digest
 from moma_lightning.dotted import flat
 from moma_lightning.files import write_beside, write_json
 
@@ -219,14 +220,14 @@ def with_absolute_paths(config: BuildConfig) -> BuildConfig:
     sources, captions = config.sources, config.captions
     sources = replace(sources, annotations=absolute(sources.annotations), pictures=absolute(sources.pictures),
                       captions=sources.captions and absolute(sources.captions))  # fmt: skip
-    local = {name: absolute(value) for name, value in captions.init_args.items() if isinstance(value, str) and Path(value).exists()}
+    local = {name: str(path.absolute()) for name, path in _files_of(captions).items()}
     captions = replace(captions, word_lists=list(map(of_words, captions.word_lists)),
                        people_words=captions.people_words and of_words(captions.people_words), init_args=captions.init_args | local)  # fmt: skip
     return replace(config, sources=sources, captions=captions)
 
 
 def deciding(config: BuildConfig) -> dict[str, Any]:
-    """The part of a configuration that decides what is written, as JSON values, word lists and captions file by content."""
+    """The part of a configuration that decides what is written, as JSON values; word lists, captions file and a captioner's own files by content."""
     decides = {key: value for key, value in asdict(config).items() if key not in ("out", "run")}
     decides["on_unreachable"] = decides["sources"].pop("fetch")["on_unreachable"]
     del decides["sources"]["download_mask_zips"]
@@ -235,6 +236,8 @@ def deciding(config: BuildConfig) -> dict[str, Any]:
     captions = config.sources.captions
     if captions is not None and Path(captions).is_file():
         decides["captions_sha256"] = sharding.sha256(Path(captions))
+    if models := {name: content_digest(path) for name, path in _files_of(config.captions).items()}:
+        decides["captioner_files"] = models
     return json.loads(json.dumps(decides))
 
 
@@ -246,6 +249,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _files_of(config: CaptionConfig) -> dict[str, Path]:
+    """Options of the captioner that name a file or a folder here."""
+    return {name: Path(value) for name, value in config.init_args.items() if isinstance(value, str) and value and Path(value).exists()}
 
 
 def _require_same_or_more(out: Path, split: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:

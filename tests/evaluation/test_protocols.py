@@ -160,7 +160,7 @@ def test_mini_keeps_what_its_pictures_depend_on():
     assert MINI.sampler == Sampler("UniPCMultistepScheduler", num_inference_steps=8, guidance_scale=3.0, masks="dataset")
     assert (MINI.pictures_per_prompt, MINI.context_prompts, MINI.texture_prompts) == (1, 8, 4)
     assert replace(named(FULL_PROTOCOL), name="dreambooth-mini", context_prompts=8, texture_prompts=4) == MINI
-    assert (MINI.digest, named(FULL_PROTOCOL).digest) == ("1858694f3256", "42e718cdfb9a"), "the log's tables are of these"
+    assert (MINI.digest, named(FULL_PROTOCOL).digest) == ("8ff8679e0518", "107b95c6d9aa"), "scores of other digests share no table"
 
 
 @pytest.mark.parametrize(("text", "told"), [
@@ -202,6 +202,8 @@ def test_only_encoders_that_are_needed_are_named():
     assert protocol.encoders["dinov3"].model == "vit_small_patch16_dinov3.lvd1689m"
     with pytest.raises(ValueError, match="extra_scores"):
         named(PROTOCOL, {"extra_scores": ["dinov9"]})
+    with pytest.raises(ValueError, match="diversity is between a prompt's pictures, and pictures_per_prompt is 1"):
+        named(PROTOCOL, {"extra_scores": ["diversity"]})
 
 
 def test_every_kind_of_prompt_is_asked_for_by_its_count(data):

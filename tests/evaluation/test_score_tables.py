@@ -91,8 +91,8 @@ def test_breakdowns_and_weights_are_written(tmp_path):
 
 
 def test_a_table_of_extras_has_them_after_the_papers_four(tmp_path):
-    config = fake_config(tmp_path, {"real_images": RealImages(), "far": Painter(1.0)}, {"extra_scores": ["dino_masked", "diversity"]})
+    config = fake_config(tmp_path, {"real_images": RealImages(), "far": Painter(1.0)}, {"extra_scores": ["dino_masked", "diversity"], "pictures_per_prompt": 2})
     write_tables(Evaluation.open(config), with_extras(config))
     page = (config.eval_folder / "table.md").read_text()
-    assert "| Method | DINO | CLIP-T(c) | CLIP-I | CLIP-T(t) | DINO, subject |\n" in page
+    assert "| Method | DINO | CLIP-T(c) | CLIP-I | CLIP-T(t) | DINO, subject | diversity |\n" in page
     assert "dino_masked" in json.loads((config.eval_folder / "summary.json").read_text())["far"]

@@ -305,8 +305,8 @@ def test_bad_samples_are_left_out_and_counted(data, decoder, tmp_path):
     assert "json is missing" in (folder / "bad.log").read_text()
 
 
-@pytest.mark.parametrize("experiment", ["mini", "sd15_llava7b"])
-def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, experiment):
+@pytest.mark.parametrize("experiment, training", [("mini", "stage2"), ("mini", "stage2_reference"), ("sd15_llava7b", "stage2")])
+def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, experiment, training):
     """`make cache-stage2`, then `make stage2` with the experiment's cached YAML; full size with the mini world's models."""
     shards, folder = "--data.init_args.config", Path("experiments") / experiment
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -315,12 +315,13 @@ def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, 
                  "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
                  "--trainer.precision", "32-true", f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]  # fmt: skip
     pictures = [f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]
-    monkeypatch.setattr(sys, "argv", ["caches", *arguments, *pictures])
+    reference = ["--model.init_args.stage2.cache_reference", str(training == "stage2_reference").lower()]
+    monkeypatch.setattr(sys, "argv", ["caches", *arguments, *reference, *pictures])
     command.main()
     assert "'shards': 7, 'samples': 32, 'left_out': 0" in capsys.readouterr().out
     assert json.loads((tmp_path / "cache/train-00000.json").read_text())["dtype"] == "float16"
     cached = [f"{shards}.train", f"{tmp_path}/cache/train-*.tar", f"{shards}.val", f"{tmp_path}/cache/val-*.tar", "--trainer.fast_dev_run", "true"]
-    monkeypatch.setattr(sys, "argv", ["moma_lightning", "fit", *arguments, "--config", str(folder / "cached/stage2.yaml"), *cached])
+    monkeypatch.setattr(sys, "argv", ["moma_lightning", "fit", *arguments, "--config", str(folder / f"cached/{training}.yaml"), *cached])
     assert main(sys.argv[1:]) == 0
 
 

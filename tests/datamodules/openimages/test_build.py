@@ -262,3 +262,6 @@ def test_captions_of_a_tiny_blip2(tmp_path, config_of):
     build(again)
     assert digests(again) == digests(config)
     assert json.loads(Path(f"{config.out}/manifest.json").read_text())["train"]["versions"]["transformers"]
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="of other options \\(captioner_files.model\\)"):
+        build(config)
