@@ -76,6 +76,14 @@ def test_data_of_openimages_takes_split_and_limit():
     assert "datamodules.openimages build --config experiments/openimages/data.yaml --split validation --limit 1000 --seed 3" in command
 
 
+def test_reproduce_goes_from_shards_to_report_by_both_ablations():
+    command = " ".join(commands_of("reproduce", "EXP=mini").replace("\\\n", " ").split())
+    parts = ["datamodules.mini --out", "fit --config experiments/mini/stage1.yaml", "fit --config experiments/mini/stage2.yaml", "evaluation dreambooth",
+             "then ablate --config experiments/mini/eval.yaml --config experiments/ablations/masking.yaml",
+             "then ablate --config experiments/mini/eval.yaml --config experiments/ablations/beta.yaml", "then report"]  # fmt: skip
+    assert re.search(".*".join(map(re.escape, parts)), command), command
+
+
 def test_reproduce_refuses_arguments_it_could_not_place():
     done = make("reproduce", "ARGS=--seed 3", "--assume-old=.venv/.installed")
     assert done.returncode != 0 and "takes no ARGS" in done.stderr
