@@ -5,8 +5,8 @@ import torch
 from moma_lightning.metrics import EmbeddingMatch
 
 
-def measured(predicted, target, pool=256, batch=7):
-    metric = EmbeddingMatch(pool)
+def measured(predicted, target, batch=7, **options):
+    metric = EmbeddingMatch(**options)
     for start in range(0, len(target), batch):
         metric.update(predicted[start : start + batch], target[start : start + batch])
     return {name: value.item() for name, value in metric.compute().items()}
@@ -30,10 +30,12 @@ def test_equals_a_loop_over_pools():
     assert scores["cosine"] == pytest.approx(np.mean([a @ b for a, b in zip(p, t, strict=True)]), abs=1e-6)
 
 
-def test_one_prediction_for_all_finds_one_of_the_pool():
+@pytest.mark.parametrize(("count", "options", "pool"), [(64, {"pool": 32}, 32), (512, {}, 256)])
+def test_one_prediction_for_all_finds_one_of_the_pool(count, options, pool):
+    """256 where nothing is said, as in stage 1."""
     torch.manual_seed(0)
-    target = torch.randn(64, 8)
-    assert measured(target.mean(0).expand(64, -1), target, pool=32)["r_at_1"] == pytest.approx(1 / 32)
+    target = torch.randn(count, 8)
+    assert measured(target.mean(0).expand(count, -1), target, **options)["r_at_1"] == pytest.approx(1 / pool)
 
 
 def test_a_prediction_of_nothing_finds_nothing():
