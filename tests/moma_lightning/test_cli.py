@@ -21,7 +21,7 @@ def test_a_run_leaves_config_metrics_and_the_last_step(run, tmp_path):
     assert sum(isinstance(callback, DataWait) for callback in trainer.callbacks) == 1
     folder = tmp_path / "runs/tiny/stage1"
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["model"]["init_args"]["slope"] == 2.0 and saved["seed_everything"] == 0
+    assert saved["model"]["init_args"]["slope"] == 2.0 and str(saved["seed_everything"]) == "0", "False would seed nothing"
     assert logged_steps(tmp_path) == [0, 1, 2, 3, 4]
     assert last_step(tmp_path) == 5, "the last step is kept though it is no multiple of every_n_train_steps"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -43,10 +43,11 @@ def test_training_that_is_told_to_stop_finishes_its_step(run, tmp_path):
     assert last_step(tmp_path) == 1 and cli.trainer.fit_loop.epoch_loop.batch_progress.current.completed == 4
 
 
-def test_a_bar_and_a_monitor_of_ones_own_stay_alone(run):
-    own = [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in ("TQDMProgressBar", "LearningRateMonitor")]
-    kinds = [type(callback).__name__ for callback in run(max_steps=1, enable_progress_bar=True, callbacks=own).trainer.callbacks]
-    assert "RichProgressBar" not in kinds and kinds.count("LearningRateMonitor") == 1
+@pytest.mark.parametrize(("own", "bar"), [((), "RichProgressBar"), (("TQDMProgressBar", "LearningRateMonitor"), "TQDMProgressBar")])
+def test_there_is_one_bar_and_one_monitor_and_ones_own_stay_alone(run, own, bar):
+    given = [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in own]
+    kinds = [type(callback).__name__ for callback in run(max_steps=1, enable_progress_bar=True, callbacks=given).trainer.callbacks]
+    assert [kind for kind in kinds if kind.endswith("ProgressBar")] == [bar] and kinds.count("LearningRateMonitor") == 1
 
 
 def test_a_run_without_checkpoints_is_refused(run):
