@@ -2,12 +2,12 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import nn
 
-from moma_lightning.checkpoints.adapter import write_native
+from moma_lightning.checkpoints.adapter import adapter_state, holds_subject, write_native
 from moma_lightning.checkpoints.formats import (
     CheckpointError,
     State,
@@ -19,7 +19,9 @@ from moma_lightning.checkpoints.formats import (
 )
 from moma_lightning.checkpoints.released_mllm import MLLM_TRAINED, read_mllm
 from moma_lightning.hub import local_path
-from moma_lightning.models.trained_weights import WEIGHTS, read_config, read_tensors, write_folder
+from moma_lightning.models.adapter import MoMAAdapter
+from moma_lightning.models.mapping import Mapping
+from moma_lightning.models.trained_weights import WEIGHTS, compare, read_config, read_tensors, write_folder
 
 ADAPTER, DECODER = "adapter", "image_feature_decoder"
 SIDES = {"image_proj": "projector", "ip_adapter": "context side", "subject_adapter": "subject side", "mapping": "mapping", "mllm": "MLLM", "token": "token"}
@@ -77,12 +79,27 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
 
 
 def read_source(source: str) -> tuple[State, str]:
-    """An adapter's entries under native names, and its variant."""
+    """An adapter's entries under native names, and its variant. Raises CheckpointError for one that is not whole, or no plain IP-Adapter."""
     state, metadata = read_adapter_file(local_path(f"{source}/{ADAPTER}") or source)
-    unknown = [name for name in state if name.partition(".")[0] not in SIDES]
-    if unknown:
-        raise CheckpointError(f"{source}: unexpected entries {', '.join(unknown[:5])}")
+    if lacking := {"image_proj.proj.weight", "image_proj.norm.weight"} - state.keys():
+        raise CheckpointError(f"{source} holds no {' and no '.join(sorted(lacking))}: not an IP-Adapter (the plain one) or MoMA adapter file")
+    if wrong := compare(source, state, whole_adapter(state)).wrong:
+        raise CheckpointError("\n  ".join([f"{source} is not a whole adapter; fetch or write it again:", *wrong[:10]]))
     return state, metadata.get("moma_variant", "released")
+
+
+def whole_adapter(state: State) -> State:
+    """What an adapter of these widths and so many layers holds, on the meta device; subject side and mapping where `state` has something of them."""
+    # Of to_k and to_v the former, which comes last here, says a layer's channels.
+    channels = {tuple(name.split(".")[:2]): len(state[name]) for name in sorted(state, reverse=True) if state[name].ndim == 2}
+    blocks = max(sum(part == side for part, _ in channels) for side in ("ip_adapter", "subject_adapter"))
+    proj, text_dim = state["image_proj.proj.weight"], len(state["image_proj.norm.weight"])
+    layers = {i: (channels.get(("ip_adapter" if i % 2 else "subject_adapter", str(i)), 1), text_dim if i % 2 else None) for i in range(2 * blocks)}
+    with torch.device("meta"):
+        whole = adapter_state(MoMAAdapter(layers, proj.shape[-1], text_dim, num_tokens=len(proj) // text_dim), subject=holds_subject(state))
+        if (gate := state.get("mapping.gate_proj.weight")) is not None:
+            whole |= nn.ModuleDict({"mapping": Mapping(gate.shape[-1], len(gate))}).state_dict()
+    return whole
 
 
 def read_decoder(folder: Path) -> tuple[State, dict]:
@@ -125,7 +142,7 @@ def write_folders(path: Path, state: State, variant: str, card: dict | None = No
     return state
 
 
-def decoder_config(state: Mapping[str, Tensor]) -> dict:
+def decoder_config(state: State) -> dict:
     """config.json of the released image-feature decoder: its template, and no token of its own."""
     trained = MLLM_TRAINED if any(name.startswith("mllm.") for name in state) else []
     embed_dim, hidden_size = state["mapping.gate_proj.weight"].shape
@@ -133,14 +150,14 @@ def decoder_config(state: Mapping[str, Tensor]) -> dict:
     return {"embed_dim": embed_dim, "hidden_size": hidden_size, "decoder": options}
 
 
-def require(path: Path, state: Mapping[str, Tensor], *parts: str) -> None:
+def require(path: Path, state: State, *parts: str) -> None:
     have = {name.partition(".")[0] for name in state}
     if lacking := [SIDES[part] for part in parts if part not in have]:
         hint = " (the mapping: --decoder)" if "mapping" in lacking else ""
         raise CheckpointError(f"{path} must hold the {' and the '.join(lacking)}, which the source does not{hint}")
 
 
-def summary(state: Mapping[str, Tensor]) -> str:
+def summary(state: State) -> str:
     """Entries, parameters and dtypes by side."""
     lines = []
     for side, title in SIDES.items():

@@ -166,6 +166,33 @@ def test_an_ip_adapter_with_another_projector_is_no_native_folder(tmp_path):
     assert not (tmp_path / "native").exists()
 
 
+def test_an_adapter_that_is_not_whole_is_refused_before_anything_is_written(released, tmp_path):
+    convert(released, tmp_path / "source")
+    path, zeros = tmp_path / "source/adapter/moma.safetensors", torch.zeros
+    whole = load_file(path)
+    for spoil, named in [
+        ({"image_proj.norm.bias": None}, "image_proj.norm.bias: missing"),
+        ({"image_proj.norm.bias": zeros(3)}, r"image_proj.norm.bias: shape \[3\], expected \[32\]"),
+        ({"ip_adapter.999.to_k_ip.weight": zeros(2, 32)}, "ip_adapter.999.to_k_ip.weight: not expected"),
+        ({"ip_adapter.3.to_k_ip.weight": None}, "ip_adapter.3.to_k_ip.weight: missing"),
+        ({f"ip_adapter.5.to_{kv}_ip.weight": None for kv in "kv"}, "ip_adapter.5.to_k_ip.weight: missing"),
+        ({"ip_adapter.1.to_v_ip.weight": zeros(3, 3)}, r"ip_adapter.1.to_v_ip.weight: shape \[3, 3\], expected \[16, 32\]"),
+        ({f"ip_adapter.1.to_{kv}_ip.weight": zeros(16, 9) for kv in "kv"}, r"ip_adapter.1.to_k_ip.weight: shape \[16, 9\], expected \[16, 32\]"),
+        ({"subject_adapter.0.lambda_": None}, "subject_adapter.0.lambda_: missing"),
+        ({"subject_adapter.0.to_k.weight": zeros(16, 9)}, r"subject_adapter.0.to_k.weight: shape \[16, 9\], expected \[16, 16\]"),
+        ({"token.weight": zeros(1)}, "token.weight: not expected"),
+    ]:
+        save_file({name: value for name, value in (whole | spoil).items() if value is not None}, path)
+        with pytest.raises(SystemExit, match=rf"(?s)convert: {tmp_path / 'source'} is not a whole adapter.*\n  {named}"):
+            convert(tmp_path / "source", tmp_path / "x.bin")
+    nested = torch.load(released, weights_only=True)
+    del nested["llm_mapping"]["mapping.up_proj.weight"]
+    torch.save(nested, released)
+    with pytest.raises(SystemExit, match=r"mapping.up_proj.weight: missing"):
+        convert(released, tmp_path / "x.bin")
+    assert not (tmp_path / "x.bin").exists()
+
+
 def test_a_decoder_that_the_released_file_cannot_describe_is_refused(base, tmp_path):
     save_adapter(tiny_adapter(base), tmp_path / "run/adapter")
     (tmp_path / "run/image_feature_decoder").mkdir()
