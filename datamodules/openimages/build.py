@@ -32,7 +32,7 @@ from moma_lightning.dotted import flat
 from moma_lightning.files import write_beside, write_json
 
 #: Raised when the same configuration would give other bytes: what an older version left half done is then not gone on with.
-FORMAT = 4
+FORMAT = 5
 VERSIONED = ("pillow", "numpy", "pyarrow", "pandas", "webdataset", "transformers", "torch", "ray")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from datamodules.openimages.config import SelectConfig
-from datamodules.openimages.hierarchy import class_names, descendants
+from datamodules.openimages.hierarchy import class_names, descendants, label_of
 from moma_lightning.files import write_beside, write_json
 
 MASK_NAME = re.compile(r"[0-9a-f]{16}_[A-Za-z0-9_]+_[A-Za-z0-9]+\.png")
@@ -86,7 +86,8 @@ def join(tables: dict[str, pd.DataFrame], captions: pd.DataFrame | None, names: 
     rows = funnel.rows.merge(tables["metadata"].drop_duplicates("ImageID"), on="ImageID", how="left", indicator="has_metadata")
     funnel.rows = rows
     funnel.drop("no_metadata", rows.has_metadata == "left_only")
-    funnel.rows = funnel.rows.drop(columns="has_metadata").assign(label=funnel.rows.LabelName.map(names).str.lower(), given_caption=None)
+    labels = {class_id: label_of(name) for class_id, name in names.items()}
+    funnel.rows = funnel.rows.drop(columns="has_metadata").assign(label=funnel.rows.LabelName.map(labels), given_caption=None)
     if captions is not None:
         found = captions.drop_duplicates("ImageID").set_index("ImageID").caption
         funnel.rows["given_caption"] = funnel.rows.ImageID.map(found)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def class_names(path: Path) -> dict[str, str]:
     if not names:
         raise ValueError(f"{path}: no lines of the form /m/...,name")
     return names
+
+
+def label_of(name: str) -> str:
+    """A class's name as captions say it: in lower case, without what tells it from another in brackets at its end."""
+    return re.sub(r"\s+\([^()]*\)$", "", name).lower()
 
 
 def _below(node: dict[str, Any], root: str, inside: bool = False) -> set[str]:

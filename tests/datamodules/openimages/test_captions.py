@@ -5,6 +5,7 @@ from tiny import tiny_tokenizer
 
 from datamodules.openimages.captions import CaptionError, CaptionRules, article, finish, plural, read_words, tidy
 from datamodules.openimages.config import CaptionConfig
+from datamodules.openimages.hierarchy import label_of
 from datamodules.shards import contains_label
 from moma_lightning.subject import label_tokens
 
@@ -102,14 +103,16 @@ def test_a_bad_word_list_is_named(tmp_path):
         read_words("nothing.txt")
 
 
-@pytest.mark.parametrize(("label", "raw", "caption"), [
-    ("stuffed animal", "a red stuffed animal", "a stuffed animal"), ("stuffed animal", "two stuffed animals", "photo of a stuffed animal. two stuffed animals"),
+@pytest.mark.parametrize(("name", "raw", "caption"), [
+    ("Stuffed animal", "a red stuffed animal", "a stuffed animal"), ("stuffed animal", "two stuffed animals", "photo of a stuffed animal. two stuffed animals"),
     ("stuffed animal", "a stuffed toy animal", "photo of a stuffed animal. a stuffed toy animal"),
     ("oven mitt", "Oven Mitts", "photo of an oven mitt. Oven Mitts"), ("toy robot", "a toy robot's arm", "a toy robot's arm"),
     ("cat", "a red cat", "a cat"), ("cat", "some cats", "photo of a cat. some cats"), ("cat", "something else", "photo of a cat. something else"),
+    ("Bat (Animal)", "a bat in a red cave", "a bat in a cave"), ("Bat (Animal)", "something else", "photo of a bat. something else"),
 ])
-def test_the_labels_tokens_are_found_in_its_caption(label, raw, caption):
+def test_the_labels_tokens_are_found_in_its_caption(name, raw, caption):
     """As training looks for them, in captions that had the label, its plural or neither."""
+    label = label_of(name)
     assert finish(raw, label, RULES)[1] == caption
     assert label_tokens([tiny_tokenizer()], [caption], label).sum() > 0
 

@@ -81,6 +81,16 @@ def test_annotation_filters_each_count_under_their_name(miniature, built):
                      "unknown_class": 1, "box_too_small": 1, "no_caption": 1, "triplets": 3}
 
 
+def test_a_class_is_chosen_by_its_whole_name_and_called_without_what_is_in_brackets(miniature, config_of, tmp_path, counted):
+    miniature.names[CLASSES["hat"]] = "Hat (clothing)"
+    for image in miniature.ids[:2]:
+        miniature.row("masks", image)["LabelName"] = miniature.row("boxes", image)["LabelName"] = CLASSES["hat"]
+    config = config_of(miniature.write(tmp_path / "bucket"), select=SelectConfig(min_side=32, near_duplicate_bits=None, classes=["hat (Clothing)"]))
+    hats = sum(row["LabelName"] == CLASSES["hat"] for row in miniature.rows["masks"])
+    assert counted(build(config)) == {"masks": 12, "class_not_chosen": 12 - hats, "triplets": hats} and 2 <= hats < 12
+    assert {json.loads(sample["json"])["label"] for sample in samples_of(config)} == {"hat"}
+
+
 def test_bounds_on_the_mask(miniature, built):
     ids, whole = miniature.ids, (0, 1, 0, 1)
     small, border = Image.new("L", (72, 72)), Image.new("L", (72, 72))
