@@ -159,7 +159,7 @@ def _checked(content: bytes, rotation: int, select: SelectConfig, shards: ShardC
     stored, mode, kind = picture.size, picture.mode, picture.format
     if stored[0] * stored[1] > select.max_pixels:
         raise RejectedError("picture_too_large", f"{stored[0]}x{stored[1]}")
-    if getattr(picture, "n_frames", 1) > 1:
+    if getattr(picture, "n_frames", 1) > 1 and kind != "MPO":  # a camera's photograph, with another view or a preview behind it
         raise RejectedError("picture_animated", f"{picture.n_frames} frames")  # type: ignore[attr-defined]
     if min(stored) < select.min_side:
         raise RejectedError("picture_too_small", f"{stored[0]}x{stored[1]}")

@@ -54,6 +54,7 @@ def test_bad_pictures_and_masks_each_count_under_their_name(miniature, built):
     (lambda p: encode(Image.fromarray(np.asarray(p.convert("L")).astype(np.uint16) * 257)), "mode I;16, format PNG"),
     (lambda p: encode(p.convert("L"), "JPEG"), "mode L"),
     (lambda p: encode(p.resize((2000, 1500)), "JPEG"), "scaled"),
+    (lambda p: encode(p, "MPO", save_all=True, append_images=[Image.new("RGB", p.size)]), "format MPO"),
 ])
 def test_odd_pictures_become_plain_ones(change, note):
     picture = Image.fromarray((np.indices((96, 128)).sum(0)[..., None] * np.array([1, 0.6, 0.9])).astype(np.uint8))
