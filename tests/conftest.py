@@ -7,6 +7,7 @@ import torch
 
 if not torch.cuda.is_available():  # Triton decides when it is imported, which diffusers does, that its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("HF_HUB_OFFLINE", None)  # huggingface_hub decides likewise, and the hub of the tests is on this machine
 
 # Here, and not from within a package that the type checks' import hook looks after: it compiles what is imported there anew.
 import diffusers  # noqa: F401
