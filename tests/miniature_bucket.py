@@ -171,7 +171,7 @@ class Bucket(ThreadingHTTPServer):
     """Serves a folder as a storage bucket does: ranges, ETag with the MD5, 403 for what is not there, /moved/ redirects.
 
     faults: path (below the root) -> what its next requests meet, one after the other: an HTTP status, "cut" (the connection is
-    cut in the middle), "garbled" (a byte is wrong). requests: every path and Range asked for.
+    cut in the middle), "garbled" (a byte is wrong). retry_after: of the status 429, seconds. requests: every path and Range asked for.
     """
 
     daemon_threads = True
@@ -180,6 +180,7 @@ class Bucket(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.faults: dict[str, list[int | str | None]] = defaultdict(list)
+        self.retry_after = 0
         self.requests: list[tuple[str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -201,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.faults[name].pop(0) if self.server.faults[name] else None
         path = self.server.root / name
         if isinstance(fault, int):
-            self.answer(fault, {"Retry-After": "0"} if fault == 429 else {})
+            self.answer(fault, {"Retry-After": str(self.server.retry_after)} if fault == 429 else {})
         elif not path.is_file():
             self.answer(404 if name.startswith("annotations") else 403)
         else:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from datamodules.openimages.captioners import Blip2Captioner, Captioner, build_captioner
@@ -54,6 +55,13 @@ def test_a_prompt_is_read_and_not_part_of_the_caption(folder):
 def test_a_captioner_of_ones_own_is_built_by_its_class_path():
     captioner = build_captioner(CaptionConfig(captioner=f"{__name__}.Measured", init_args={"unit": "px"}))
     assert isinstance(captioner, Captioner) and captioner(IMAGES) == ["30 px"] * 3
+
+
+def test_the_captioner_is_the_papers_unless_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="^Salesforce/blip2-opt-6.7b could not be loaded"):
+        build_captioner(CaptionConfig())
 
 
 @pytest.mark.parametrize("path", ["nothing", "nothing.Here", "datamodules.openimages.captioners.Nothing", ".Blip2Captioner"])

@@ -123,7 +123,7 @@ def test_near_duplicates_are_found_and_others_are_not(miniature, built):
     first = Image.open(io.BytesIO(miniature.pictures[miniature.ids[0]]))
     for i, quality in ((1, 60), (2, 85)):
         miniature.pictures[miniature.ids[i]] = encode(first, "JPEG", quality=quality)
-    assert built(select=SelectConfig(min_side=32, near_duplicate_bits=2))["near_duplicate"] == 2
+    assert built(select=SelectConfig(min_side=32))["near_duplicate"] == 2, "as configured unless told otherwise"
 
 
 def test_lookalikes_find_exactly_what_comparing_all_pairs_finds():

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,20 @@ def test_a_file_comes_whole_in_spite_of_faults(bucket, fetcher, tmp_path, faults
     bucket.faults["file"] = list(faults)
     fetcher.download(f"{bucket.url}/file", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == CONTENT and not (tmp_path / "copy.part").exists()
+
+
+def test_each_wait_is_twice_the_last_up_to_a_bound_or_as_long_as_the_server_asks(bucket, monkeypatch):
+    """By a half shorter at random, so that many processes do not come back at once."""
+    waits: list[float] = []
+    monkeypatch.setattr("datamodules.openimages.fetch.time", SimpleNamespace(sleep=waits.append))
+    fetcher = Fetcher(FetchConfig(backoff=1.0, max_backoff=10.0, retries=6))
+    bucket.faults["file"] = [503] * 6
+    assert fetcher.read(f"{bucket.url}/file") == CONTENT
+    assert [longest / 2 <= wait <= longest for wait, longest in zip(waits, (1, 2, 4, 8, 10, 10), strict=True)] == [True] * 6
+    for asked, waited in ((2, 2), (999, 10)):
+        waits.clear()
+        bucket.faults["file"], bucket.retry_after = [429], asked
+        assert fetcher.read(f"{bucket.url}/file") == CONTENT and waits == [waited]
 
 
 def test_a_cut_download_goes_on_where_it_was_cut(bucket, fetcher, tmp_path):
