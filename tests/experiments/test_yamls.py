@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from datamodules.mini.export import export
 from datamodules.mini.views import VIEWS
+from evaluation import published
 from evaluation.cli import main as evaluation
 from evaluation.cli import parse
 from evaluation.methods import Moma
@@ -121,6 +122,21 @@ def test_two_processes_share_the_batch_and_take_a_step(stage, data, decoder, tmp
     assert "MEMBER: 2/2" in done.stderr
 
 
+@pytest.mark.parametrize(("name", "settings", "rows"), [
+    ("beta", {(beta, 1.0) for beta in (0.0, 0.25, 0.5, 0.75, 1.0, 1.2)},
+     {1.0: (0.618, 0.348, 0.803, 0.335), 0.5: (0.591, 0.348, 0.788, 0.338), 0.0: (0.583, 0.349, 0.782, 0.319)}),
+    ("masking", {(1.0, strength) for strength in (1.0, 0.5, 0.0)},
+     {1.0: (0.618, 0.348, 0.803, 0.335), 0.5: (0.603, 0.322, 0.797, 0.231), 0.0: (0.575, 0.298, 0.788, 0.322)}),
+])
+def test_tables_3_and_4_have_the_papers_settings_and_numbers(name, settings, rows):
+    """Beta goes on to 1.2, as in the paper's Figure 8."""
+    config = parse(["ablate", "--config", str(MINI / "eval.yaml"), "--config", str(EXPERIMENTS / f"ablations/{name}.yaml")])[1]
+    full = config.resolved_protocol().sampler.mask_strength
+    given = [(method.beta, full if method.mask_strength is None else method.mask_strength) for method in config.ablation.methods.values()]
+    assert set(given) == settings and len(given) == len(settings)
+    assert published.ABLATIONS[config.ablation.published] == rows
+
+
 def test_the_line_from_shards_to_report(trained, options):
     """What `make tables` does, but for the ablations, which are below."""
     given = ["--config", str(MINI / "eval.yaml"), *options]
@@ -129,6 +145,10 @@ def test_the_line_from_shards_to_report(trained, options):
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
     made = {path.relative_to(trained).as_posix() for path in trained.rglob("*")}
     assert {"eval/scores.parquet", "eval/table.md", "report/index.html", "report/grid.png"} <= made
+    figures = ("4", "5", "6", "7_clip_t_context", "7_clip_t_texture", "8", "9", "10_settings", "10_community")
+    assert {f"figures/figure{name}.{kind}" for name in figures for kind in ("png", "svg")} <= made
+    settings, community = (json.loads((trained / f"figures/figure10_{name}.json").read_text()) for name in ("settings", "community"))
+    assert "(views)" in settings["about"] and community["columns"] == ["Reference", "Training base", "pastel"]
 
 
 def test_the_evaluation_of_training_seeds_runs(trained, options, tmp_path):
@@ -151,7 +171,8 @@ def test_poses_and_distances_are_drawn_and_measured(trained, options, tmp_path):
     assert all(0 < view["share"] < 1 and set(table["moma_beta1"]) <= set(VIEWS) for view in table["moma_beta1"].values())
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ablations/*.yaml")) + [MINI / "ablations/mask_layers.yaml"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*sorted(EXPERIMENTS.glob("ablations/*.yaml")), MINI / "ablations/mask_layers.yaml", MINI / "ablations/community.yaml"],
+                         ids=lambda p: p.stem)
 def test_ablations_of_sampling_run(path, trained, options):
     evaluation(["ablate", "--config", str(MINI / "eval.yaml"), "--config", str(path), *options, "--ablation.name", path.stem])
     rows = methods_of(json.loads((trained / f"ablations/{path.stem}.json").read_text()))
