@@ -1,5 +1,8 @@
 """The page: its numbers are the manifest's and the index's, its pictures are in it, and what is odd comes first."""
 
+import base64
+import html
+import io
 import re
 from functools import partial
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from datamodules.mini.export import triplets
 from datamodules.openimages.build import build
@@ -30,6 +34,30 @@ def test_the_page_is_self_contained_and_its_numbers_are_the_manifests(built):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for label, count in index.label.value_counts().items():
         assert re.search(rf"<span>{label}</span><i style=[^>]*></i><b>{count}</b>", page)
+    for title, values, last in (("Area of the subject", index.area, 1), ("Length of the caption", index.caption.str.count(" ") + 1, 30),
+                                ("Longer side", index[["width", "height"]].max(axis=1), 1152)):  # fmt: skip
+        bars = re.findall(r"<span>(\S+) to (\S+)</span><i style=[^>]*></i><b>(\d+)</b>", page.partition(title)[2].partition("</section>")[0])
+        assert float(bars[-1][1]) == last
+        assert [int(count) for *_, count in bars] == [values.between(float(low), float(high), inclusive="left").sum() for low, high, _ in bars]
+    cards = {re.search(r"train-\d+\.tar (\S+),", card)[1]: html.unescape(card) for card in re.findall("<figure>.*?</figure>", page, re.DOTALL)[:4]}
+    odd = strangeness(index).max(axis=1).set_axis(index.key)
+    assert list(odd[list(cards)]) == sorted(odd, reverse=True)[:4], "the strangest first"
+    for key, row in index.set_index("key").loc[list(cards)].iterrows():
+        assert f"<figcaption>{row.caption}<s>{row.caption_full}</s>" in cards[key] and f"{row.label}, area {row.area:.2f}" in cards[key]
+        shown, (picture, edge) = pixels(base64.b64decode(re.search('base64,([^"]+)', cards[key])[1])), picture_and_edge(built, row)
+        assert np.abs(shown - (255, 0, 90))[edge].mean() < 40 and np.abs(shown - picture)[~edge].mean() < 20, "the mask's outline"
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), float)
+
+
+def picture_and_edge(folder: Path, row: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """A sample's picture, and which of its pixels lie on either side of the mask's edge."""
+    with (folder / row.shard).open("rb") as file:
+        picture, mask = (pixels(member(file, int(offset))) for offset in (row.picture_offset, row.mask_offset))
+    inside = mask[..., 0] > 0
+    return picture, np.logical_or.reduce([np.roll(inside, by, axis) != inside for axis in (0, 1) for by in (-1, 1)])
 
 
 def test_shards_without_an_index_have_a_page_too(tmp_path):
