@@ -54,6 +54,21 @@ def test_slurm_starts_a_task_for_each_gpu(nodes, gpus):
     assert command[0] == "srun" and (options["--trainer.num_nodes"], options["--trainer.devices"]) == (str(nodes), str(gpus))
 
 
+def test_a_job_is_told_three_minutes_before_its_end_and_comes_back_when_preempted():
+    header, *_ = (CLUSTER / "slurm.sh").read_text().partition("\nset ")  # sbatch reads no further than the first command
+    directives = {line.removeprefix("#SBATCH ") for line in header.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--requeue", "--signal=B:USR1@180", "--open-mode=append", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8"} <= directives
+
+
+def test_what_both_launchers_export_counts_unless_it_is_set_already():
+    for given in ({}, {"NCCL_DEBUG": "INFO"}):
+        done = subprocess.run(["bash", "-c", f"source {CLUSTER / 'nccl.sh'} && env"], env={"PATH": os.environ["PATH"]} | given, capture_output=True, check=True)
+        exported = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
+        wanted = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "NCCL_DEBUG": "WARN", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "1"}
+        assert exported.items() >= (wanted | given).items()
+    assert all("\nsource experiments/cluster/nccl.sh\n" in (CLUSTER / script).read_text() for script in ("torchrun.sh", "slurm.sh"))
+
+
 #: What stands in srun's place: ends by itself, or is told by the script that its time is up and ends as its tasks do.
 ENDS = "exit {code}"
 IS_TOLD = "trap 'sleep 1; exit {code}' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.1; done"
