@@ -1,5 +1,6 @@
 """Every experiment YAML runs: each training one a step on tiny shards, and the mini ones as the whole line from shards to report."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -27,8 +28,10 @@ from experiments.mini.models import PROTOCOL, mini_foundation
 from experiments.mini.recipe.check_views import measure
 from experiments.sweep import read, run_grid
 from moma_lightning.__main__ import main
+from moma_lightning.dotted import flat
 from moma_lightning.foundation import load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
+from moma_lightning.plan.report import plan
 from tests.offline_wandb import offline_run
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -39,6 +42,19 @@ TRAINING = [path for path in YAMLS if "\ntrainer:" in path.read_text()]
 STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(mini_foundation())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
              "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64",
              "--data.init_args.config.num_workers", "0"]  # fmt: skip
+#: Settings of the paper, of its authors' code, and of this project where those are silent, by YAML.
+FULL_SIZE = {
+    "sd15_llava7b/foundation.yaml": {"base": "SG161222/Realistic_Vision_V4.0_noVAE", "mllm": "llava-hf/llava-1.5-7b-hf", "mllm_dtype": "bfloat16"},
+    "sd15_llava7b/data_stage1.yaml": {"init_args.config.image_size": 512, "init_args.config.batch_size": 16},
+    "sd15_llava7b/data_stage2.yaml": {"init_args.config.image_size": 512, "init_args.config.batch_size": 8},
+    "sd15_llava7b/stage1.yaml": {"trainer.strategy.init_args.save_distributed_checkpoint": True, "trainer.precision": "bf16-mixed",
+                                 "trainer.devices": 8, "trainer.max_steps": 6600, "model.init_args.optimizer.lr": 1e-4},
+    "sd15_llava7b/stage2.yaml": {"model.init_args.stage2.variant": "released", "model.init_args.stage2.context_dropout": 0.1, "trainer.precision": "bf16-mixed",
+                                 "trainer.devices": 8, "trainer.max_steps": 40_000, "model.init_args.optimizer.lr": 1e-4},
+    "sd15_llava7b/eval.yaml": {"protocol": "moma-paper"},
+    "openimages/data.yaml": {"captions.captioner": "datamodules.openimages.captioners.Blip2Captioner", "captions.init_args.model": "Salesforce/blip2-opt-6.7b",
+                             "shards.samples_per_shard": 250},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +111,20 @@ def options(trained, data, monkeypatch) -> list[str]:
 
 def test_there_are_yamls_of_each_kind():
     assert {path.name for path in YAMLS} >= {"stage1.yaml", "stage2.yaml", "ip_adapter.yaml", "eval.yaml"}
+
+
+@pytest.mark.parametrize("path", FULL_SIZE)
+def test_full_size_settings_are_what_the_documents_say(path):
+    """Of a training that no test can run."""
+    given = flat(yaml.safe_load((EXPERIMENTS / path).read_text()))
+    assert {name: value.partition("@")[0] if isinstance(value, str) else value for name, value in given.items() if name in FULL_SIZE[path]} == FULL_SIZE[path]
+
+
+def test_steps_are_passes_over_the_papers_triplets():
+    """Three of stage 1 and nine of stage 2, of 282 k triplets, which `plan` takes for a pass."""
+    triplets = inspect.signature(plan).parameters["samples"].default
+    passes = [8 * batch_size * steps / triplets for batch_size, steps in ((16, 6600), (8, 40_000))]
+    assert triplets == 282_000 and [round(number) for number in passes] == [3, 9]
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: f"{p.parent.name}-{p.stem}")
