@@ -95,16 +95,6 @@ class MoMACLI(LightningCLI):
         rank_zero_info(f"{self.run.folder}: training is complete; raise {what} to go on, or remove the folder to train anew")
         raise SystemExit(0)
 
-    def instantiate_classes(self) -> None:
-        """What a stage or its data raises stays the error: jsonargparse takes it for one of types, and puts the whole configuration behind it."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            own = error.__cause__ if str(error).startswith("Does not validate against any of the Union subtypes") else None
-            if own is None:
-                raise
-            raise own from own.__cause__
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         loggers = config["logger"]

@@ -3,7 +3,6 @@
 import csv
 import subprocess
 import sys
-import traceback
 
 import pytest
 import yaml
@@ -14,7 +13,7 @@ from moma_lightning.training.data_wait import DataWait
 from moma_lightning.training.loggers import run_loggers
 from moma_lightning.training.run import Run
 from tests.forked import Forked
-from tests.moma_lightning.one_weight import OneWeight, config, early_stopping, last_step, logged_steps, validated_steps
+from tests.moma_lightning.one_weight import config, early_stopping, last_step, logged_steps, validated_steps
 
 
 def test_a_run_leaves_config_metrics_and_the_last_step(run, tmp_path):
@@ -163,21 +162,6 @@ def test_an_unknown_key_is_an_error(run, extra, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*extra)
     assert stop.value.code == 2 and extra[0].rsplit(".", 1)[1] in capsys.readouterr().err
-
-
-class Unfetched(OneWeight):
-    def __init__(self):
-        try:
-            raise ConnectionError("no route")
-        except OSError as error:
-            raise FileNotFoundError("o/m could not be loaded") from error
-
-
-def test_a_stages_own_error_is_told_without_the_configuration(run):
-    with pytest.raises(FileNotFoundError, match="^o/m could not be loaded$") as caught:
-        run("--model", f"{__name__}.Unfetched")
-    told = "".join(traceback.format_exception(caught.value))
-    assert "ConnectionError: no route" in told and "Namespace(" not in told
 
 
 def test_a_run_without_a_folder_is_refused(run):
