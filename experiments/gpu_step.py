@@ -75,7 +75,8 @@ def main(
                           enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
         trainer.fit(module, loader)
     middle = statistics.median(clock.seconds)
-    print(f"{stage}: {experiment.batch_size} x {experiment.image_size} px, {strategy}, {experiment.training.activation_checkpointing}, "
+    print(f"{stage}: {experiment.batch_size} x {experiment.image_size} px, noises a sample: {experiment.draws}, "
+          f"{strategy}, {experiment.training.activation_checkpointing}, "
           f"{'compiled, ' if experiment.training.compile else ''}{torch.cuda.get_device_name()}, torch {torch.__version__}: "
           f"{middle:.3f} s a step [{min(clock.seconds):.3f}, {max(clock.seconds):.3f}] of {len(clock.seconds)}, "
           f"{experiment.batch_size / middle:.1f} samples/s; peak {clock.peak / 1e9:.2f} GB; loss {clock.losses[0]:.4f} to {clock.losses[-1]:.4f}", flush=True)

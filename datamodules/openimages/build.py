@@ -9,6 +9,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -227,7 +228,7 @@ def with_absolute_paths(config: BuildConfig) -> BuildConfig:
 
 
 def deciding(config: BuildConfig) -> dict[str, Any]:
-    """The part of a configuration that decides what is written, as JSON values; word lists, captions file and a captioner's own files by content."""
+    """The part of a configuration that decides what is written, as JSON values; word lists and captions file by content, a captioner's own files too."""
     decides = {key: value for key, value in asdict(config).items() if key not in ("out", "run")}
     decides["on_unreachable"] = decides["sources"].pop("fetch")["on_unreachable"]
     del decides["sources"]["download_mask_zips"]
@@ -236,8 +237,8 @@ def deciding(config: BuildConfig) -> dict[str, Any]:
     captions = config.sources.captions
     if captions is not None and Path(captions).is_file():
         decides["captions_sha256"] = sharding.sha256(Path(captions))
-    if models := {name: content_digest(path) for name, path in _files_of(config.captions).items()}:
-        decides["captioner_files"] = models
+    elif captions is None and (files := _files_of(config.captions)):
+        decides["captioner_files"] = {name: content_digest(path) for name, path in files.items()}
     return json.loads(json.dumps(decides))
 
 
@@ -253,7 +254,7 @@ def versions() -> dict[str, str]:
 
 def _files_of(config: CaptionConfig) -> dict[str, Path]:
     """Options of the captioner that name a file or a folder here."""
-    return {name: Path(value) for name, value in config.init_args.items() if isinstance(value, str) and value and Path(value).exists()}
+    return {name: Path(value) for name, value in config.init_args.items() if isinstance(value, str) and value and os.path.exists(value)}
 
 
 def _require_same_or_more(out: Path, split: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:

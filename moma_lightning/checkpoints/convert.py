@@ -21,7 +21,7 @@ from moma_lightning.checkpoints.released_mllm import MLLM_TRAINED, read_mllm
 from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.mapping import Mapping
-from moma_lightning.models.trained_weights import WEIGHTS, compare, read_config, read_tensors, write_folder
+from moma_lightning.models.trained_weights import WEIGHTS, check_fit, read_config, read_tensors, write_folder
 
 ADAPTER, DECODER = "adapter", "image_feature_decoder"
 SIDES = {"image_proj": "projector", "ip_adapter": "context side", "subject_adapter": "subject side", "mapping": "mapping", "mllm": "MLLM", "token": "token"}
@@ -79,12 +79,17 @@ def convert(source: str, target: str, decoder: str | None = None, mllm: str | No
 
 
 def read_source(source: str) -> tuple[State, str]:
-    """An adapter's entries under native names, and its variant. Raises CheckpointError for one that is not whole, or no plain IP-Adapter."""
+    """An adapter's entries under native names, and its variant.
+
+    Raises CheckpointError for no plain IP-Adapter, and for one that is not whole up to its last layer: that it ends too early a base tells, which is not here.
+    """
     state, metadata = read_adapter_file(local_path(f"{source}/{ADAPTER}") or source)
     if lacking := {"image_proj.proj.weight", "image_proj.norm.weight"} - state.keys():
         raise CheckpointError(f"{source} holds no {' and no '.join(sorted(lacking))}: not an IP-Adapter (the plain one) or MoMA adapter file")
-    if wrong := compare(source, state, whole_adapter(state)).wrong:
-        raise CheckpointError("\n  ".join([f"{source} is not a whole adapter; fetch or write it again:", *wrong[:10]]))
+    try:
+        check_fit(source, state, whole_adapter(state))
+    except ValueError as error:
+        raise CheckpointError(f"{error}\nIt is not a whole adapter: fetch or write it again.") from error
     return state, metadata.get("moma_variant", "released")
 
 
@@ -92,7 +97,7 @@ def whole_adapter(state: State) -> State:
     """What an adapter of these widths and so many layers holds, on the meta device; subject side and mapping where `state` has something of them."""
     # Of to_k and to_v the former, which comes last here, says a layer's channels.
     channels = {tuple(name.split(".")[:2]): len(state[name]) for name in sorted(state, reverse=True) if state[name].ndim == 2}
-    blocks = max(sum(part == side for part, _ in channels) for side in ("ip_adapter", "subject_adapter"))
+    blocks = max(sum(layer[0] == side for layer in channels) for side in ("ip_adapter", "subject_adapter"))
     proj, text_dim = state["image_proj.proj.weight"], len(state["image_proj.norm.weight"])
     layers = {i: (channels.get(("ip_adapter" if i % 2 else "subject_adapter", str(i)), 1), text_dim if i % 2 else None) for i in range(2 * blocks)}
     with torch.device("meta"):

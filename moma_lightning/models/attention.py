@@ -48,7 +48,7 @@ class SubjectKeys(NamedTuple):
 class SubjectConditioning:
     """The second term of Eq. 3: lambda * beta * M_gen . Attn(Q, K', V', key mask M_ref).
 
-    keys: of each self-attention layer; each subject's rows of the batch lie side by side, and are as many as every other's.
+    keys: of each self-attention layer, of one subject for all rows of the batch, or of several, for `rows_per_subject` of them side by side each.
     generated_mask: M_gen, or None while it is unknown (the first step): no masking then.
     beta: one strength, or one a row of the batch.
     resolutions: positions of the layers to come, where they are known: what the first layer asks for is found for all of them, since a GPU is
@@ -59,6 +59,7 @@ class SubjectConditioning:
     generated_mask: MaskPyramid | None = None
     beta: float | Float[Tensor, "batch 1"] = 1.0
     resolutions: Collection[int] = ()
+    rows_per_subject: int = 1
     _queries: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
@@ -272,10 +273,10 @@ def add_subject_attention(
 ) -> Float[Tensor, "batch positions channels"]:
     """`output` plus the second term of Eq. 3 for one layer, computed from kept queries to kept keys only: all else is zero.
 
-    Raises ValueError where the rows cannot be shared out among the subjects evenly.
+    Raises ValueError where there are several subjects and another number of rows than theirs.
     """
-    if len(query) % len(key):
-        raise ValueError(f"{len(key)} subjects for a batch of {len(query)}: each has to have the same number of rows")
+    if len(key) not in (1, len(query) / subject.rows_per_subject):
+        raise ValueError(f"{len(key)} subjects of {subject.rows_per_subject} rows each for a batch of {len(query)}: give one, or as many as there are rows for")
     index, weight = subject.queries(len(query), query.shape[1], len(key))
     asked = query if index is None else query.flatten(0, 1).index_select(0, index)
     added = (attend(split_heads(asked.reshape(len(key), -1, query.shape[2]), key.shape[1]), key, value, bias) * weight).to(output.dtype)

@@ -86,7 +86,7 @@ class Stage2(TrainedPartModule):
                 reference_latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "rows c h w"]:
         """Noise prediction with both conditions; M_gen = M_ref, as always in training.
 
-        There may be several rows a sample, side by side, as `noise_draws` has them: what is made of the sample is made once.
+        There may be several rows a sample, side by side, as `noise_draws` has them: what is frozen is run once for them.
         """
         latent_size, draws = tuple(noisy_latents.shape[-2:]), len(noisy_latents) // len(batch)
         context, subject = self.adapter.context_conditioning(image_embeds.repeat_interleave(draws, 0)), None
@@ -98,6 +98,7 @@ class Stage2(TrainedPartModule):
                 reference = self.reference_features(reference_latents, batch)
             generated = mask if draws == 1 else MaskPyramid(batch.subject_mask.repeat_interleave(draws, 0), latent_size)
             subject = self.adapter.subject_conditioning(reference, mask, generated)
+            subject.rows_per_subject = draws
             if VARIANTS[self.config.variant].mask_context:
                 context.generated_mask = generated
         conditioning = Conditioning(subject, context)

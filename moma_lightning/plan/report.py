@@ -91,7 +91,8 @@ def needed(measured: Callable[[Checkpointing], Measured], experiment: Experiment
 def heading(stage: Path, experiment: Experiment, gpus: int, gpu: Gpu) -> str:
     batch = experiment.batch_size * experiment.accumulate
     precision = "bf16" if experiment.bf16 else "float32"
-    return f"{stage}: {gpus} GPUs of {gpu.memory:g} GB, sharded; {gpus} x {batch} = {gpus * batch} samples a step, {experiment.image_size} px, {precision}"
+    samples = f"{gpus} x {batch} = {gpus * batch} samples{f' x {experiment.draws} noises' if experiment.draws > 1 else ''} a step"
+    return f"{stage}: {gpus} GPUs of {gpu.memory:g} GB, sharded; {samples}, {experiment.image_size} px, {precision}"
 
 
 def parameters(experiment: Experiment) -> str:

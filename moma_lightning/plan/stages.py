@@ -43,6 +43,11 @@ class Experiment:
     def training(self) -> TrainingOptions:
         return TrainingOptions(**self.model["training"])
 
+    @property
+    def draws(self) -> int:
+        """Rows of the UNet's batch for each sample."""
+        return self.model.get("stage2", {}).get("noise_draws", 1)
+
     def with_checkpointing(self, policy: Checkpointing) -> "Experiment":
         return replace(self, model=self.model | {"training": self.model["training"] | {"activation_checkpointing": policy}})
 

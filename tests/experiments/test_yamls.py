@@ -122,9 +122,9 @@ def test_full_size_settings_are_what_the_documents_say(path):
 
 def test_steps_are_passes_over_the_papers_triplets():
     """Three of stage 1 and nine of stage 2, of 282 k triplets, which `plan` takes for a pass."""
-    triplets = inspect.signature(plan).parameters["samples"].default
-    passes = [8 * batch_size * steps / triplets for batch_size, steps in ((16, 6600), (8, 40_000))]
-    assert triplets == 282_000 and [round(number) for number in passes] == [3, 9]
+    triplets, sizes, steps = inspect.signature(plan).parameters["samples"].default, "init_args.config.batch_size", "trainer.max_steps"
+    samples = [8 * FULL_SIZE[f"sd15_llava7b/data_{stage}.yaml"][sizes] * FULL_SIZE[f"sd15_llava7b/{stage}.yaml"][steps] for stage in ("stage1", "stage2")]
+    assert triplets == 282_000 and [round(number / triplets) for number in samples] == [3, 9]
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: f"{p.parent.name}-{p.stem}")

@@ -248,12 +248,15 @@ def test_several_rows_of_each_subject_attend_to_it():
     m_gen = random_mask(6, (4, 6), soft=True)
     every, kept = [t.repeat_interleave(3, 0) for t in key_value], m_ref.flatten(1).repeat_interleave(3, 0)
     expected = equation_3(attn, x, every, kept, m_gen.flatten(1), 0.8 * 0.6)
-    torch.testing.assert_close(run(attn, x, subject(key_value, m_ref, m_gen)), expected, atol=2e-6, rtol=1e-5)
+    given = subject(key_value, m_ref, m_gen)
+    given.rows_per_subject = 3
+    torch.testing.assert_close(run(attn, x, given), expected, atol=2e-6, rtol=1e-5)
 
 
-def test_refuses_rows_that_cannot_be_shared_out_evenly():
-    with pytest.raises(ValueError, match="2 subjects for a batch of 5"):
-        run(self_attention(), torch.randn(5, 24, CHANNELS), subject(reference(), named_masks(["some", "some"])))
+def test_refuses_another_number_of_rows_than_the_subjects_have():
+    """Two subjects under guidance, say, whose rows do not lie side by side."""
+    with pytest.raises(ValueError, match="2 subjects of 1 rows each for a batch of 4"):
+        run(self_attention(), torch.randn(4, 24, CHANNELS), subject(reference(), named_masks(["some", "some"])))
 
 
 @pytest.mark.usefixtures("way")

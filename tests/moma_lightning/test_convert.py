@@ -180,10 +180,10 @@ def test_an_adapter_that_is_not_whole_is_refused_before_anything_is_written(rele
         ({f"ip_adapter.1.to_{kv}_ip.weight": zeros(16, 9) for kv in "kv"}, r"ip_adapter.1.to_k_ip.weight: shape \[16, 9\], expected \[16, 32\]"),
         ({"subject_adapter.0.lambda_": None}, "subject_adapter.0.lambda_: missing"),
         ({"subject_adapter.0.to_k.weight": zeros(16, 9)}, r"subject_adapter.0.to_k.weight: shape \[16, 9\], expected \[16, 16\]"),
-        ({"token.weight": zeros(1)}, "token.weight: not expected"),
+        ({"token.weight": zeros(1)}, "token.weight: not expected"), ({"loose": zeros(2, 2)}, "loose: not expected"),
     ]:
         save_file({name: value for name, value in (whole | spoil).items() if value is not None}, path)
-        with pytest.raises(SystemExit, match=rf"(?s)convert: {tmp_path / 'source'} is not a whole adapter.*\n  {named}"):
+        with pytest.raises(SystemExit, match=rf"(?s)convert: {tmp_path / 'source'} does not fit.*\n  {named}.*not a whole adapter"):
             convert(tmp_path / "source", tmp_path / "x.bin")
     nested = torch.load(released, weights_only=True)
     del nested["llm_mapping"]["mapping.up_proj.weight"]

@@ -1,6 +1,7 @@
 """Stage 2 on a tiny SDXL, from the folder of its models to pictures of what was trained; and its checkpoints."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,20 @@ def test_shapes_other_than_squares_train(build, shape):
     values, _ = (module := build()).sample_losses(batch(0, height=shape[0], width=shape[1], empty=True), drop=True)
     values.mean().backward()
     assert torch.isfinite(values).all() and all(torch.isfinite(p.grad).all() for p in module.adapter.parameters())
+
+
+def test_several_draws_of_noise_share_their_samples_texts(build):
+    """Pooled embeddings and sizes too: losses are those of one draw each."""
+    module, one = build(), replace(batch(0), caption=["a cat on a lake", "a cat", "a cat in the snow"])
+    latents, noise = torch.linspace(-1, 1, 192).view(3, 4, 4, 4), torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    timesteps, module.latents = torch.tensor([10, 900, 300, 500, 700, 20]), lambda *_: (latents, latents)
+
+    def losses(rows: slice, draws: int) -> torch.Tensor:
+        module.random_draws = lambda *_: (noise[rows], timesteps[rows], None)
+        return module.sample_losses(one, drop=False, draws=draws)[0]
+
+    apart = torch.stack([losses(slice(draw, None, 2), 1) for draw in (0, 1)], 1).flatten()
+    torch.testing.assert_close(losses(slice(None), 2), apart, rtol=1e-4, atol=1e-6)
 
 
 def test_every_text_encoder_is_a_unit_of_sharding(build):

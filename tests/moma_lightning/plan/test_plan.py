@@ -19,7 +19,7 @@ from moma_lightning.optim import OptimizerConfig
 from moma_lightning.plan import architectures
 from moma_lightning.plan import measure as measuring
 from moma_lightning.plan.measure import Measured, count_flops, count_parameters, first_chunk, measure
-from moma_lightning.plan.report import Gpu, memory, needed, plan
+from moma_lightning.plan.report import Gpu, heading, memory, needed, plan
 from moma_lightning.plan.stages import Experiment, read_experiment
 from moma_lightning.training.options import TrainingOptions
 from tests.moma_lightning.conftest import EMBED
@@ -89,6 +89,20 @@ def test_recomputation_saves_activations(stage2_of):
 
 def test_floating_point_operations_grow_with_the_batch(foundation):
     assert count_flops(experiment(Stage2, foundation, 4)) == pytest.approx(2 * count_flops(experiment(Stage2, foundation, 2)), rel=0.01)
+
+
+def test_further_noises_of_a_sample_cost_the_unet_alone(foundation):
+    """Its forward and backward pass for each row; what is frozen is counted once."""
+    one = experiment(Stage2, foundation, 2)
+    counts = [count_flops(replace(one, model=one.model | {"stage2": one.model["stage2"] | {"noise_draws": draws}})) for draws in (1, 2, 3)]
+    assert counts[2] - counts[1] == pytest.approx(counts[1] - counts[0], rel=0.01) and 0 < counts[1] - counts[0] < 0.8 * counts[0]
+
+
+def test_the_heading_says_how_many_noises_a_sample_has(foundation):
+    one, gpu = experiment(Stage2, foundation, 2), Gpu(80, 989, 0.25)
+    assert "8 x 2 = 16 samples a step" in heading(Path("x.yaml"), one, 8, gpu)
+    one.model["stage2"]["noise_draws"] = 4
+    assert "8 x 2 = 16 samples x 4 noises a step" in heading(Path("x.yaml"), one, 8, gpu)
 
 
 def test_the_peak_is_that_of_torchs_own_tracker(foundation, stage2_of, monkeypatch):

@@ -8,8 +8,8 @@ from moma_lightning.models.blocks import blocks_of
 from tests.moma_lightning.training.sharded_run import build, global_batch
 
 
-def gradients(module) -> tuple[dict[str, torch.Tensor], int]:
-    """Of one step whose random numbers are fixed, and how often layers of the model were run."""
+def gradients(module, draws: int = 1) -> tuple[dict[str, torch.Tensor], int]:
+    """Of one step whose random numbers are fixed, and how often layers of the model were run. draws: of noise, for each sample of stage 2's."""
     calls = []
     for layer in [*module.modules()]:
         if type(layer).__name__ in ("BasicTransformerBlock", "LlamaDecoderLayer", "ResnetBlock2D"):
@@ -17,11 +17,12 @@ def gradients(module) -> tuple[dict[str, torch.Tensor], int]:
             part.register_forward_hook(lambda *_: calls.append(1))
     module.configure_model()
     module.log = module.log_dict = lambda *_, **__: None
-    module.random_draws = lambda latents, generator, drop, draws: (torch.ones_like(latents), torch.tensor([10, 300, 600, 900]), None)
+    timesteps = torch.tensor([10, 300, 600, 900]).repeat(draws)
+    module.random_draws = lambda latents, *_: (torch.ones(len(timesteps), *latents.shape[1:]), timesteps, None)
     module._log_bands = lambda *_: None
     torch.manual_seed(0)
     batch = global_batch(0, 0, 1)
-    loss = module.sample_losses(batch, drop=True)[0].mean() if hasattr(module, "adapter") else module.loss(*module.predicted_and_target(batch))
+    loss = module.sample_losses(batch, drop=True, draws=draws)[0].mean() if hasattr(module, "adapter") else module.loss(*module.predicted_and_target(batch))
     loss.backward()
     return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}, len(calls)
 
@@ -44,22 +45,23 @@ def test_blocks_are_the_layers_of_transformers_models(foundation, decoder_folder
     assert len(blocks_of(module)) == 2 + 2 + 2, "text encoder, vision tower and language model"
 
 
-def compiled_like_plain(foundation, decoder_folder: str) -> None:
+def compiled_like_plain(foundation, decoder_folder: str, draws: int) -> None:
     """Stage 2's UNet in two graphs (the reference pass and the denoising one) without a break; backend "eager" leaves the kernels as they are."""
-    plain, _ = gradients(build("stage2", foundation, decoder_folder))
+    plain, _ = gradients(build("stage2", foundation, decoder_folder), draws)
     compile_module = torch.nn.Module.compile
     torch.nn.Module.compile = lambda module: compile_module(module, backend="eager", fullgraph=True)
-    compiled, _ = gradients(build("stage2", foundation, decoder_folder, compile=True))
+    compiled, _ = gradients(build("stage2", foundation, decoder_folder, compile=True), draws)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert all(torch.allclose(plain[name], compiled[name], rtol=1e-4, atol=1e-6) for name in plain)
 
 
-def test_the_unet_compiles_and_computes_the_same(foundation, decoder_folder):
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_unet_compiles_and_computes_the_same(foundation, decoder_folder, draws):
     """In a process of its own: the type checks of the tests' import hook cannot be traced."""
     code = "\n".join([
         "from moma_lightning.foundation import FoundationConfig",
         f"from {__name__} import compiled_like_plain",
-        f"compiled_like_plain({foundation!r}, {decoder_folder!r})",
+        f"compiled_like_plain({foundation!r}, {decoder_folder!r}, {draws})",
     ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
