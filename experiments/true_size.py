@@ -34,13 +34,13 @@ def main(stage: Path = SD15 / "stage2.yaml", size: int = 512, checkpointing: boo
     assert isinstance(module, Stage2)
     module.configure_model()
     optimizer, begun = optim.build(module.named_parameters(), optim.OptimizerConfig()), time.perf_counter()
-    loss = module.sample_losses(batch, torch.Generator().manual_seed(0), drop=True, draws=module.config.noise_draws)[0].mean()
+    loss = module.sample_losses(batch, torch.Generator().manual_seed(0), drop=True)[0].mean()
     loss.backward()
     optimizer.step()
     told = time.perf_counter() - begun
     report(module)
     with torch.no_grad():
-        after = module.sample_losses(batch, torch.Generator().manual_seed(0), drop=True, draws=module.config.noise_draws)[0].mean()
+        after = module.sample_losses(batch, torch.Generator().manual_seed(0), drop=True)[0].mean()
     print(f"loss {loss.item():.6f}, after one AdamW step {after.item():.6f}; step {told:.0f} s on {torch.get_num_threads()} thread(s); "
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")  # fmt: skip
 

@@ -26,9 +26,9 @@ from moma_lightning.plan.stages import read_experiment
 from moma_lightning.segmentation import NothingFoundError, SamMasker
 
 FEW_PROMPTS = [f"a {LABEL} {place}" for place in PLACES]
+ALL_PROMPTS = [" ".join(prompt.format("", LABEL).split()) for prompt in live_prompts()]
 #: In a process of `on_two_cores`, what it draws with.
 OF_WORKER: list["Evaluation"] = []
-ALL_PROMPTS = [" ".join(prompt.format("", LABEL).split()) for prompt in live_prompts()]
 
 
 @dataclass

@@ -190,9 +190,10 @@ class Stage2(TrainedPartModule):
         return noise, timesteps, torch.rand(2, len(latents), device=self.device) if drop else None
 
     def sample_losses(
-        self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None, *, drop: bool, draws: int = 1
+        self, batch: TripletBatch | CachedBatch, generator: torch.Generator | None = None, *, drop: bool, draws: int | None = None
     ) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
-        """Eq. 1 and its timestep, for each sample `draws` times side by side. `drop` applies the two dropouts."""
+        """Eq. 1 and its timestep, for each sample `draws` times side by side, None for `noise_draws`. `drop` applies the two dropouts."""
+        draws = draws or self.config.noise_draws
         latents, reference_latents = self.latents(batch, generator)
         noise, timesteps, chance = self.random_draws(latents, generator, drop, draws)
         embeds, captions = self.context_embeds(batch), batch.caption
@@ -218,7 +219,7 @@ class Stage2(TrainedPartModule):
         return values * losses.min_snr_weight(alphas, self.config.min_snr_gamma, self.noise_scheduler.config.prediction_type == "v_prediction")
 
     def training_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> Tensor:
-        values, timesteps = self.sample_losses(batch, drop=True, draws=self.config.noise_draws)
+        values, timesteps = self.sample_losses(batch, drop=True)
         loss = values.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps):  # not written: Lightning would write this step's values later
@@ -231,7 +232,7 @@ class Stage2(TrainedPartModule):
     def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
         seed = batch_idx * self.trainer.world_size + self.trainer.global_rank  # the batch's number in the split, whoever reads it
         generator = torch.Generator(self.device).manual_seed(seed)
-        values, _ = self.sample_losses(batch, generator, drop=False)
+        values, _ = self.sample_losses(batch, generator, drop=False, draws=1)
         self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
         if batch_idx == 0:
             self.grid_samples = batch if isinstance(batch, TripletBatch) else batch.without_reference()

@@ -89,7 +89,7 @@ def test_draws_have_noise_and_timesteps_of_their_own_and_share_what_is_frozen(bu
         setattr(module, name, counted(name, getattr(module, name)))
     noise, timesteps, chance = module.random_draws(torch.zeros(3, 4, 4, 4), None, True, 4)
     assert len(noise.flatten(1).unique(dim=0)) == 12 and len(timesteps.unique()) > 6 and chance.shape == (2, 3)
-    values, timesteps = module.sample_losses(batch(0), drop=True, draws=4)
+    values, timesteps = module.sample_losses(batch(0), drop=True)
     assert len(values) == len(timesteps) == 12 and calls == {"latents": 3, "context_embeds": 3, "encode_text": 6, "reference_features": 3}
 
 
@@ -162,7 +162,7 @@ def test_every_batch_of_the_validation_has_noise_of_its_own(build_stage2):
     """On each rank: a batch's noise is that of its number in the split, whoever reads it."""
     module, seeds = build_stage2(), []
     module.log = lambda *_, **__: None
-    module.sample_losses = lambda one, generator, drop: seeds.append(generator.initial_seed()) or (torch.zeros(3), None)
+    module.sample_losses = lambda one, generator, drop, draws: seeds.append(generator.initial_seed()) or (torch.zeros(3), None)
     for rank in (0, 1):
         module._trainer = SimpleNamespace(world_size=2, global_rank=rank)
         for number in range(2):
