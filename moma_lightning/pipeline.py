@@ -168,7 +168,7 @@ class MoMAPipeline(DiffusionPipeline):
             settings = SubjectSettings(beta, mask_strength, mask_threshold, mask_layers, guide_subject)
             spelled, label = (self.maybe_convert_prompt(texts, self.tokenizer) for texts in (prompts, subject.label))  # as encode_text reads them
             tokens = label_tokens(self.tokenizers, spelled, label).to(device)
-            guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, latents.shape[-2:], settings)
+            guide = SubjectGuide(self.adapter, subject, tokens, num_images_per_prompt, guided, latents.shape[-2:], settings)
         extra = self.prepare_extra_step_kwargs(generator, eta)
         masks: list[Tensor] = []
         made: dict[tuple[int, str], Any] = {}
@@ -180,7 +180,7 @@ class MoMAPipeline(DiffusionPipeline):
                 continue
             doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             recorder = Recorder(label_tokens=guide.label_tokens if guide else None)
-            conditioning = guide.conditioning(numbers[step], context, guided, recorder) if guide else Conditioning(context=context)
+            conditioning = guide.conditioning(numbers[step], context, recorder) if guide else Conditioning(context=context)
             conditioning.made = made
             noise_pred = self.unet(doubled, t, **text._asdict(), cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
             if guided:

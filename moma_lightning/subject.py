@@ -1,7 +1,7 @@
 """The subject of one picture: what is prepared of it once, and how it acts in a call of the pipeline (section 3.2, Figure 3 b)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from moma_lightning.models.adapter import MoMAAdapter, Reference, Variant
-from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder
+from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder, SubjectConditioning
 from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
 from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.pictures import to_grey, to_rgb
@@ -72,39 +72,37 @@ class Subject:
 class SubjectGuide:
     """The subject side of one call: K', V' made once, M_gen(t) carried from each step to the next (Figure 3 b).
 
-    label_tokens: which tokens of each prompt are the label's. repeats: pictures a prompt.
+    label_tokens: which tokens of each prompt are the label's. repeats: pictures a prompt. guided: each picture has two rows, the unconditional first.
     """
 
     def __init__(self, adapter: MoMAAdapter, subject: Subject, label_tokens: Float[Tensor, "prompts text"], repeats: int,
-                 latent_size: Sequence[int], settings: SubjectSettings):
+                 guided: bool, latent_size: Sequence[int], settings: SubjectSettings):
         if subject.variant != adapter.variant:
             raise ValueError(f"the subject was prepared for a {subject.variant!r} adapter, this one is {adapter.variant!r}: prepare it anew")
         self.variant, self.settings, self.latent_size = VARIANTS[adapter.variant], settings, (latent_size[0], latent_size[1])
+        self.guided = guided
         reference_mask = MaskPyramid(subject.mask, subject.latent_size, settings.mask_strength)
-        self.subject = adapter.subject_conditioning(subject.features, reference_mask)
+        self.keys = adapter.subject_conditioning(subject.features, reference_mask).keys
         self.label_tokens = label_tokens.repeat_interleave(repeats, 0)
-        self.beta = torch.as_tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
-        self.is_silent = not adapter.has_subject or not self.beta.any()
+        beta = torch.as_tensor(settings.beta, dtype=torch.float32, device=label_tokens.device).expand(len(label_tokens)).repeat_interleave(repeats)
+        unconditional = torch.zeros_like(beta) if settings.guide_subject else beta
+        self.beta = (torch.cat([unconditional, beta]) if guided else beta)[:, None]  # of each row
+        self.is_silent = not adapter.has_subject or not beta.any()
         self.mask_context = self.variant.mask_context and adapter.has_subject
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
         self.resolutions: set[int] = set()  # of the UNet's attention layers, in positions, as the first step has shown them
 
-    def conditioning(self, t: float, context: ContextConditioning | None, guided: bool, recorder: Recorder) -> Conditioning:
+    def conditioning(self, t: float, context: ContextConditioning | None, recorder: Recorder) -> Conditioning:
         waiting = self.variant.wait_for_mask and self.generated_mask is None
         acts = not self.is_silent and t < self.variant.subject_below and not waiting
         pyramid = None
         if self.generated_mask is not None:
-            mask = torch.cat([self.generated_mask] * 2) if guided else self.generated_mask
+            mask = torch.cat([self.generated_mask] * 2) if self.guided else self.generated_mask
             pyramid = MaskPyramid(mask, self.latent_size, self.settings.mask_strength)
-        subject = replace(self.subject, generated_mask=pyramid, beta=self._beta(guided), resolutions=self.resolutions) if acts else None
+        subject = SubjectConditioning(self.keys, pyramid, self.beta, self.resolutions) if acts else None
         if context is not None and self.mask_context:
             context.generated_mask = pyramid
         return Conditioning(subject, context, recorder)
-
-    def _beta(self, guided: bool) -> Float[Tensor, "rows 1"]:
-        """Strength of each row of the batch; a guided subject attention is left out of the unconditional half."""
-        unconditional = torch.zeros_like(self.beta) if self.settings.guide_subject else self.beta
-        return (torch.cat([unconditional, self.beta]) if guided else self.beta)[:, None]
 
     def update(self, recorder: Recorder) -> Float[Tensor, "batch 1 h w"]:
         layers = self.settings.mask_layers

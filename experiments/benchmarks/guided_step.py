@@ -29,7 +29,7 @@ class Size:
     """A UNet with random weights: Stable Diffusion 1.5's layout with its channels times `width`, or the mini one, on square latents.
 
     pictures: drawn at once, each a guided and an unguided row of the batch. steps: timed together, where one is too short to time.
-    compiled: both UNets are, into CUDA graphs.
+    compiled: both UNets are, into CUDA graphs. text_length: tokens of a prompt, as the base's tokenizer fills it up.
     """
 
     name: str
@@ -39,13 +39,14 @@ class Size:
     pictures: int = 1
     steps: int = 1
     compiled: bool = False
+    text_length: int = 77
 
     @property
     def shape(self) -> str:
         unet = f"SD 1.5's UNet x{self.width:g}" if self.width else "mini UNet"
         steps = f", {self.steps} steps" if self.steps > 1 else ""
         compiled = f", compiled ({COMPILE})" if self.compiled else ""
-        return f"{unet}, {self.latents}x{self.latents} latents, guided batch of {2 * self.pictures}, {PRECISION}{steps}{compiled}"
+        return f"{unet}, {self.latents}x{self.latents} latents, {self.text_length} tokens, guided batch of {2 * self.pictures}, {PRECISION}{steps}{compiled}"
 
     def build(self, device: torch.device) -> UNet2DConditionModel:
         with device:
@@ -55,7 +56,7 @@ class Size:
             return UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=groups).eval()
 
 
-SIZES = [Size("mini", 8, steps=10), Size("sd15", 64, 1.0, pairs=7)]
+SIZES = [Size("mini", 8, steps=10, text_length=24), Size("sd15", 64, 1.0, pairs=7)]
 #: Many minutes a pair on a CPU core, so it is asked for (`--full`). A GPU waits for its next operation with a batch of 2.
 FULL = [Size("sd15 16 pictures", 64, 1.0, pictures=16)]
 #: For a GPU: each mask and the plain UNet take a minute or more to compile. A graph's steps follow one another without the GPU being waited for.
@@ -66,10 +67,10 @@ class Setting:
     """Everything a step needs; the masks are discs over `share` of the picture, in the reference and in the new picture."""
 
     @torch.no_grad()
-    def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device, pictures: int = 1):
+    def __init__(self, unet: UNet2DConditionModel, latents: int, share: float, device: torch.device, pictures: int = 1, text_length: int = 77):
         there, rows = {"device": device, "dtype": dtype_of(device)}, 2 * pictures
         self.unet, self.latents = unet.to(**there), torch.randn(rows, unet.config.in_channels, latents, latents, **there)
-        self.text = torch.randn(rows, 77, unet.config.cross_attention_dim, **there)
+        self.text = torch.randn(rows, text_length, unet.config.cross_attention_dim, **there)
         self.mask = disc(share, latents).to(device)
         self.adapter = random_adapter(unet).to(**there)
         install_processors(unet)
@@ -77,18 +78,18 @@ class Setting:
         self.context = self.adapter.context_conditioning(torch.randn(rows, self.adapter.image_proj.proj.in_features, **there))
         self.t = torch.tensor(T, device=device)  # as schedulers give it
         pipe = MoMAPipeline.from_base(replace(load_base(mini_foundation()), unet=unet))
-        pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, 77
+        pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, text_length
         picture = self.mask.expand(-1, 3, -1, -1)
         subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL, self.adapter.variant)
         tokens, self.made = label_tokens(pipe.tokenizers, [PROMPT] * pictures, LABEL).to(device), {}
-        self.guide = SubjectGuide(self.adapter, subject, tokens, 1, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
+        self.guide = SubjectGuide(self.adapter, subject, tokens, 1, True, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
 
     @torch.no_grad()
     def moma(self) -> Tensor:
         """A later step as `MoMAPipeline.__call__` makes it, with the mask's size held: random weights estimate one of any size."""
         recorder = Recorder(label_tokens=self.guide.label_tokens)
         self.guide.generated_mask = self.mask.expand(len(self.latents) // 2, -1, -1, -1)
-        conditioning = self.guide.conditioning(T, self.context, True, recorder)
+        conditioning = self.guide.conditioning(T, self.context, recorder)
         conditioning.made = self.made
         noise = self.unet(self.latents, self.t, self.text, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False)[0]
         self.guide.update(recorder)
@@ -129,7 +130,7 @@ def cases(sizes: list[Size]) -> list[Case]:
     """Against plain attention at three mask sizes, and explicit matrices against plain attention."""
     def against_plain(size: Size, share: float, which: str):
         def prepare(device: torch.device):
-            setting = Setting(size.build(device), size.latents, share, device, size.pictures)
+            setting = Setting(size.build(device), size.latents, share, device, size.pictures, size.text_length)
             if size.compiled:
                 setting.unet.compile(mode=COMPILE)
             ours = setting.explicit() if which == "explicit" else setting.moma

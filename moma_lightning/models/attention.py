@@ -63,10 +63,10 @@ class SubjectConditioning:
     _queries: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    def queries(self, rows: int, positions: int, subjects: int) -> tuple[Int[Tensor, " all_kept"] | None, Float[Tensor, "subjects kept 1"]]:
+    def queries(self, rows: int, positions: int, subjects: int) -> tuple[Int[Tensor, " all_kept"] | None, Float[Tensor, "subjects_or_rows kept 1"]]:
         """Where the term is not zero, counted through all rows, and beta * M_gen there; rows that share a subject are one long row.
 
-        None: everywhere, where `keeps_all`, or in sampling where they are few. Found once for all layers of a resolution.
+        None: everywhere, where `keeps_all`, or in sampling where they are few; row by row then. Found once for all layers of a resolution.
         """
         if positions not in self._queries:
             self._queries |= {each: self._find(rows, each, subjects) for each in {positions, *self.resolutions} if each not in self._queries}
@@ -87,9 +87,10 @@ class SubjectConditioning:
 
     def _find(self, rows: int, positions: int, subjects: int) -> tuple[Tensor | None, Tensor]:
         dtype = next(iter(self.keys.values())).key.dtype
-        weight = self._weight(rows, positions).reshape(subjects, -1)
+        weight = self._weight(rows, positions)
         if keeps_all(weight) or (weight.numel() <= FEW_QUERIES and not torch.is_grad_enabled()):
             return None, weight[..., None].to(dtype)
+        weight = weight.reshape(subjects, -1)
         index = kept_positions(weight)
         kept = weight.gather(1, index)[..., None].to(dtype)
         if subjects > 1:
@@ -177,7 +178,7 @@ class MoMAAttnProcessor:
         if given.subject is None:
             return output
         keys = given.subject.keys[self.layer]
-        if len(keys.key) == 1 and kernels.fit(query, attn.heads):
+        if keys.key.shape[0] == 1 and kernels.fit(query, attn.heads):
             its_key, its_value, bias = given.once(self.layer, "subject, for a kernel", lambda: keys.of_one(query.dtype))
             places, weight = given.subject.places(*query.shape[:2])
             return kernels.add_subject_attention_(output, query, its_key, its_value, bias, places, weight, attn.heads)
@@ -193,7 +194,7 @@ class MoMAAttnProcessor:
         def split(*tensors: Tensor) -> tuple[Tensor, ...]:
             return tuple(split_heads(x.to(query.dtype), attn.heads) for x in tensors)
 
-        (asked,) = split(query)
+        asked = split_heads(query, attn.heads)
         key, value = given.once(self.layer, "text", lambda: split(attn.to_k(text), attn.to_v(text)))
         output = attend(asked, key, value, as_bias(attn, attention_mask, key))
         if recorder is not None and labels is not None:
@@ -222,9 +223,14 @@ class KnownSignature(inspect.Signature):
     Its parameters are a plain dict, since torch.compile does not read on in a mapping proxy.
     """
 
-    def __init__(self, parameters: Sequence[inspect.Parameter], **options: Any):
-        super().__init__(parameters, **options)
+    def __init__(self, parameters: Sequence[inspect.Parameter]):
+        super().__init__(parameters)
         self.known = {parameter.name: parameter for parameter in parameters}
+        self.bound = KnownSignature(parameters[1:]) if "self" in self.known else self
+
+    def replace(self, *args: Any, **kwargs: Any) -> "KnownSignature":
+        """The one thing `inspect.signature` replaces: a bound method shows its parameters without `self`."""
+        return self.bound
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:  # type: ignore[override]
@@ -275,14 +281,15 @@ def add_subject_attention(
 
     Raises ValueError where there are several subjects and another number of rows than theirs.
     """
-    if len(key) not in (1, len(query) / subject.rows_per_subject):
-        raise ValueError(f"{len(key)} subjects of {subject.rows_per_subject} rows each for a batch of {len(query)}: give one, or as many as there are rows for")
-    index, weight = subject.queries(len(query), query.shape[1], len(key))
+    (batch, positions, channels), (subjects, heads) = query.shape, key.shape[:2]
+    if subjects not in (1, batch / subject.rows_per_subject):
+        raise ValueError(f"{subjects} subjects of {subject.rows_per_subject} rows each for a batch of {batch}: give one, or as many as there are rows for")
+    index, weight = subject.queries(batch, positions, subjects)
     asked = query if index is None else query.flatten(0, 1).index_select(0, index)
-    added = (attend(split_heads(asked.reshape(len(key), -1, query.shape[2]), key.shape[1]), key, value, bias) * weight).to(output.dtype)
+    added = attend(split_heads(asked.reshape(subjects, -1, channels), heads), key, value, bias)
     if index is None:
-        return output + added.view_as(output)
-    rows, added = output.flatten(0, 1), added.flatten(0, 1)
+        return output.addcmul(added.view_as(output), weight.to(output.dtype))
+    rows, added = output.flatten(0, 1), (added * weight).to(output.dtype).flatten(0, 1)
     # A backward pass needs the output as it was.
     return (rows.index_add(0, index, added) if torch.is_grad_enabled() else rows.index_add_(0, index, added)).view_as(output)
 
@@ -320,4 +327,4 @@ def label_map(
 
     By the kernel that attends to the text: the matrix of probabilities, which takes a GPU three to six times as long, is never there.
     """
-    return F.scaled_dot_product_attention(query[-len(key) :], key, value)[..., 0].sum(1, dtype=torch.float32)
+    return F.scaled_dot_product_attention(query[-key.shape[0] :], key, value)[..., 0].sum(1, dtype=torch.float32)

@@ -56,7 +56,7 @@ def test_mask_weight_at_the_three_strengths():
 
 
 def test_min_max_is_per_sample_and_a_constant_map_is_zero():
-    maps = torch.stack([torch.arange(4.0).view(1, 2, 2), 100 + torch.arange(4.0).view(1, 2, 2), torch.ones(1, 2, 2)])
+    maps = torch.stack([torch.arange(4.0), 100 + torch.arange(4.0), torch.ones(4)])
     scaled = min_max(maps)
     assert torch.equal(scaled[0], scaled[1]) and scaled[0].max() == 1
     assert (scaled[2] == 0).all()

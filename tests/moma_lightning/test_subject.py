@@ -50,11 +50,11 @@ def test_when_the_subject_acts_and_what_m_gen_masks(base, variant, has_subject, 
     adapter = tiny_adapter(base, variant)
     adapter.has_subject = has_subject
     subject = MoMAPipeline.from_base(base, adapter).prepare_subject(picture(), square_mask(), "cat", 64 * 64)
-    guide = SubjectGuide(adapter, subject, torch.ones(1, 5), 1, (8, 8), SubjectSettings(1.0, 1.0, 0.2, None, False))
+    guide = SubjectGuide(adapter, subject, torch.ones(1, 5), 1, False, (8, 8), SubjectSettings(1.0, 1.0, 0.2, None, False))
     found = []
     for t, mask in ((999, None), (950, torch.ones(1, 1, 8, 8)), (949, None), (949, torch.ones(1, 1, 8, 8))):
         guide.generated_mask, context = mask, ContextConditioning({})
-        found.append((guide.conditioning(t, context, False, Recorder()).subject is not None, context.generated_mask is not None))
+        found.append((guide.conditioning(t, context, Recorder()).subject is not None, context.generated_mask is not None))
     assert found == [(bool(a), bool(b)) for a, b in zip(acts, context_is_masked, strict=True)]
 
 
@@ -62,18 +62,21 @@ def test_mask_strength_is_that_of_both_masks(base):
     """Table 3: 1 - s (1 - M) in the places of M_ref and M_gen."""
     adapter = tiny_adapter(base)
     subject = MoMAPipeline.from_base(base, adapter).prepare_subject(picture(), square_mask(), "cat", 64 * 64)
-    guide = SubjectGuide(adapter, subject, torch.ones(1, 5), 1, (8, 8), SubjectSettings(1.0, 0.25, 0.2, None, False))
+    guide = SubjectGuide(adapter, subject, torch.ones(1, 5), 1, False, (8, 8), SubjectSettings(1.0, 0.25, 0.2, None, False))
     guide.generated_mask = torch.rand(1, 1, 8, 8)
-    acting = guide.conditioning(500, None, False, Recorder()).subject
+    acting = guide.conditioning(500, None, Recorder()).subject
     torch.testing.assert_close(acting.generated_mask.weight(64), 1 - 0.25 * (1 - guide.generated_mask.flatten(1)))
     torch.testing.assert_close(acting.keys[0].bias.exp().flatten(), 1 - 0.25 * (1 - square_mask()[0, ::8, ::8].flatten()))
 
 
-def test_pictures_of_a_prompt_read_the_label_where_their_prompt_has_it(base):
+@pytest.mark.parametrize("guide_subject", [False, True])
+def test_pictures_of_a_prompt_have_its_label_and_beta(base, guide_subject):
     adapter, tokens = tiny_adapter(base), torch.eye(2)
     subject = MoMAPipeline.from_base(base, adapter).prepare_subject(picture(), square_mask(), "cat", 64 * 64)
-    guide = SubjectGuide(adapter, subject, tokens, 2, (8, 8), SubjectSettings([0.5, 1.0], 1.0, 0.2, None, False))
-    assert torch.equal(guide.label_tokens, tokens[[0, 0, 1, 1]]) and guide.beta.tolist() == [0.5, 0.5, 1.0, 1.0]
+    guide = SubjectGuide(adapter, subject, tokens, 2, True, (8, 8), SubjectSettings([0.5, 1.0], 1.0, 0.2, None, guide_subject))
+    assert torch.equal(guide.label_tokens, tokens[[0, 0, 1, 1]])
+    conditional = [0.5, 0.5, 1.0, 1.0]
+    assert guide.beta.flatten().tolist() == ([0.0] * 4 if guide_subject else conditional) + conditional
 
 
 @pytest.mark.parametrize("size", [1, 4])
