@@ -141,33 +141,31 @@ def true_stage2(device: torch.device, batch_size: int | None = None, **options) 
     return module, random_batch(experiment, device)
 
 
-def true_against_ip_adapter(device: torch.device, from_cache: bool = False, reference: bool = False) -> tuple[Run, Run]:
-    """reference: MoMA's cache holds the reference pass's features too."""
+def true_against_ip_adapter(device: torch.device) -> tuple[Run, Run]:
     runs = []
-    for options in ({"cache_reference": reference}, {"context": "image_encoder", "subject": False}):
-        module, batch = true_stage2(device, **options)
-        runs.append(stage2_step(module, cached(module, batch) if from_cache else batch, bf16=device.type != "cpu"))
-        if from_cache:
-            module.decoder = module.image_encoder = None  # as `stage2.cached` has it
+    for options in ({}, {"context": "image_encoder", "subject": False}):
+        runs.append(stage2_step(*true_stage2(device, **options), bf16=device.type != "cpu"))
     return runs[0], runs[1]
 
 
-def true_subject_side(device: torch.device) -> tuple[Run, Run]:
+def true_subject_side(device: torch.device, from_cache: bool = False, reference: bool = False) -> tuple[Run, Run]:
     """The same models with and without the subject: what the reference pass and the subject attention add to an IP-Adapter's step.
 
-    Both take CLIP's embedding; a batch of one on a CPU, where the MLLM would not fit beside the rest.
+    Both take CLIP's embedding; a batch of one on a CPU, where the MLLM would not fit beside the rest. from_cache: both sides; the embedding is read
+    there, so that it does not matter whose it is. reference: MoMA's cache holds the reference pass's features too.
     """
-    module, batch = true_stage2(device, 1 if device.type == "cpu" else None, context="image_encoder")
+    module, batch = true_stage2(device, 1 if device.type == "cpu" else None, context="image_encoder", cache_reference=reference)
+    read = cached(module, batch) if from_cache else batch
 
     def run(config: Stage2Config) -> Run:
         def loss() -> Tensor:
             module.config = config
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-                return module.sample_losses(batch, drop=True)[0].mean()
+                return module.sample_losses(read, drop=True)[0].mean()
 
         return step([p for name, p in module.adapter.named_parameters() if config.subject or not name.startswith("subject.")], loss)
 
-    return run(module.config), run(replace(module.config, subject=False))
+    return run(module.config), run(replace(module.config, subject=False, cache_reference=False))
 
 
 def true_online_against_cached(device: torch.device, reference: bool = False) -> tuple[Run, Run]:
@@ -225,14 +223,16 @@ def cases(full: bool) -> list[Case]:
         Case("stage 1 step / bare MLLM and target, mini", "<= 1.02", shape, functools.partial(stage1_against_bare_mllm, target=True)),
     ]
     if full:
+        one = f"batch of 8, on a CPU 1, at 512 px, {PRECISION}, AdamW"
         shape = f"SD 1.5 and LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, AdamW"
         listed += [
             Case("stage 2 step / IP-Adapter step, sd15", "<= 1.35", shape, true_against_ip_adapter),
             Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, sd15", "<= 1.35",
-                 f"SD 1.5 and CLIP ViT-H/14, random weights, batch of 8, on a CPU 1, at 512 px, {PRECISION}, AdamW", true_subject_side),
-            Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", shape, functools.partial(true_against_ip_adapter, from_cache=True)),
-            Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, sd15", "<= 1.35", shape,
-                 functools.partial(true_against_ip_adapter, from_cache=True, reference=True)),
+                 f"SD 1.5 and CLIP ViT-H/14, random weights, {one}", true_subject_side),
+            Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", f"SD 1.5, random weights, {one}",
+                 functools.partial(true_subject_side, from_cache=True)),
+            Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, sd15", "<= 1.35", f"SD 1.5, random weights, {one}",
+                 functools.partial(true_subject_side, from_cache=True, reference=True)),
             Case("stage 2 step online / from a cache, sd15", ">= 2.0", shape, true_online_against_cached),
             Case("stage 2 step online / from a cache with the reference, sd15", ">= 2.0", shape, functools.partial(true_online_against_cached, reference=True)),
             Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, no optimizer",
