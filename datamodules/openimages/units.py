@@ -132,7 +132,7 @@ class PictureStage:
 
 
 class CaptionStage:
-    """A stage: item {"unit"} -> with `kept`, how many samples the unit gives; writes `<work>/samples/`, removes `pictures/`."""
+    """A stage: item {"unit"} -> the same; writes `<work>/samples/`, removes `pictures/`."""
 
     def __init__(self, config: CaptionConfig, work: Path):
         self.config, self.rules, self.work = config, CaptionRules.of(config), work
@@ -143,8 +143,7 @@ class CaptionStage:
         if not target.exists():
             write_rows(target, (row for rows in read_rows(source) for row in self.captioned(rows)))
         source.unlink(missing_ok=True)
-        reasons = pq.read_table(target, columns=["reason"])["reason"]
-        return item | {"kept": reasons.null_count}
+        return item
 
     def captioned(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with `caption` and `caption_full`, or a reason."""
