@@ -28,7 +28,6 @@ AXES = {
     "num_tokens": "tokens",
     "mask_threshold": "mask threshold",
 }
-KINDS = {"context": "new context", "texture": "new texture", "real": "real picture"}
 #: A number at the end of a name.
 NUMBER = re.compile(r"[-_ ]?(-?\d+(?:\.\d+)?)$")
 
@@ -55,7 +54,7 @@ def axis_name(key: str) -> str:
 
 
 def metric_name(key: str) -> str:
-    return METRICS[key].title if key in METRICS else key.replace("_", " ")
+    return METRICS[key].title
 
 
 def column_of(metric: str) -> str:
@@ -66,10 +65,6 @@ def column_of(metric: str) -> str:
 def column_name(column: str) -> str:
     """CLIP-T rather than CLIP-T(c): a picture has one prompt."""
     return next(metric_name(metric).removesuffix("(c)") for metric in METRICS if column_of(metric) == column)
-
-
-def kind_name(kind: str) -> str:
-    return KINDS.get(kind, kind.replace("_", " "))
 
 
 def methods_of(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:

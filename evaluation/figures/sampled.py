@@ -12,7 +12,6 @@ from datamodules.dreambooth import Subject
 from evaluation.figures.grids import Cell, Grid, Row, spread
 from evaluation.figures.scored import settings_of
 from evaluation.methods import Moma
-from evaluation.names import kind_name
 from evaluation.plan import Evaluation, Planned
 from evaluation.studio import STRENGTHS, Studio, mask_path
 from evaluation.tasks import PromptKind
@@ -89,7 +88,7 @@ def settings_grid(studio: Studio, base: str | None = None, per_kind: int = 2, pr
             plans = spread(here.plans("settings", method, subject), prompts)
             here.make(method, subject, plans)
             cells = [reference(plans[0]), *(cell(plan, plan.task.prompt) for plan in plans)]
-            rows.append(Row(cells, kind_name(kind).capitalize()))
+            rows.append(Row(cells, kind.capitalize()))
     about = "Prompts about more than the place: what the subject wears, how it stands, how it is looked at."
     if base is not None:
         about += f" Poses and distances: the adapters as they were trained, on a fine-tune of the base that knows the words ({base_name(base)})."

@@ -20,7 +20,7 @@ from evaluation.figures.write import charts, made_grids, read_grid, scored_grids
 from evaluation.generation import generate
 from evaluation.made_with import changed_since, known_identity, made_with, options_of, same_judges
 from evaluation.methods import Moma, RealImages
-from evaluation.names import kind_name, method_name, methods_of, metric_name
+from evaluation.names import method_name, methods_of
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
 from evaluation.statistics import by_subject, subject_means
@@ -59,11 +59,6 @@ def scores(evaluated) -> pd.DataFrame:
 )  # fmt: skip
 def test_methods_are_called_what_people_call_them(key, name):
     assert method_name(key) == name
-
-
-def test_metrics_and_kinds_without_a_title_read_as_words():
-    assert (metric_name("clip_t_context"), metric_name("how_round")) == ("CLIP-T(c)", "how round")
-    assert (kind_name("texture"), kind_name("camera_angle")) == ("new texture", "camera angle")
 
 
 def test_only_tables_of_intervals_are_methods():
