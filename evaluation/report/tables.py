@@ -8,7 +8,7 @@ import pandas as pd
 
 from evaluation.figures.tables import Cells
 from evaluation.names import method_name, metric_name
-from evaluation.statistics import METRICS, leaves_out_zero
+from evaluation.statistics import TABLE_1, leaves_out_zero
 
 #: Numbers beside each other that a phone holds without a swipe.
 ACROSS = 4
@@ -84,10 +84,8 @@ def difference_tables(rows: Mapping[str, Cells], metrics: Sequence[str]) -> list
 
 
 def published_table(first: str, rows: Mapping[Any, Sequence[float | None]]) -> Table:
-    """A table of the paper: means alone, in the order of METRICS, without columns that the paper does not have."""
-    used = [i for i in range(len(METRICS)) if any(len(row) > i and row[i] is not None for row in rows.values())]
-    titles = [metric_name(list(METRICS)[i]) for i in used]
-    return Table(first, titles, [(str(name), [plain(row[i]) for i in used]) for name, row in rows.items()])
+    """A table of the paper: means alone, in the columns of its Table 1."""
+    return Table(first, list(map(metric_name, TABLE_1)), [(str(name), list(map(plain, row))) for name, row in rows.items()])
 
 
 def means_table(first: str, frame: pd.DataFrame) -> Table:

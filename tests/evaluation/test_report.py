@@ -299,10 +299,10 @@ def test_an_ablation_stands_beside_the_papers_table_that_it_names(key, said, sho
     assert (ablation_section(read_ablation(key, rows | said))["published"] is not None) == shown
 
 
-def test_published_columns_are_those_the_paper_has():
-    table = published_table("Method", {"a": (0.1, None, 0.3, None), "b": (None, None, 0.4, None)})
-    assert table.titles == ["DINO", "CLIP-I"]
-    assert [[value and value.text for value in values] for _, values in table.rows] == [["0.100", "0.300"], [None, "0.400"]]
+def test_published_columns_are_those_of_the_papers_table_1():
+    table = published_table("Method", {"a": (0.1, None, 0.3, None)})
+    assert table.titles == ["DINO", "CLIP-T(c)", "CLIP-I", "CLIP-T(t)"]
+    assert [[value and value.text for value in values] for _, values in table.rows] == [["0.100", None, "0.300", None]]
 
 
 def test_breakdowns_are_means_over_pictures(evaluated, page):
