@@ -88,7 +88,7 @@ def subject_means(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
     return frame.reindex([subject for subject in dict.fromkeys(scores["subject"]) if subject in frame.index])
 
 
-def prompt_intervals(scores: pd.DataFrame, metric: str, resamples: int = RESAMPLES) -> dict[str, dict[str, Interval]]:
+def prompt_intervals(scores: pd.DataFrame, metric: str) -> dict[str, dict[str, Interval]]:
     """`{prompt: {method: {mean, lo, hi}}}`; intervals over the subjects that have the prompt.
 
     Prompts of different subjects are the same where only the subject's name differs, which is written {}. Real pictures have no prompt.
@@ -96,7 +96,7 @@ def prompt_intervals(scores: pd.DataFrame, metric: str, resamples: int = RESAMPL
     found: dict[str, dict[str, Interval]] = {}
     for method in dict.fromkeys(scores["method"]):
         for form, rows in _prompted(rows_of(scores, method, metric)).groupby("prompt", sort=False):
-            if cell := method_interval(_sums_of(rows), resamples):
+            if cell := method_interval(_sums_of(rows)):
                 found.setdefault(str(form), {})[method] = cell
     return found
 
@@ -140,9 +140,9 @@ def refuse_mixed(scores: pd.DataFrame) -> None:
         raise ValueError(f"scores of different protocols are not comparable: {titles}")
 
 
-def draws(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Subjects of each resample, drawn with replacement: int [resamples, subjects]."""
-    return np.random.default_rng(seed).integers(0, subjects, (resamples, subjects))
+def draws(subjects: int) -> np.ndarray:
+    """Subjects of each resample, drawn with replacement, the same each time: int [RESAMPLES, subjects]."""
+    return np.random.default_rng(0).integers(0, subjects, (RESAMPLES, subjects))
 
 
 def resampled_means(table: pd.DataFrame, drawn: np.ndarray) -> np.ndarray:
@@ -161,19 +161,19 @@ def mean_of(table: pd.DataFrame) -> float:
     return table["sum"].sum() / table["count"].sum()
 
 
-def method_interval(table: pd.DataFrame, resamples: int = RESAMPLES) -> Interval | None:
+def method_interval(table: pd.DataFrame) -> Interval | None:
     """Of a table from `by_subject`; None where it is empty."""
     if table.empty:
         return None
-    return interval(mean_of(table), resampled_means(table, draws(len(table), resamples)))
+    return interval(mean_of(table), resampled_means(table, draws(len(table))))
 
 
-def difference(first: pd.DataFrame, second: pd.DataFrame, resamples: int = RESAMPLES) -> Interval | None:
+def difference(first: pd.DataFrame, second: pd.DataFrame) -> Interval | None:
     """first - second, tables from `by_subject`, over the `subjects` that both have, both resampled with the same subjects."""
     first, second = in_common(first, second)
     if first.empty:
         return None
-    drawn = draws(len(first), resamples)
+    drawn = draws(len(first))
     return interval(mean_of(first) - mean_of(second), resampled_means(first, drawn) - resampled_means(second, drawn)) | {"subjects": len(first)}
 
 
@@ -182,7 +182,7 @@ def in_common(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, 
     return first.loc[common], second.loc[common]
 
 
-def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, Any]:
+def summarise(scores: pd.DataFrame) -> dict[str, Any]:
     """`{method: {metric: {mean, lo, hi}}, "differences": [{a, b, metric, mean, lo, hi, subjects}]}`; pairs of generated methods.
 
     Raises ValueError for scores of several protocols.
@@ -191,14 +191,14 @@ def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, Any
     tables = {method: {metric: by_subject(scores, method, metric) for metric in METRICS} for method in dict.fromkeys(scores["method"])}
     summary: dict[str, Any] = {}
     for method, made in tables.items():
-        summary[method] = {metric: found for metric, table in made.items() if (found := method_interval(table, resamples))}
+        summary[method] = {metric: found for metric, table in made.items() if (found := method_interval(table))}
     real = oracles(scores)
     generated = [method for method in tables if method not in real]
     summary["differences"] = [
         {"a": a, "b": b, "metric": metric, **found}
         for a, b in combinations(generated[::-1], 2)  # later rows of a table minus earlier ones
         for metric in METRICS
-        if (found := difference(tables[a][metric], tables[b][metric], resamples))
+        if (found := difference(tables[a][metric], tables[b][metric]))
     ]
     return summary
 

@@ -10,6 +10,7 @@ from evaluation.protocols import ExtraScore
 from evaluation.statistics import (
     ENOUGH_SUBJECTS,
     METRICS,
+    RESAMPLES,
     TABLE_1,
     above_oracle,
     by_chance,
@@ -54,9 +55,9 @@ def test_mean_is_over_pictures_and_interval_over_subjects():
 
 def test_interval_is_the_plain_bootstrap():
     values = {"x": [0.1, 0.3], "y": [0.5], "z": [0.9, 0.7, 0.8]}
-    found = method_interval(by_subject(frame({"a": values}), "a", "dino"), resamples=500)
+    found = method_interval(by_subject(frame({"a": values}), "a", "dino"))
     rng, keys = np.random.default_rng(0), list(values)
-    means = [np.mean(functools.reduce(operator.iadd, (values[keys[i]] for i in row), [])) for row in rng.integers(0, 3, (500, 3))]
+    means = [np.mean(functools.reduce(operator.iadd, (values[keys[i]] for i in row), [])) for row in rng.integers(0, 3, (RESAMPLES, 3))]
     assert found["lo"] == pytest.approx(np.quantile(means, 0.025))
     assert found["hi"] == pytest.approx(np.quantile(means, 0.975))
     assert found["mean"] == pytest.approx(np.mean([0.1, 0.3, 0.5, 0.9, 0.7, 0.8]))
@@ -65,7 +66,7 @@ def test_interval_is_the_plain_bootstrap():
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for seed in range(100):
-        found = method_interval(by_subject(frame({"a": normal(seed, pictures=1)}), "a", "dino"), resamples=400)
+        found = method_interval(by_subject(frame({"a": normal(seed, pictures=1)}), "a", "dino"))
         hits += found["lo"] <= 0.5 <= found["hi"]
     assert 85 <= hits <= 100
 
@@ -82,7 +83,7 @@ def test_differences_are_paired_over_common_subjects():
 
 def test_summary_has_the_published_form():
     scores = pd.concat([frame({"weak": normal(0), "strong": normal(0, shift=0.1)}), frame({"real": normal(2)}, kind="real").assign(clip_t=np.nan)])
-    summary = summarise(scores, resamples=50)
+    summary = summarise(scores)
     assert set(summary) == {"weak", "strong", "real", "differences"}
     assert set(summary["weak"]) == {"dino", "clip_i", "clip_t_context"}
     assert set(summary["real"]) == {"dino", "clip_i"}
@@ -108,7 +109,7 @@ def test_tables_say_how_many_differences_would_stand_out_by_chance(count, some):
     enough, few = {"subjects": ENOUGH_SUBJECTS}, {"subjects": ENOUGH_SUBJECTS - 1}
     assert f"Of {count} such differences {some} would by chance" in by_chance([enough] * count + [few] * 9)
     assert by_chance([few]).endswith("subjects or more.")
-    summary = summarise(frame({"a": normal(3), "b": normal(4)}), resamples=10)
+    summary = summarise(frame({"a": normal(3), "b": normal(4)}))
     assert difference_table(summary).splitlines()[-1] == f"Bold: {by_chance(summary['differences'])}"
 
 
@@ -119,7 +120,7 @@ def test_intervals_are_repeatable():
 
 def test_a_method_above_the_oracle_is_named():
     scores = pd.concat([frame({"copy": {"x": [0.95]}, "fair": {"x": [0.5]}}), frame({"real": {"x": [0.8]}}, kind="real")])
-    found = above_oracle(scores, summarise(scores, resamples=10))
+    found = above_oracle(scores, summarise(scores))
     assert len(found) == 2
     assert all(sentence.startswith("copy passes real") for sentence in found)
 
@@ -128,11 +129,11 @@ def test_the_oracle_is_passed_over_the_subjects_that_it_has():
     """y has one picture, so that nothing is known of its real ones."""
     real = frame({"real": {"x": [0.6]}}, kind="real")
     copies, fair = ({"copies": {"x": [0.7], "y": [0.2]}}, {"fair": {"x": [0.55], "y": [0.95]}})
-    found = [above_oracle(scores, summarise(scores, resamples=10)) for scores in (pd.concat([frame(made), real]) for made in (copies, fair))]
+    found = [above_oracle(scores, summarise(scores)) for scores in (pd.concat([frame(made), real]) for made in (copies, fair))]
     assert [sentence.split(" (")[0] for sentence in found[0]] == ["copies passes real in dino", "copies passes real in clip_i"] and not found[1]
     assert "(0.700 > 0.600)" in found[0][0]
     two = pd.concat([frame({"fair": {"x": [0.5]}}), frame({"real": {"x": [0.6]}, "others": {"x": [0.9]}}, kind="real")])
-    assert above_oracle(two, summarise(two, resamples=10)) == [], "real pictures are not held against others"
+    assert above_oracle(two, summarise(two)) == [], "real pictures are not held against others"
 
 
 def test_few_subjects_do_not_stand_out():
@@ -153,9 +154,9 @@ def of_protocol(name: str, digest: str, shift: float) -> pd.DataFrame:
 def test_table_1_comes_first_and_extras_only_where_they_were_made():
     assert list(METRICS)[:4] == list(TABLE_1) == ["dino", "clip_t_context", "clip_i", "clip_t_texture"]
     plain = frame({"a": normal(0)})
-    assert list(summarise(plain, resamples=10)["a"]) == ["dino", "clip_t_context", "clip_i"]
+    assert list(summarise(plain)["a"]) == ["dino", "clip_t_context", "clip_i"]
     more = plain.assign(dino_masked=plain["dino"] - 0.1, diversity=np.nan)
-    summary = summarise(more, resamples=10)
+    summary = summarise(more)
     assert list(summary["a"]) == ["dino", "clip_t_context", "clip_i", "dino_masked"]
     assert summary["a"]["dino_masked"]["mean"] == pytest.approx(summary["a"]["dino"]["mean"] - 0.1)
 
@@ -163,7 +164,7 @@ def test_table_1_comes_first_and_extras_only_where_they_were_made():
 def test_other_kinds_of_prompt_never_enter_table_1():
     context = frame({"a": {"x": [0.4]}})
     scores = pd.concat([context, frame({"a": {"x": [0.9]}}, kind="pose"), frame({"a": {"x": [0.8]}}, kind="accessory")])
-    summary = summarise(scores, resamples=10)["a"]
+    summary = summarise(scores)["a"]
     assert {metric: round(cell["mean"], 6) for metric, cell in summary.items() if metric.startswith("dino")} == {
         "dino": 0.4, "dino_accessory": 0.8, "dino_pose": 0.9}  # fmt: skip
 
@@ -224,8 +225,8 @@ def test_a_prompts_interval_is_over_the_subjects_that_have_it():
     values = rng.random((6, 4))
     rows = [("a", f"s{i}", "cat", "a cat in the snow", value) for i, row in enumerate(values) for value in row] + [("a", "s0", "cat", "a cat", 0.5)]
     scores = pd.DataFrame(rows, columns=["method", "subject", "label", "prompt", "dino"]).assign(prompt_kind="context")
-    found = prompt_intervals(scores, "dino", resamples=300)
-    again = values.mean(1)[np.random.default_rng(0).integers(0, 6, (300, 6))].mean(1)
+    found = prompt_intervals(scores, "dino")
+    again = values.mean(1)[np.random.default_rng(0).integers(0, 6, (RESAMPLES, 6))].mean(1)
     assert found["a {} in the snow"]["a"] == pytest.approx({"mean": values.mean(), "lo": np.quantile(again, 0.025), "hi": np.quantile(again, 0.975)})
     assert found["a {}"]["a"] == {"mean": 0.5, "lo": 0.5, "hi": 0.5}
 
