@@ -10,7 +10,7 @@ import torch
 from datamodules.dreambooth import Subject
 from evaluation.extra_scores import NEEDS_MASKS, Group, Judges, scores_of
 from evaluation.methods import Method, Reference
-from evaluation.metrics import CachedEncoder, Masker, build_encoders
+from evaluation.metrics import Masker, build_encoders
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress
@@ -19,15 +19,13 @@ from evaluation.stamps import load_pictures, read_stamp
 logger = logging.getLogger(__name__)
 
 
-def score(
-    evaluation: Evaluation, methods: dict[str, Method], encoders: dict[str, CachedEncoder] | None = None, masker: Masker | None = None
-) -> pd.DataFrame:
+def score(evaluation: Evaluation, methods: dict[str, Method], judges: Judges | None = None) -> pd.DataFrame:
     """One row a picture, every method. Raises ValueError where pictures are missing: a mean over a part is another number.
 
     Real pictures are scored first: what they score against each other says whether any other score can be believed.
     """
     protocol = evaluation.protocol
-    judges = open_judges(evaluation) if encoders is None else Judges(protocol, encoders, masker)
+    judges = judges or open_judges(evaluation)
     frames: dict[str, pd.DataFrame] = {}
     progress = Progress(len(methods) * len(evaluation.subjects), what="subjects scored")
     for name in sorted(methods, key=lambda name: not methods[name].is_oracle):

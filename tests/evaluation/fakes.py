@@ -7,13 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from evaluation.config import EvalConfig, WandbConfig
+from evaluation.extra_scores import Judges
 from evaluation.methods import Method
-from evaluation.metrics import CachedEncoder, ImageTextEncoder
+from evaluation.metrics import CachedEncoder, ImageTextEncoder, Masker
+from evaluation.plan import Evaluation
+from evaluation.scoring import score
 from experiments.mini.models import PROTOCOL, mini_foundation
 
 SUBJECTS = {"red_mug": "mug", "old_boot": "boot", "tabby": "cat"}
@@ -60,8 +64,14 @@ class ColorEncoder(ImageTextEncoder):
         return F.normalize(torch.stack([torch.randn(27, generator=torch.Generator().manual_seed(seed)) for seed in seeds]), dim=-1)
 
 
-def fake_encoders() -> dict[str, CachedEncoder]:
-    return {"dino": CachedEncoder(ColorEncoder()), "clip": CachedEncoder(ColorEncoder())}
+def fake_judges(evaluation: Evaluation, masker: Masker | None = None) -> Judges:
+    return Judges(evaluation.protocol, {"dino": CachedEncoder(ColorEncoder()), "clip": CachedEncoder(ColorEncoder())}, masker)
+
+
+def fake_score(config: EvalConfig, masker: Masker | None = None) -> pd.DataFrame:
+    """The config's pictures by judges of plain arithmetic."""
+    evaluation = Evaluation.open(config)
+    return score(evaluation, config.methods, fake_judges(evaluation, masker))
 
 
 class CentreSam(torch.nn.Module):

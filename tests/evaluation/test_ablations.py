@@ -10,13 +10,13 @@ from evaluation.figures.ablations import read_ablations
 from evaluation.made_with import made_with
 from evaluation.methods import Moma
 from evaluation.sweeps import point_name
-from tests.evaluation.fakes import Painter, fake_config, fake_encoders
+from tests.evaluation.fakes import Painter, fake_config, fake_judges
 
 
 @pytest.fixture(autouse=True)
 def arithmetic_encoders(monkeypatch):
     plain = ablations.score
-    monkeypatch.setattr(ablations, "score", lambda evaluation, methods: plain(evaluation, methods, fake_encoders()))
+    monkeypatch.setattr(ablations, "score", lambda evaluation, methods: plain(evaluation, methods, fake_judges(evaluation)))
 
 
 @pytest.mark.parametrize(("name", "row"), [("masking", "| 0.5 | 0.603 | 0.322 | 0.797 | 0.231 |"), ("beta", "| 0.0 | 0.583 | 0.349 | 0.782 | 0.319 |")])

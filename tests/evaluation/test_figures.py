@@ -22,10 +22,9 @@ from evaluation.made_with import changed_since, known_identity, made_with, optio
 from evaluation.methods import Moma, RealImages
 from evaluation.names import method_name, methods_of
 from evaluation.plan import Evaluation
-from evaluation.scoring import score
 from evaluation.statistics import by_subject, subject_means
 from moma_lightning.digests import content_digest
-from tests.evaluation.fakes import Painter, fake_config, fake_encoders, write_data
+from tests.evaluation.fakes import Painter, fake_config, fake_score, write_data
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def evaluated(tmp_path_factory):
     config = fake_config(tmp_path_factory.mktemp("figures"), methods, adapter=None, decoder=None)
     generate(config)
     with pytest.warns(UserWarning, match="copying its input"):
-        write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
+        write_tables(Evaluation.open(config), fake_score(config))
     config.ablations_folder.mkdir()
     one = {"dino": {"mean": 0.2, "lo": 0.1, "hi": 0.3}}
     difference = {"a": "noise_0.5", "b": "noise_1", "metric": "dino", "mean": 0.0, "lo": -0.1, "hi": 0.1}

@@ -28,10 +28,9 @@ from evaluation.report import write_report
 from evaluation.report.page import ablation_section, grids, stage_charts, stale
 from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
-from evaluation.scoring import score
 from evaluation.stamps import stamp_path
 from evaluation.statistics import METRICS, by_chance
-from tests.evaluation.fakes import Painter, fake_config, fake_encoders, random_picture
+from tests.evaluation.fakes import Painter, fake_config, fake_score, random_picture
 
 
 class Page(HTMLParser):
@@ -64,7 +63,7 @@ def evaluated(tmp_path_factory):
     config = fake_config(tmp_path_factory.mktemp("report"), methods, adapter=None, decoder=None)
     generate(config)
     with pytest.warns(UserWarning, match="copying its input"):
-        write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
+        write_tables(Evaluation.open(config), fake_score(config))
     stage = config.eval_folder.parent / "stage1" / "version_0"
     stage.mkdir(parents=True)
     logged = {"step": [1, 2, 3], "train/loss": [3.0, float("nan"), 1.0], "train/data_wait": [0.2, 0.1, 0.1], "lr": [1, 1, 1]}

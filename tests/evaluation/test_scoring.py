@@ -17,16 +17,16 @@ from evaluation.metrics.masked import background_alone, subject_alone
 from evaluation.oracle import check_oracle, single
 from evaluation.plan import Evaluation
 from evaluation.protocols import PRESETS, ExtraScore, named
-from evaluation.scoring import comparison, score
+from evaluation.scoring import comparison
 from experiments.mini.models import PROTOCOL, mini_foundation
-from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_encoders, random_picture, write_data
+from tests.evaluation.fakes import CentreSam, ColorEncoder, Painter, fake_config, fake_score, random_picture, write_data
 
 METHODS = {"real_images": RealImages(), "copy": Painter(0.0), "blurred": Painter(0.6)}
 
 
 def scored(config) -> pd.DataFrame:
     generate(config)
-    return score(Evaluation.open(config), config.methods, fake_encoders())
+    return fake_score(config)
 
 
 def embeds(paths) -> np.ndarray:
@@ -35,7 +35,7 @@ def embeds(paths) -> np.ndarray:
 
 def test_no_method_at_all_is_told(tmp_path):
     with pytest.raises(ValueError, match="the config names no methods to evaluate"):
-        score(Evaluation.open(fake_config(tmp_path, {})), {}, fake_encoders())
+        fake_score(fake_config(tmp_path, {}))
 
 
 def test_scores_are_the_plain_formulas(tmp_path):
@@ -104,7 +104,7 @@ def test_pictures_that_are_not_whole_are_never_scored(tmp_path, harm):
     else:
         config.methods["a"] = Painter(0.4)
     with pytest.raises(ValueError, match=r"a: \d of 9 pictures are missing.*red_mug|a: 1 of 9 .*old_boot"):
-        score(Evaluation.open(config), config.methods, fake_encoders())
+        fake_score(config)
 
 
 def test_a_truncated_real_picture_is_named(tmp_path):
@@ -112,7 +112,7 @@ def test_a_truncated_real_picture_is_named(tmp_path):
     path = tmp_path / "data" / "dataset" / "tabby" / "01.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="tabby/01.png cannot be read as a picture"):
-        score(Evaluation.open(config), config.methods, fake_encoders())
+        fake_score(config)
 
 
 EXTRAS = ("dino_masked", "clip_i_masked", "clip_t_background", "copy_paste", "diversity")
@@ -120,7 +120,7 @@ EXTRAS = ("dino_masked", "clip_i_masked", "clip_t_background", "copy_paste", "di
 
 def with_extras(config) -> pd.DataFrame:
     generate(config)
-    return score(Evaluation.open(config), config.methods, fake_encoders(), Masker(CentreSam()))
+    return fake_score(config, Masker(CentreSam()))
 
 
 def test_extra_scores_are_their_formulas(tmp_path):
@@ -227,7 +227,7 @@ def test_masked_scores_without_a_masker_are_refused(tmp_path):
     config = fake_config(tmp_path, {"a": Painter(0.3)}, {"extra_scores": ["dino_masked"]})
     generate(config)
     with pytest.raises(ValueError, match="need a masker"):
-        score(Evaluation.open(config), config.methods, fake_encoders())
+        fake_score(config)
 
 
 def test_other_kinds_of_prompt_are_scored_like_context_ones(tmp_path):
@@ -275,8 +275,7 @@ REAL = os.environ.get("MOMA_DREAMBOOTH")
 @pytest.mark.skipif(REAL is None, reason="set MOMA_DREAMBOOTH to a copy of google/dreambooth (or a part of it) to score its real pictures")
 def test_real_dreambooth_pictures_are_read_and_scored(tmp_path):
     config = EvalConfig(run=str(tmp_path), data=str(REAL), protocol="dreambooth", foundation=mini_foundation(), methods={"real_images": RealImages()})
-    evaluation = Evaluation.open(config)
-    table = score(evaluation, config.methods, fake_encoders())
+    evaluation, table = Evaluation.open(config), fake_score(config)
     assert table.groupby("subject").size().to_dict() == {subject.name: len(subject.images) for subject in evaluation.subjects}
     assert table[["dino", "clip_i"]].notna().all(axis=None)
     planned = evaluation.planned("anything", Painter())

@@ -38,7 +38,7 @@ def test_two_processes_see_every_picture_once_and_the_table_is_the_same(config):
     for encoder in judges.encoders.values():
         encoder.encoder.encode_images = None  # whoever asks it again fails
     judges.masker._find = None
-    shared = score(Evaluation.open(config), METHODS, judges.encoders, judges.masker)
+    shared = score(Evaluation.open(config), METHODS, judges)
     pd.testing.assert_frame_equal(alone, shared, rtol=1e-5)
     assert not list((config.eval_folder / "cache").glob("*.part*.npz"))  # put into the one file of each encoder
 

@@ -11,9 +11,8 @@ from evaluation.made_with import made_with
 from evaluation.methods import RealImages
 from evaluation.plan import Evaluation
 from evaluation.report import write_report
-from evaluation.scoring import score
 from evaluation.tracking import interval_table, log_evaluation
-from tests.evaluation.fakes import Painter, fake_config, fake_encoders
+from tests.evaluation.fakes import Painter, fake_config, fake_score
 from tests.offline_wandb import offline_run
 
 
@@ -22,7 +21,7 @@ def config(tmp_path_factory):
     config = fake_config(tmp_path_factory.mktemp("tracking"), {"real": RealImages(), "moma_beta1": Painter(0.9)}, adapter=None, decoder=None)
     generate(config)
     with pytest.warns(UserWarning, match="copying its input"):
-        write_tables(Evaluation.open(config), score(Evaluation.open(config), config.methods, fake_encoders()))
+        write_tables(Evaluation.open(config), fake_score(config))
     config.ablations_folder.mkdir()
     rows = {f"beta_{beta}": {"dino": {"mean": beta, "lo": 0.0, "hi": 1.0}} for beta in (0, 1)}
     rows |= {"made_with": made_with(config), "methods": {f"beta_{beta}": {"beta": beta} for beta in (0, 1)}}
