@@ -2,15 +2,17 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from evaluation.statistics import oracles
 from moma_lightning.files import write_bytes
 
 INK, SOFT, LINE = "#1c1f24", "#667085", "#e4e7ec"
@@ -66,11 +68,10 @@ def styled():
     return rc_context(settings())
 
 
-def colors_of(methods: Sequence[str], oracles: Sequence[str]) -> dict[str, str]:
+def colors_of(scores: pd.DataFrame) -> dict[str, str]:
     """One colour a method in every figure, from the first again after the eighth; grey for the real pictures."""
-    generated = [name for name in methods if name not in oracles]
-    found = {name: COLORS[i % len(COLORS)] for i, name in enumerate(generated)}
-    return {name: found.get(name, REAL) for name in methods}
+    real, colors = oracles(scores), cycle(COLORS)
+    return {name: REAL if name in real else next(colors) for name in dict.fromkeys(scores["method"])}
 
 
 def encoded(figure: Figure, form: Literal["png", "svg"]) -> bytes:

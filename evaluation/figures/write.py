@@ -17,7 +17,6 @@ from evaluation.figures.tables import difference_rows, metrics_in, named_rows, r
 from evaluation.methods import Moma
 from evaluation.names import method_name
 from evaluation.plan import Evaluation
-from evaluation.statistics import oracles
 from evaluation.studio import Studio
 from moma_lightning.files import write_bytes
 
@@ -93,7 +92,7 @@ def read_grid(config: EvalConfig, name: str) -> Grid | None:
 def charts(config: EvalConfig, scores: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """Name and figure: the intervals of each table, Figure 7, a curve of each ablation over a number."""
     summary = read_summary(config)
-    colors = colors_of(list(dict.fromkeys(scores["method"])), oracles(scores))
+    colors = colors_of(scores)
     rows, differences = named_rows(summary), difference_rows(summary)
     yield "scores", interval_figure(rows, {method_name(key): color for key, color in colors.items()}, metrics_in(*rows.values()))
     if differences:

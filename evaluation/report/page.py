@@ -107,11 +107,11 @@ def in_words(sentence: str, methods: Sequence[str]) -> str:
 
 def scores_section(config: EvalConfig, scores: pd.DataFrame) -> dict[str, Any]:
     """The headline tables with their charts, then the differences with theirs."""
-    summary, oracle = read_summary(config), oracles(scores)
+    summary = read_summary(config)
     rows, differences = named_rows(summary), difference_rows(summary)
     metrics = metrics_in(*rows.values())
-    colors = {method_name(key): color for key, color in colors_of(list(dict.fromkeys(scores["method"])), oracle).items()}
-    contenders = [name for name in rows if name not in map(method_name, oracle)]
+    colors = {method_name(key): color for key, color in colors_of(scores).items()}
+    contenders = [name for name in rows if name not in map(method_name, oracles(scores))]
     return {
         "headline": tables.score_tables("Method", rows, metrics, contenders),
         "score_charts": interval_charts(rows, colors, metrics),
@@ -151,7 +151,7 @@ def breakdowns(scores: pd.DataFrame) -> list[dict[str, Any]]:
 
 def subject_charts(scores: pd.DataFrame) -> list[Chart]:
     """Figure 7."""
-    colors = colors_of(list(dict.fromkeys(scores["method"])), oracles(scores))
+    colors = colors_of(scores)
     found = [(metric, subject_lines(scores, metric, colors)) for metric in figure_7()]
     return [as_chart(figure, f"{metric_name(metric)} by subject") for metric, figure in found if figure]
 

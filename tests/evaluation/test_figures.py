@@ -214,14 +214,14 @@ def test_a_sweep_is_drawn_in_the_order_of_its_axis():
 
 
 def test_figure_7_is_the_mean_clip_t_of_each_subject(scores):
-    colors = colors_of(["real_images", "text_only", "moma_beta1"], ["real_images"])
+    colors = colors_of(scores)
     axes = subject_lines(scores, "clip_t_texture", colors).axes[0]
     assert [line.get_label() for line in axes.lines] == ["Text only", "MoMA, beta 1"]
     own = scores[(scores["method"] == "moma_beta1") & (scores["prompt_kind"] == "texture")].groupby("subject", sort=False)["clip_t"].mean()
     assert np.allclose(axes.lines[1].get_ydata(), own)
     assert subject_lines(scores[scores["prompt_kind"] == "real"], "clip_t_texture", colors) is None
     many = pd.concat([scores[scores["method"] == "moma_beta1"].assign(method=f"m{i}") for i in range(9)])
-    lines = subject_lines(many, "clip_t_texture", colors_of([f"m{i}" for i in range(9)], [])).axes[0].lines
+    lines = subject_lines(many, "clip_t_texture", colors_of(many)).axes[0].lines
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
 
 
