@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -20,7 +21,6 @@ class Sources:
         self.config, self.split, self.cache = config, split, cache
         self.fetcher = Fetcher(config.fetch, verify=config.checksum != "off")
         self._zips: dict[str, MaskZip] = {}
-        self._tars: TarPictures | None = None
 
     def name(self, kind: str) -> str:
         """Path of an annotation file below the annotations' base, by its name in SourcesConfig."""
@@ -92,11 +92,9 @@ class Sources:
                 raise ChecksumError(f"{image_id}: MD5 {found} is not the metadata's {md5}")
         return content
 
-    @property
-    def tars(self) -> "TarPictures":
-        if self._tars is None:
-            self._tars = TarPictures(self.config.pictures, self.cache / "tar-index")
-        return self._tars
+    @cached_property
+    def tars(self) -> TarPictures:
+        return TarPictures(self.config.pictures, self.cache / "tar-index")
 
     def _are_tars(self) -> bool:
         return not is_url(self.config.pictures) and not Path(self.config.pictures).is_dir()
