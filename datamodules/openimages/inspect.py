@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from datamodules import pictures
 from datamodules import shards as sharding
 from datamodules.openimages.assemble import member_offsets
+from datamodules.openimages.subjects import border_of
 from datamodules.openimages.validate import picture_of
 from datamodules.samples import BadSamples, read_shards
 from moma_lightning.files import write_beside
@@ -83,9 +84,8 @@ def described(shard: Path) -> Iterator[dict[str, Any]]:
     for sample in read_shards([str(shard)], BadSamples(shard, "raise")):
         inside = np.asarray(pictures.open_mask(sample["mask.png"])) > 0
         width, height = pictures.open_picture(picture_of(sample)).size
-        outline = np.concatenate([inside[0], inside[-1], inside[1:-1, 0], inside[1:-1, -1]])
         yield json.loads(sample["json"]) | {"key": sample["__key__"], "shard": shard.name, "width": width, "height": height,
-                                            "area": inside.mean(), "border": outline.mean()} | places[sample["__key__"]]  # fmt: skip
+                                            "area": inside.mean(), "border": border_of(inside)} | places[sample["__key__"]]  # fmt: skip
 
 
 def strangeness(index: pd.DataFrame) -> pd.DataFrame:

@@ -62,13 +62,17 @@ def read_subject(row: dict[str, Any], sources: Sources, select: SelectConfig) ->
     except pictures.PICTURE_ERRORS as error:
         raise RejectedError("mask_broken", error) from error
     area = float(inside.mean())
-    outline = np.concatenate([inside[0], inside[-1], inside[1:-1, 0], inside[1:-1, -1]])
-    subject = Subject(row, content, area, float(outline.mean()))
+    subject = Subject(row, content, area, border_of(inside))
     for reason, is_bad in (("mask_empty", area == 0), ("area_too_small", area < select.min_area),
                            ("area_too_large", area > select.max_area), ("at_border", subject.border > select.max_border)):
         if is_bad:
             raise RejectedError(reason, f"area {area:.4f}, border {subject.border:.4f}")
     return subject
+
+
+def border_of(inside: np.ndarray) -> float:
+    """The share of the picture's outline that a mask covers."""
+    return float(np.concatenate([inside[0], inside[-1], inside[1:-1, 0], inside[1:-1, -1]]).mean())
 
 
 def largest(subjects: Sequence[Subject], count: int) -> tuple[list[Subject], list[Subject]]:
