@@ -7,15 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from miniature_bucket import encode
 from PIL import Image
 
 from datamodules.triplets import TripletConfig, TripletDataModule
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def picture(number: int = 0, size=(16, 16)) -> Image.Image:
