@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from datamodules.dreambooth import DreamBooth
 from evaluation.methods import Method, Models, Moma
 from evaluation.names import method_name
 from evaluation.protocols import Protocol, named
@@ -129,9 +128,6 @@ class EvalConfig:
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
-
-    def load_data(self) -> DreamBooth:
-        return DreamBooth(self.data)
 
     def processes(self, subjects: int) -> int:
         """How many work at a time: no more than there are subjects and, on GPUs, devices."""

@@ -42,7 +42,7 @@ class Evaluation:
 
     @classmethod
     def open(cls, config: EvalConfig, device: str = "cpu") -> "Evaluation":
-        return cls(config, config.resolved_protocol(), config.load_data(), config.models(device))
+        return cls(config, config.resolved_protocol(), DreamBooth(config.data), config.models(device))
 
     def reference(self, subject: Subject, index: int) -> Reference:
         masks = subject.masks if self.protocol.sampler.masks == "dataset" else None
