@@ -154,18 +154,11 @@ class DreamsimEncoder(ImageTextEncoder):
 
 
 def load_dino(config: DinoConfig) -> nn.Module:
+    """The timm model without its classifier. Raises FileNotFoundError for a path that is not there, ValueError for a model without a CLS token."""
     with loading(name_of(config)):
-        return load_timm(config.model, config.revision)
-
-
-def load_timm(name: str, revision: str | None = None) -> nn.Module:
-    """A timm model without its classifier: by timm's name, a local folder in timm's hub layout, or a hub id.
-
-    Raises FileNotFoundError for a path that is not there, ValueError for a model without a CLS token.
-    """
-    model = timm.create_model(timm_name(name, revision), pretrained=True, num_classes=0)
+        model = timm.create_model(timm_name(config.model, config.revision), pretrained=True, num_classes=0)
     if getattr(model, "num_prefix_tokens", 0) < 1:
-        raise ValueError(f"{name} has no CLS token; DINO similarity needs a ViT with one")
+        raise ValueError(f"{config.model} has no CLS token; DINO similarity needs a ViT with one")
     return model
 
 

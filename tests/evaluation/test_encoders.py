@@ -26,7 +26,7 @@ from evaluation.metrics import (
 )
 from evaluation.metrics.cache import fingerprint, pixel_digest
 from evaluation.metrics.configs import hub_names, source_of
-from evaluation.metrics.encoders import load_timm, timm_name
+from evaluation.metrics.encoders import load_dino, timm_name
 from experiments.mini.recipe.captions import MAX_TOKENS, build_tokenizer
 from tests.evaluation.fakes import ColorEncoder, random_picture
 
@@ -175,11 +175,11 @@ def test_dino_from_a_local_folder(tmp_path):
 
 def test_models_that_cannot_be_loaded_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no/such/dino"):
-        load_timm("no/such/dino")
+        load_dino(DinoConfig("no/such/dino"))
     model = timm.create_model("resnet10t", num_classes=0)
     timm.models.save_for_hf(model, tmp_path, model_args={"num_classes": 0})
     with pytest.raises(ValueError, match="CLS token"):
-        load_timm(str(tmp_path))
+        load_dino(DinoConfig(str(tmp_path)))
 
 
 def test_clip_embeddings_are_the_projected_ones(clip_folder):
