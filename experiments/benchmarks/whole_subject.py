@@ -11,6 +11,7 @@ from PIL import Image
 from segment_anything import sam_model_registry
 from torch import Tensor
 
+from datamodules.dreambooth import fill
 from datamodules.mini import world
 from datamodules.mini.prompts import live_prompts
 from datamodules.mini.render import render
@@ -26,7 +27,7 @@ from moma_lightning.plan.stages import read_experiment
 from moma_lightning.segmentation import NothingFoundError, SamMasker
 
 FEW_PROMPTS = [f"a {LABEL} {place}" for place in PLACES]
-ALL_PROMPTS = [" ".join(prompt.format("", LABEL).split()) for prompt in live_prompts()]
+ALL_PROMPTS = [fill(prompt, LABEL) for prompt in live_prompts()]
 #: In a process of `on_two_cores`, what it draws with.
 OF_WORKER: list["Evaluation"] = []
 
