@@ -65,13 +65,14 @@ def stage2(device: torch.device, **options) -> Stage2:
     return Stage2(mini_foundation(), Stage2Config(**options), OptimizerConfig(), decoder).to(device)
 
 
-def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch, bf16: bool = False) -> Run:
-    """bf16: with the loss under autocast, as Lightning's bf16-mixed has it."""
-    def loss() -> Tensor:
-        with torch.autocast(batch.subject_mask.device.type, torch.bfloat16, enabled=bf16):
-            return module.sample_losses(batch, drop=True)[0].mean()
+def stage2_loss(module: Stage2, batch: TripletBatch | CachedBatch, bf16: bool) -> Tensor:
+    """bf16: under autocast, as Lightning's bf16-mixed has it."""
+    with torch.autocast(batch.subject_mask.device.type, torch.bfloat16, enabled=bf16):
+        return module.sample_losses(batch, drop=True)[0].mean()
 
-    return step(trained(module.adapter), loss)
+
+def stage2_step(module: Stage2, batch: TripletBatch | CachedBatch, bf16: bool = False) -> Run:
+    return step(trained(module.adapter), lambda: stage2_loss(module, batch, bf16))
 
 
 def cached(module: Stage1 | Stage2, batch: TripletBatch) -> CachedBatch:
@@ -161,8 +162,7 @@ def true_subject_side(device: torch.device, from_cache: bool = False, reference:
     def run(config: Stage2Config) -> Run:
         def loss() -> Tensor:
             module.config = config
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-                return module.sample_losses(read, drop=True)[0].mean()
+            return stage2_loss(module, read, bf16=device.type != "cpu")
 
         return step([p for name, p in module.adapter.named_parameters() if config.subject or not name.startswith("subject.")], loss)
 
