@@ -1,12 +1,11 @@
 """How a guided step grows with resolution, mask and batch, and an evaluation with its pictures: each ratio is of the larger over the smaller."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from experiments.benchmarks.guided_step import Setting, Size
-from experiments.benchmarks.timing import PRECISION, Case
+from experiments.benchmarks.timing import PRECISION, Case, Run
 from experiments.benchmarks.whole_subject import ALL_PROMPTS, MINI_SETTING, mini_evaluation
 
 QUARTER = 0.25
@@ -14,7 +13,7 @@ QUARTER = 0.25
 
 def larger_against_smaller(larger: tuple[int, float, int], smaller: tuple[int, float, int]):
     """Side of the latents, share of the mask and pictures at once, of each."""
-    def prepare(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    def prepare(device: torch.device) -> tuple[Run, Run]:
         unet = Size("", 0, QUARTER if device.type == "cpu" else 1.0).build(device)
         sizes = [(latents, share, device, pictures) for latents, share, pictures in (larger, smaller)]
         return tuple(Setting(unet, *size).moma for size in sizes)  # type: ignore[return-value]
@@ -22,7 +21,7 @@ def larger_against_smaller(larger: tuple[int, float, int], smaller: tuple[int, f
     return prepare
 
 
-def more_against_fewer_prompts(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def more_against_fewer_prompts(device: torch.device) -> tuple[Run, Run]:
     """In batches of one size, so that memory should not grow."""
     more, fewer = (mini_evaluation(device, replace(MINI_SETTING, prompts=ALL_PROMPTS[:count], batch=16)) for count in (16, 4))
     return more.batched, fewer.batched

@@ -4,7 +4,6 @@ import functools
 import io
 import itertools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ from datamodules.shards import ShardSample, write_shard
 from datamodules.squares import cut, square_box
 from datamodules.streams import collate
 from datamodules.triplets import TripletConfig, TripletDataModule
-from experiments.benchmarks.timing import Case
+from experiments.benchmarks.timing import Case, Run
 
 SAMPLES, BATCH, SIDE, SOURCE = 64, 16, 256, (1024, 768)
-Run = Callable[[], object]
 
 
 def photograph(seed: int, size: tuple[int, int] = SOURCE) -> Image.Image:

@@ -1,7 +1,7 @@
 """Scoring of pictures against the bare forward pass of its encoder on tensors that are ready."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,10 @@ from evaluation.metrics.cache import CachedEncoder
 from evaluation.metrics.encoders import DinoConfig, DinoEncoder, load_dino
 from evaluation.stamps import load_pictures
 from experiments.benchmarks.loading import photograph
-from experiments.benchmarks.timing import Case
+from experiments.benchmarks.timing import Case, Run
 from experiments.mini.models import MINI
 
 BATCH = 16
-Run = Callable[[], object]
 
 
 def forward_against_scoring(config: DinoConfig, model: torch.nn.Module, pictures: Sequence[Image.Image], device: torch.device) -> tuple[Run, Run]:

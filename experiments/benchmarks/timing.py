@@ -12,6 +12,8 @@ import torch
 #: What each is sampled and trained with; where only the CPU's is meant, `shape` says so.
 PRECISION = "fp32, on a GPU bf16"
 
+Run = Callable[[], object]
+
 
 def dtype_of(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -28,12 +30,12 @@ class Case:
     name: str
     goal: str
     shape: str
-    prepare: Callable[[torch.device], tuple[Callable[[], object], Callable[[], object]]]
+    prepare: Callable[[torch.device], tuple[Run, Run]]
     pairs: int | None = None
     by_the_clock: bool = False
 
 
-def seconds(run: Callable[[], object], device: torch.device, by_the_clock: bool = False) -> float:
+def seconds(run: Run, device: torch.device, by_the_clock: bool = False) -> float:
     """What one run takes: processor time on a CPU, which other programs hardly move, time on the clock on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -45,7 +47,7 @@ def seconds(run: Callable[[], object], device: torch.device, by_the_clock: bool 
     return clock() - started
 
 
-def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
+def peak_mb(run: Run, device: torch.device) -> float | None:
     """The most memory held in one run, in MiB: of the GPU; on a CPU of the whole process, models, libraries and caches included.
 
     None where the system does not let a process reset its high-water mark (Linux: `man proc`, clear_refs).
@@ -64,7 +66,7 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
     return int(peak) / 2**10
 
 
-def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int, device: torch.device, by_the_clock: bool = False) -> dict:
+def alternate(a: Run, b: Run, pairs: int, device: torch.device, by_the_clock: bool = False) -> dict:
     """Median ratio of the pairs, their quartiles `lo` and `hi`, and the medians of a and b in seconds; every other pair in reverse order.
 
     One pair before does not count; it gives the peak memory of each, `a_mb` and `b_mb`.

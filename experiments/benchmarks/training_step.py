@@ -17,7 +17,7 @@ from datamodules.caches.samples import trimmed
 from datamodules.mini import world
 from datamodules.mini.render import render
 from datamodules.samples import to_pixel_values, to_subject_mask
-from experiments.benchmarks.timing import PRECISION, Case, dtype_of
+from experiments.benchmarks.timing import PRECISION, Case, Run, dtype_of
 from experiments.benchmarks.true_models import SD15, random_batch, random_stage
 from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.batch import CachedBatch, TripletBatch, white_background
@@ -30,7 +30,6 @@ from moma_lightning.plan import architectures
 from moma_lightning.plan.stages import Experiment, read_experiment
 
 LABEL, BATCH = "cat", 24
-Run = Callable[[], object]
 
 
 def batch_of(count: int, device: torch.device) -> TripletBatch:

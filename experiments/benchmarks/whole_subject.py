@@ -18,7 +18,7 @@ from datamodules.mini.render import render
 from experiments.benchmarks.discs import disc
 from experiments.benchmarks.explicit import written_out
 from experiments.benchmarks.guided_step import COMPILE
-from experiments.benchmarks.timing import PRECISION, Case, dtype_of
+from experiments.benchmarks.timing import PRECISION, Case, Run, dtype_of
 from experiments.benchmarks.true_models import LABEL, PLACES, SD15, random_stage
 from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.modules.stage2 import Stage2
@@ -107,16 +107,16 @@ def true_evaluation(device: torch.device) -> Evaluation:
     return Evaluation(pipe, Image.fromarray(pixels), TRUE_SETTING)
 
 
-def against_batched(build: Callable[[torch.device], Evaluation], released: bool) -> Callable[[torch.device], tuple[Callable[[], object], Callable[[], object]]]:
+def against_batched(build: Callable[[torch.device], Evaluation], released: bool) -> Callable[[torch.device], tuple[Run, Run]]:
     """One by one, as the released code has it or with the project's own attention, against a prepared subject in batches."""
-    def prepare(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    def prepare(device: torch.device) -> tuple[Run, Run]:
         evaluation = build(device)
         return evaluation.as_released if released else evaluation.one_by_one, evaluation.batched
 
     return prepare
 
 
-def on_two_cores(_: torch.device, setting: Setting = MINI_SETTING) -> tuple[Callable[[], object], Callable[[], object]]:
+def on_two_cores(_: torch.device, setting: Setting = MINI_SETTING) -> tuple[Run, Run]:
     """Two subjects' pictures, each way on two cores: the loop on PyTorch's threads, and a process of one thread a subject, as the project evaluates.
 
     The processes end with the second of the two; their memory is not in its peak.
@@ -144,7 +144,7 @@ def draw_in_worker() -> int:
     return len(OF_WORKER[0].batched())
 
 
-def eager_against_compiled(device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def eager_against_compiled(device: torch.device) -> tuple[Run, Run]:
     """The UNet as it is and compiled, in the same pipeline."""
     evaluation = true_evaluation(device)
     evaluation.pipe.unet.compile(mode=COMPILE)
