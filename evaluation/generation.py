@@ -96,11 +96,11 @@ class PictureMaker(Share):
     def drawn(self, name: str, method: Method, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         """The tasks' pictures, `at_once` a call; where the device's memory does not hold them, half as many from then on for this method.
 
-        Raises ValueError for a method that returns fewer or more pictures than it was given tasks.
+        Raises ValueError for a method that returns anything but as many pictures as it was given tasks.
         """
         images: list[Image.Image] = []
         while len(images) < len(tasks):
-            part, made = tasks[len(images) : len(images) + self.at_once], None
+            part, fits = tasks[len(images) : len(images) + self.at_once], True
             try:
                 made = method.generate(subject, reference, part)
             except ValueError as error:
@@ -108,12 +108,15 @@ class PictureMaker(Share):
             except RuntimeError as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
-            if made is None:  # behind the clause, since the error holds on to all that the call had made
+                fits = False
+            if not fits:  # behind the clause, since the error holds on to all that the call had made
                 self.at_once = len(part) // 2
                 torch.cuda.empty_cache()
                 told = f"{name}: the device's memory does not hold {len(part)} pictures at once, {self.at_once} are tried"
                 warnings.warn(f"{told}; a lower batch_size spares the attempt", stacklevel=2)
                 continue
+            if not isinstance(made, list) or not all(isinstance(picture, Image.Image) for picture in made):
+                raise ValueError(f"{name}: generate has to return a list of PIL pictures, one a task, not {made!r:.80}")
             if len(made) != len(part):
                 raise ValueError(f"{name}: {len(made)} pictures of {subject.name} for {len(part)} tasks")
             images += made

@@ -10,6 +10,7 @@ from PIL import Image
 from moma_lightning.files import write_beside, write_json
 from moma_lightning.foundation import Dtype, FoundationConfig
 from moma_lightning.pipeline import load_pipeline
+from moma_lightning.subject import SubjectSettings
 
 
 def generate(
@@ -29,6 +30,7 @@ def generate(
     guidance_scale: float = 7.5,
     num_inference_steps: int = 50,
     num_images_per_prompt: int = 1,
+    batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
@@ -54,6 +56,7 @@ def generate(
         guidance_scale: Classifier-free guidance.
         num_inference_steps: Denoising steps.
         num_images_per_prompt: Pictures a prompt.
+        batch_size: Pictures drawn at once; each batch is written before the next one is drawn.
         height: Of the pictures, in pixels; the base's own size where it is not given.
         width: The same.
         seed: Seed of the first picture's noise; the next ones count up.
@@ -63,27 +66,40 @@ def generate(
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    worded = [worded_by(prompt_template, text, label) for text in prompts]
+    if min(len(prompts), num_images_per_prompt, batch_size) < 1:
+        counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, batch_size {batch_size}"
+        raise ValueError(f"{counts}: each has to be 1 at least")
+    if image is None and (mask is not None or label is not None):
+        raise ValueError("--mask and --label are those of a picture: give it as --image")
+    if image is not None and None in (adapter, label):
+        raise ValueError("--image needs an adapter (--adapter) and a label (--label), the word for its subject")
+    SubjectSettings(beta, mask_strength, guide_subject=guide_subject)  # says what is out of its range
+    worded = {text: worded_by(prompt_template, text, label) for text in prompts}
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no GPU here")
     reference, found, folder = read_picture(image), read_picture(mask), Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # before models are loaded, which takes long
     adapter, decoder = (adapter, decoder) if image else (None, None)
     pipe = load_pipeline(foundation, adapter, decoder, dtype).to(device)
-    seeds = [seed + i for i in range(len(prompts) * num_images_per_prompt)]
     settings = dict(beta=beta, mask_strength=mask_strength, guide_subject=guide_subject, context_scale=context_scale,
                     guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, height=height, width=width)
-    output = pipe(worded, reference, found, label, num_images_per_prompt=num_images_per_prompt,
-                  generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], mllm_prompt=prompts, **settings)
+    subject = None
+    if reference is not None:
+        subject = pipe.prepare_subject(reference, found, label, (height or pipe.default_size()) * (width or pipe.default_size()))
+    tasks = [(seed + i, text) for i, text in enumerate(text for text in prompts for _ in range(num_images_per_prompt))]
     first = 1 + max((int(number[0]) for path in folder.glob("*.png") if (number := re.match(r"\d+(?=-)", path.name))), default=-1)
-    for i, picture in enumerate(output.images):
-        text = prompts[i // num_images_per_prompt]
-        path = folder / f"{first + i:03d}-{words_of(text)}.png"
-        write_beside(path, picture.save)
-        record = dict(prompt=text, image=image, mask=mask, label=label, seed=seeds[i], adapter=adapter, decoder=decoder, dtype=dtype,
-                      prompt_template=prompt_template, **settings, foundation=asdict(foundation))  # fmt: skip
-        write_json(path.with_suffix(".json"), record, indent=2)
-        print(path)
+    for start in range(0, len(tasks), batch_size):
+        part = tasks[start : start + batch_size]
+        generators = [torch.Generator("cpu").manual_seed(drawn_from) for drawn_from, _ in part]
+        texts = [text for _, text in part]
+        images = pipe([worded[text] for text in texts], subject, generator=generators, mllm_prompt=texts, **settings).images
+        for place, ((drawn_from, text), picture) in enumerate(zip(part, images, strict=True), first + start):
+            path = folder / f"{place:03d}-{words_of(text)}.png"
+            write_beside(path, picture.save)
+            record = dict(prompt=text, image=image, mask=mask, label=label, seed=drawn_from, adapter=adapter, decoder=decoder, dtype=dtype,
+                          prompt_template=prompt_template, **settings, foundation=asdict(foundation))  # fmt: skip
+            write_json(path.with_suffix(".json"), record, indent=2)
+            print(path)
 
 
 def read_picture(path: str | None) -> Image.Image | None:

@@ -130,7 +130,8 @@ class MoMAPipeline(DiffusionPipeline):
         """New pictures of the subject in `image`, for each prompt.
 
         image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains; or
-            image alone, as `prepare_subject` made it, so that calls for more prompts share that work.
+            image alone, as `prepare_subject` made it, so that calls for more prompts share that work. A mask is white on black; of a cut-out
+            the alpha channel is one. A Subject belongs to the weights that made it: prepare it anew after a LoRA was loaded or let go.
         beta: subject strength (Eq. 3), one or one a prompt; 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
         mask_threshold: label attention up to this, of [0, 1], is background. mask_layers: numbers of the cross-attention layers whose
@@ -145,13 +146,17 @@ class MoMAPipeline(DiffusionPipeline):
         eta, callback_on_step_end, return_dict: as diffusers' pipelines have them; of a step's tensors the callback gets
             the latents, and guidance stays as it was.
         Raises ValueError for a label that no prompt names, settings out of their range, betas or image_embeds that are neither one nor one a
-        prompt, a mask or label without its picture, an empty mask, a reference or image_embeds without adapter, a reference without label, a context
-        that nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
+        prompt, a mask or label without its picture or beside a Subject of others, a Subject of weights of another dtype, an empty mask, a reference
+        or image_embeds without adapter, a reference without label, a context that nothing can embed, and a height or width that the autoencoder
+        cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
         """
         prompts, asked, negative = as_lists(prompt, mllm_prompt, negative_prompt)
         if not prompts or num_images_per_prompt < 1 or num_inference_steps < 1:
             counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, num_inference_steps {num_inference_steps}"
             raise ValueError(f"{counts}: each has to be 1 at least")
+        if not guidance_scale >= 0:
+            raise ValueError(f"guidance_scale {guidance_scale}: 1 or less draws without guidance, more with it")
+        self._guidance_scale = guidance_scale  # what callbacks of diffusers look at
         self._check_conditions(len(prompts), image, mask, label, beta, image_embeds)
         height, width = self._size(height, width)
         device, guided = self._execution_device, guidance_scale > 1
@@ -213,7 +218,7 @@ class MoMAPipeline(DiffusionPipeline):
         encoded = self._encode(seen)
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for, and its features would outlive a CUDA graph's memory
             features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
-        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant)
+        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant, self.unet.dtype)
 
     def default_size(self) -> int:
         """Sides of the pictures that the UNet was made for. Raises ValueError where they are not squares."""
@@ -234,6 +239,11 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
         if image is None and (mask is not None or label is not None):
             raise ValueError("mask and label are those of a picture: give it as image")
+        if isinstance(image, Subject):
+            if mask is not None or label not in (None, image.label):
+                raise ValueError(f"the Subject was prepared with a mask and the label {image.label!r}: for others prepare the picture anew")
+            if image.dtype not in (None, self.unet.dtype):
+                raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
         shapes = {"beta": (tuple(torch.as_tensor(beta).shape), 1), "image_embeds": (() if image_embeds is None else tuple(image_embeds.shape), 2)}
         for name, (shape, dims) in shapes.items():
             if shape != () and (len(shape) != dims or shape[0] not in (1, prompts)):

@@ -40,9 +40,9 @@ class SubjectSettings:
 
     beta: float | Sequence[float] | Tensor
     mask_strength: float
-    mask_threshold: float
-    mask_layers: Sequence[int] | None
-    guide_subject: bool
+    mask_threshold: float = 0.2
+    mask_layers: Sequence[int] | None = None
+    guide_subject: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.mask_strength <= 1:
@@ -66,6 +66,7 @@ class Subject:
     latent_size: tuple[int, int]
     label: str
     variant: Variant  # of the adapter that it was prepared for
+    dtype: torch.dtype | None = None  # of the UNet that it was prepared by
     mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 

@@ -41,7 +41,7 @@ class Folder(Method):
     table: str
 
     def rows(self) -> list[dict[str, str]]:
-        """Raises ValueError, with the table's name, for one that is not UTF-8, lacks a column, or has a row without one of these cells."""
+        """Raises ValueError, with the table's name, for one that is not UTF-8, lacks a column, or has a row that lacks one of these cells or has too many."""
         try:
             text = Path(self.table).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -53,6 +53,8 @@ class Folder(Method):
         for row in reader:
             if empty := sorted(column for column in COLUMNS if not row[column]):
                 raise ValueError(f"{self.table}, line {reader.line_num}: {', '.join(empty)} is empty")
+            if None in row:  # where csv puts them
+                raise ValueError(f"{self.table}, line {reader.line_num}: more cells than columns; a prompt with a comma wants quotes")
             rows.append(row)
         return rows
 

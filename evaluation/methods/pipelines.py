@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from datamodules.dreambooth import Subject
@@ -40,21 +41,31 @@ class Pipeline(Method):
     def weights(self, models: Models) -> dict[str, str | None]:
         return {"pipeline": models.digest(self.pretrained)}
 
-    def load(self) -> Any:
-        """The pipeline, in float32 where `load_kwargs` does not say otherwise."""
+    def kind(self) -> Any:
         try:
-            kind = pkgutil.resolve_name(self.pipeline_class)
+            return pkgutil.resolve_name(self.pipeline_class)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"Pipeline: there is no class {self.pipeline_class!r} ({error})") from error
-        return kind.from_pretrained(**resolve(self.pretrained), **({"torch_dtype": torch.float32} | self.load_kwargs))
+
+    def require(self, models: Models) -> None:
+        """What a DiffusionPipeline takes is known once it is loaded: its folder names the class."""
+        if (kind := self.kind()) is not DiffusionPipeline:
+            self.check_arguments(kind)
+
+    def check_arguments(self, kind: type) -> None:
+        self.taken = inspect.signature(kind.__call__).parameters
+        if unknown := set(self.arguments | self.kwargs) - set(self.taken):
+            raise ValueError(f"{self.pipeline_class} takes no argument {', '.join(sorted(unknown))}; it takes {', '.join(self.taken)}")
+
+    def load(self) -> Any:
+        """The pipeline, in float32 where `load_kwargs` does not say otherwise."""
+        return self.kind().from_pretrained(**resolve(self.pretrained), **({"torch_dtype": torch.float32} | self.load_kwargs))
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         self.sampler = sampler
         self.pipeline = models.hold((self.pretrained, self.pipeline_class, repr(self.load_kwargs)), self.load)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.taken = inspect.signature(type(self.pipeline).__call__).parameters
-        if unknown := set(self.arguments | self.kwargs) - set(self.taken):
-            raise ValueError(f"{self.pipeline_class} takes no argument {', '.join(sorted(unknown))}; it takes {', '.join(self.taken)}")
+        self.check_arguments(type(self.pipeline))
         if not self.own_scheduler:
             use_scheduler(self.pipeline, sampler)
 

@@ -188,10 +188,12 @@ def test_a_mask_that_is_not_there_is_told(monkeypatch, reference):
 
 def test_what_a_pipeline_does_not_take_is_named(monkeypatch):
     with pytest.raises(ValueError, match="no class 'diffusers.NoSuchPipeline'"):
-        Pipeline(f"{MINI}/base", "diffusers.NoSuchPipeline").setup(Models(mini_foundation()), SAMPLER)
+        Pipeline(f"{MINI}/base", "diffusers.NoSuchPipeline").require(Models(mini_foundation()))
     method = Pipeline(f"{MINI}/base", "diffusers.StableDiffusionPipeline", {"prompt": "prompt", "picture": "image"})
-    with pytest.raises(ValueError, match="takes no argument picture"):
-        method.setup(Models(mini_foundation()), SAMPLER)
+    for check in (lambda: method.require(Models(mini_foundation())), lambda: method.setup(Models(mini_foundation()), SAMPLER)):
+        with pytest.raises(ValueError, match="takes no argument picture"):
+            check()
+    Pipeline(f"{MINI}/base", arguments=method.arguments).require(Models(mini_foundation()))  # which class it is, only its folder says
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         Pipeline("no/such/folder").weights(Models(mini_foundation()))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -114,6 +115,15 @@ def test_a_picture_too_few_is_an_error_and_not_another_tasks(tmp_path):
     with pytest.raises(ValueError, match=r"a: 1 pictures of \w+ for 2 tasks"):
         generate(config)
     assert not list(config.pictures.rglob("*.png"))
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(2, 3, 8, 8), [np.zeros((8, 8, 3))] * 2])
+def test_what_is_no_list_of_pictures_is_an_error(tmp_path, monkeypatch, returned):
+    """None too, of a method without `return`: it is not taken for a device that is full, and asked again for ever."""
+    config = fake_config(tmp_path, {"a": Painter(0.3)})
+    monkeypatch.setattr(Painter, "generate", lambda *_: returned)
+    with pytest.raises(ValueError, match="a: generate has to return a list of PIL pictures"):
+        generate(config)
 
 
 def test_nothing_is_made_twice(tmp_path, log):

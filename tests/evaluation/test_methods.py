@@ -284,6 +284,9 @@ def test_folder_names_what_is_missing(tmp_path):
         Path(tmp_path / "bad.csv").write_text(f"subject,prompt,path\ncat,a cat,a.png\n{row}\n")
         with pytest.raises(ValueError, match="bad.csv, line 3: (path|subject) is empty"):
             Folder(str(tmp_path / "bad.csv")).rows()
+    Path(tmp_path / "bad.csv").write_text("subject,prompt,path\ncat,a cat, asleep,a.png\n")
+    with pytest.raises(ValueError, match="bad.csv, line 2: more cells than columns"):
+        Folder(str(tmp_path / "bad.csv")).rows()
     Path(tmp_path / "bad.csv").write_text("subject,prompt,path\n", encoding="utf-16")
     with pytest.raises(ValueError, match="bad.csv is not UTF-8"):
         Folder(str(tmp_path / "bad.csv")).rows()

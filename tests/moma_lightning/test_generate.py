@@ -43,7 +43,9 @@ def test_pictures_that_are_there_stay(tmp_path):
 @pytest.mark.parametrize(("options", "told"), [
     (["--prompt", "[]"], "0 prompts"), (["--prompt", "a cat", "--num_images_per_prompt", "0"], "num_images_per_prompt 0"),
     (["--prompt", "a cat", "--num_inference_steps", "-5"], "num_inference_steps -5"), (["--prompt", "a cat", "--prompt_template", "{foo}"], "'{foo}' may have"),
-    (["--prompt", "a cat", "--out", __file__], "File exists"),
+    (["--prompt", "a cat", "--out", __file__], "File exists"), (["--prompt", "a cat", "--batch_size", "0"], "batch_size 0"),
+    (["--prompt", "a cat", "--label", "cat"], "give it as --image"), (["--prompt", "a cat", "--beta", "-1"], "beta -1"),
+    (["--prompt", "a cat", "--guidance_scale", "-1"], "guidance_scale -1"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_told(options, told, tmp_path):
     with pytest.raises(SystemExit, match=told):
@@ -56,6 +58,19 @@ def test_pictures_are_written_with_their_settings(cat, tmp_path, caplog):
     settings = json.loads((tmp_path / "out" / "003-a-cat-in-the-snow.json").read_text())
     assert settings["seed"] == 3 and settings["label"] == "cat" and settings["prompt"] == "a cat / in the snow" and settings["beta"] == 1.0
     assert " entries, 0 missing, 0 unexpected, 0 of another shape" in caplog.text, "what was read of the adapter is not told"
+
+
+def test_batches_are_written_one_by_one_and_draw_the_same(cat, tmp_path, monkeypatch):
+    """The second of two ends in an error: what the first drew is there."""
+    prompts, reference = ["a cat on the beach", "a cat in the snow"], ("--image", cat, "--label", "cat", "--num_images_per_prompt", "2")
+    whole = generate(tmp_path / "whole", prompts, *reference)
+    parts = generate(tmp_path / "parts", prompts, *reference, "--batch_size", "3")
+    assert list(parts) == list(whole) and all(np.abs(whole[name].astype(int) - parts[name]).max() <= 1 for name in whole)
+    calls = iter([MoMAPipeline.__call__])
+    monkeypatch.setattr(MoMAPipeline, "__call__", lambda *given, **options: next(calls)(*given, **options))
+    with pytest.raises(StopIteration):
+        generate(tmp_path / "cut", prompts, *reference, "--batch_size", "3")
+    assert [path.name for path in sorted((tmp_path / "cut").glob("*.png"))] == list(whole)[:3]
 
 
 def test_the_reference_changes_the_picture_and_the_seed_fixes_it(cat, tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import subprocess
 import sys
@@ -202,6 +203,22 @@ def test_clear_errors(base):
     for options in ({"num_inference_steps": -5}, {"num_images_per_prompt": 0}, {"prompt": []}):
         with pytest.raises(ValueError, match="has to be 1 at least"):
             run(pipe, **options)
+    for scale in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="guidance_scale"):
+            run(pipe, guidance_scale=scale)
+
+
+def test_a_subject_is_of_one_mask_one_label_and_weights_of_one_dtype(base):
+    pipe = MoMAPipeline.from_base(copy.deepcopy(base), tiny_adapter(base))
+    subject = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    same = run(pipe, image=subject).images
+    assert np.array_equal(run(pipe, image=subject, label="cat").images, same) and pipe.guidance_scale == 3.0
+    for other in ({"label": "dog"}, {"mask": square_mask()}):
+        with pytest.raises(ValueError, match="prepared with a mask and the label 'cat'"):
+            run(pipe, image=subject, **other)
+    pipe.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"prepared in torch.float32, the UNet is in torch.bfloat16 now"):
+        run(pipe, image=subject)
 
 
 def test_pictures_that_are_not_finite_are_refused(base):
