@@ -115,7 +115,7 @@ class PictureMaker(Share):
                 told = f"{name}: the device's memory does not hold {len(part)} pictures at once, {self.at_once} are tried"
                 warnings.warn(f"{told}; a lower batch_size spares the attempt", stacklevel=2)
                 continue
-            if not isinstance(made, list) or not all(isinstance(picture, Image.Image) for picture in made):
+            if not isinstance(made, list | tuple) or not all(isinstance(picture, Image.Image) for picture in made):
                 raise ValueError(f"{name}: generate has to return a list of PIL pictures, one a task, not {made!r:.80}")
             if len(made) != len(part):
                 raise ValueError(f"{name}: {len(made)} pictures of {subject.name} for {len(part)} tasks")

@@ -196,6 +196,9 @@ class MoMAPipeline(DiffusionPipeline):
                 masks.append(guide.update(recorder))
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, step, t, {"latents": latents}).pop("latents", latents)
+        if guide is not None and not guide.is_silent and not guide.has_acted:
+            warnings.warn("the subject attention has acted in no step: the released variant's waits for a first M_gen, and for t < 950; take more steps",
+                          stacklevel=2)  # fmt: skip
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         output = MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)

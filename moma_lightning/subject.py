@@ -91,11 +91,13 @@ class SubjectGuide:
         self.is_silent = not adapter.has_subject or not beta.any()
         self.mask_context = self.variant.mask_context and adapter.has_subject
         self.generated_mask: Float[Tensor, "batch 1 h w"] | None = None
+        self.has_acted = False
         self.resolutions: set[int] = set()  # of the UNet's attention layers, in positions, as the first step has shown them
 
     def conditioning(self, t: float, context: ContextConditioning | None, recorder: Recorder) -> Conditioning:
         waiting = self.variant.wait_for_mask and self.generated_mask is None
         acts = not self.is_silent and t < self.variant.subject_below and not waiting
+        self.has_acted |= acts
         pyramid = None
         if self.generated_mask is not None:
             mask = torch.cat([self.generated_mask] * 2) if self.guided else self.generated_mask

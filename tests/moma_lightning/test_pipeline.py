@@ -2,6 +2,7 @@ import copy
 import inspect
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ def test_mask_strength_changes_the_picture_and_masks_are_returned(base):
 def test_a_mask_strength_that_is_none_is_refused(base, strength):
     with pytest.raises(ValueError, match=f"mask_strength {strength}: .* from 0 to 1"):
         run(MoMAPipeline.from_base(base, tiny_adapter(base)), image=picture(), mask=square_mask(), label="cat", mask_strength=strength)
+
+
+def test_one_step_is_too_few_for_a_subject_that_waits_for_a_mask(base):
+    pipe = MoMAPipeline.from_base(base, tiny_adapter(base, "released"))
+    reference = {"image": picture(), "mask": square_mask(), "label": "cat"}
+    with pytest.warns(UserWarning, match="acted in no step"):
+        run(pipe, **reference, num_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(pipe, **reference, num_inference_steps=3)
+        run(pipe, **reference, num_inference_steps=1, beta=0.0)
 
 
 def test_a_higher_threshold_takes_the_weaker_part_of_m_gen_away(base):
