@@ -16,6 +16,12 @@ def config(folder: Path, **options) -> TripletConfig:
     return TripletConfig(**shards | {"batch_size": 4, "steps_per_epoch": 6, "shuffle_buffer": 10} | options)
 
 
+def opened(folder: Path, **options) -> TripletDataModule:
+    module = TripletDataModule(config(folder, **options))
+    module.setup("fit")
+    return module
+
+
 def make(folder: Path, out: Path, stage: TrainedPartModule, **options) -> Path:
     trainer = Trainer(default_root_dir=out, **quiet)
     trainer.predict(CacheMaker(stage, config(folder), CacheConfig(**{"dtype": "float32"} | options), out), return_predictions=False)

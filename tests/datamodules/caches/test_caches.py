@@ -22,7 +22,6 @@ from datamodules.caches.stamp import CacheStamp
 from datamodules.pictures import open_mask
 from datamodules.samples import BadSamples, read_shards, to_subject_mask
 from datamodules.squares import as_bytes
-from datamodules.triplets import TripletDataModule
 from experiments.mini.models import mini_foundation
 from moma_lightning.__main__ import main
 from moma_lightning.batch import OF_THE_SUBJECT
@@ -32,7 +31,7 @@ from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
-from tests.datamodules.caches.running import config, copied, losses, make
+from tests.datamodules.caches.running import config, copied, losses, make, opened
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +125,14 @@ def test_half_precision_stays_near(data, decoder, tmp_path):
 
 def test_what_a_cache_holds(cache, data, decoder, tmp_path):
     assert finished(config(data), cache) | {"megabytes": 0} == {"shards": 7, "samples": 32, "left_out": 0, "megabytes": 0}
-    datamodule = TripletDataModule(config(cache))
-    datamodule.setup("fit")
-    batch = next(iter(datamodule.val_dataloader()))
-    pictures = TripletDataModule(config(data))
-    pictures.setup("fit")
-    online = next(iter(pictures.val_dataloader()))
+    batch, online = (next(iter(opened(folder).val_dataloader())) for folder in (cache, data))
     assert (batch.key, batch.caption, batch.label, batch.full_caption) == (online.key, online.caption, online.label, online.full_caption)
     assert torch.equal(batch.subject_mask, online.subject_mask)
     wanted = stage2(decoder).features(online)
     for name, feature in wanted.items():
         torch.testing.assert_close(batch.features[name], feature, rtol=1e-4, atol=1e-4)
     paper = make(data, tmp_path / "paper", stage2(decoder, variant="paper"))
-    datamodule = TripletDataModule(config(paper))
-    datamodule.setup("fit")
-    white = next(iter(datamodule.val_dataloader())).features
+    white = next(iter(opened(paper).val_dataloader())).features
     assert not torch.allclose(white["white_moments"], white["moments"])
 
 
@@ -197,35 +189,32 @@ def test_what_moves_the_embedding_is_in_the_stamp(decoder):
 
 
 def test_stale_and_damaged_shards_are_refused(cache, decoder, data, tmp_path):
-    def setup(folder: Path, **options):
-        TripletDataModule(config(folder, **options)).setup("fit")
-
-    setup(cache)
+    opened(cache)
     with pytest.raises(ValueError, match="made of pictures of 64 pixels, training wants 32"):
-        setup(cache, image_size=32)
+        opened(cache, image_size=32)
     cut = copied(cache, tmp_path / "cut")
     (cut / "train-00002.tar").write_bytes((cut / "train-00002.tar").read_bytes()[:-512])
     with pytest.raises(ValueError, match="train-00002.tar: is .* bytes long"):
-        setup(cut)
+        opened(cut)
     unstamped = copied(cache, tmp_path / "unstamped")
     (unstamped / "train-00000.json").unlink()
     with pytest.raises(ValueError, match="train-00000.tar has no stamp"):
-        setup(unstamped)
+        opened(unstamped)
     unknown = '{"made_by": {}, "source_sha256": ""}'
     for content, told in (("{}", "tar has no stamp"), ("{", "json is beside .* and no JSON"), (unknown, "json is not the stamp")):
         (unstamped / "train-00000.json").write_text(content)
         with pytest.raises(ValueError, match=f"train-00000.{told}"):
-            setup(unstamped)
+            opened(unstamped)
     stale = copied(cache, tmp_path / "stale")
     source = tmp_path / "train-00001.tar"  # a source without a manifest, changed after the cache was made
     source.write_bytes(b"changed")
     replace(CacheStamp.read(stale / "train-00001.tar"), source=str(source)).write(stale / "train-00001.tar")
     with pytest.raises(ValueError, match=r"train-00001.tar: its source .* has changed since"):
-        setup(stale)
+        opened(stale)
     plain = make(data, tmp_path / "plain", stage2(decoder), mirrored=False)
-    setup(plain, flip=False)
+    opened(plain, flip=False)
     with pytest.raises(ValueError, match="no mirrored views"):
-        setup(plain)
+        opened(plain)
     with pytest.raises(ValueError, match="is a cache itself"):
         make(cache, tmp_path / "twice", stage2(decoder))
 
@@ -238,49 +227,43 @@ def test_a_cache_does_not_overwrite_its_own_sources(data, decoder):
 
 
 def test_a_cache_is_whole_and_holds_nothing_of_an_earlier_one(cache, decoder, data, tmp_path):
-    def setup(folder: Path):
-        TripletDataModule(config(folder)).setup("fit")
-
     half = copied(cache, tmp_path / "half")
     for end in ("tar", "json"):
         (half / f"train-00002.{end}").unlink()  # as a kill between two shards leaves it
     with pytest.raises(ValueError, match=r"half lacks 1 of the 7 shards that it is to hold, train-00002\.tar among them: finish the cache first"):
-        setup(half)
+        opened(half)
     more = copied(cache, tmp_path / "more")
     for end in ("tar", "json"):
         shutil.copy(more / f"train-00002.{end}", more / f"train-00009.{end}")  # as an export of more shards left it
     with pytest.raises(ValueError, match=r"train-00009\.tar is not among the shards in .*shards\.json"):
-        setup(more)
+        opened(more)
     make(data, more, stage2(decoder))
     assert not list(more.glob("train-00009.*"))
-    setup(more)
+    opened(more)
 
 
 def test_a_source_is_judged_by_its_bytes_and_read_only_where_it_may_have_changed(cache, decoder, data, tmp_path, monkeypatch):
-    def setup(folder: Path):
-        TripletDataModule(config(folder)).setup("fit")
-
     def unread(path: Path):
         raise AssertionError(f"{path} was read")
 
     sources, moved = Path(shutil.copytree(data, tmp_path / "sources")), copied(cache, tmp_path / "moved")
     for path in moved.glob("*.tar"):
         replace(CacheStamp.read(path), source=str(sources / path.name), source_mtime_ns=-1).write(path)
-    setup(moved)  # another time, and the same bytes
+    opened(moved)  # another time, and the same bytes
     before = {path: path.stat().st_mtime_ns for path in moved.glob("*.tar")}
     make(sources, moved, stage2(decoder))
     assert before == {path: path.stat().st_mtime_ns for path in moved.glob("*.tar")}, "no reason to make them again"
     with monkeypatch.context() as patch:
         patch.setattr(stamp, "sha256", unread)
-        setup(moved)
+        opened(moved)
         make(sources, moved, stage2(decoder))
     shutil.copy(sources / "train-00000.tar", sources / "train-00001.tar")
     assert "train-00001.tar" in (sources / "manifest.json").read_text(), "which still tells of what was there"
     with pytest.raises(ValueError, match=r"train-00001.tar: its source .* has changed since"):
-        setup(moved)
+        opened(moved)
     make(sources, moved, stage2(decoder))
     assert [path.name for path, time in before.items() if path.stat().st_mtime_ns != time] == ["train-00001.tar"]
-    setup(moved)
+    opened(moved)
 
 
 def test_pictures_for_a_stage_that_wants_a_cache(data, decoder, tmp_path):
