@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,9 @@ def outlined(folder: Path, row: dict[str, Any]) -> str:
 
 def member(file: Any, offset: int) -> bytes:
     """A tar member's bytes by the offset of its content: its length stands in the header before it."""
-    file.seek(offset - 512)
-    length = int(file.read(512)[124:136].split(b"\0")[0], 8)
-    return file.read(length)
+    file.seek(offset - tarfile.BLOCKSIZE)
+    header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+    return file.read(header.size)
 
 
 def histogram(values: pd.Series, edges: np.ndarray) -> list[dict[str, Any]]:
