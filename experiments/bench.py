@@ -47,11 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    for case in all_cases(args.full or device.type == "cuda", compiled=device.type == "cuda"):
-        if any(part in case.name for part in args.only):
-            entry = measure(case, args.pairs, device)
-            print(line(case.name, entry), flush=True)
-            save(args.out, {case.name: entry})
+    cases = all_cases(args.full or device.type == "cuda", compiled=device.type == "cuda")
+    chosen = [case for case in cases if any(part in case.name for part in args.only)]
+    if not chosen:
+        parser.error("no case's name contains one of these; there are\n  " + "\n  ".join(case.name for case in cases))
+    for case in chosen:
+        entry = measure(case, args.pairs, device)
+        print(line(case.name, entry), flush=True)
+        save(args.out, {case.name: entry})
 
 
 if __name__ == "__main__":
