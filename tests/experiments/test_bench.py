@@ -220,3 +220,9 @@ def test_on_two_cores_each_way_draws_two_subjects(monkeypatch):
     as_released()
     assert drawn == [([(prompt, 0) for prompt in setting.prompts], 2)] * 2 and torch.get_num_threads() == before
     assert at_once() == [2, 2]
+
+
+def test_a_name_that_no_case_has_is_an_error_that_lists_them(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "no such case"])
+    assert "guided step / plain, mini, mask 25%" in capsys.readouterr().err
