@@ -1,7 +1,7 @@
 """How well predicted image embeddings match the true ones."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -11,9 +11,9 @@ from torchmetrics.utilities import dim_zero_cat
 class EmbeddingMatch(Metric):
     """Mean cosine similarity, and retrieval R@1: how often an embedding's nearest among `pool` true ones is its own.
 
-    The cosine is in [-1, 1], R@1 in [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples; with fewer samples than
-    one pool, all of them are the pool. True embeddings equal to its own (one picture in two samples) count as its own; a prediction of
-    zeros, as near to all, never does.
+    The cosine is in [-1, 1], R@1 in [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples of different true embeddings,
+    the first of each: a rank whose validation is short gives its batches again, which would make pools smaller than they say. With fewer than one
+    pool, all of them are the pool. A prediction of zeros, as near to all, is never the nearest to its own.
     """
 
     full_state_update = False
@@ -35,9 +35,18 @@ class EmbeddingMatch(Metric):
         return {"cosine": (predicted * target).sum(-1).mean(), "r_at_1": self._recall(predicted, target)}
 
     def _recall(self, predicted: Tensor, target: Tensor) -> Tensor:
+        kept = first_of_each(target)
+        predicted, target = predicted[kept], target[kept]
         pool = min(self.pool, len(target))
         hits = []
         for start in range(0, len(target) - pool + 1, pool):
             similarity = predicted[start : start + pool] @ target[start : start + pool].T
             hits.append((similarity.diagonal() >= similarity.max(1).values - 1e-6) & predicted[start : start + pool].any(1))
         return torch.cat(hits).float().mean()
+
+
+def first_of_each(rows: Float[Tensor, "rows dim"]) -> Int[Tensor, " different_rows"]:
+    """Places of the rows that no row before them equals, in order."""
+    different, which = torch.unique(rows, dim=0, return_inverse=True)
+    places = torch.arange(len(rows), device=rows.device)
+    return torch.full((len(different),), len(rows), device=rows.device).scatter_reduce(0, which, places, "amin").sort().values

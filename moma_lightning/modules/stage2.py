@@ -280,6 +280,18 @@ class Stage2(TrainedPartModule):
             raise ValueError("stage2.cache_reference is for making a cache and, with stage2.cached, for training from one: set both, or neither")
         super().setup(stage)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["decoder_digest"] = self.decoder_digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Tells of a decoder that holds other weights, besides what every stage refuses."""
+        super().on_load_checkpoint(checkpoint)
+        before, now = checkpoint.get("decoder_digest"), self.decoder_digest
+        if before and now and before != now:
+            rank_zero_warn(f"{self.decoder_name} holds other weights than the adapter in the checkpoint was trained with: train under another "
+                           "trainer.default_root_dir, or put stage 1's former result back")  # fmt: skip
+
     def kept_options(self) -> dict[str, Any]:
         """W' of one variant fits the other's in name and shape; the context side was trained on one source of embeddings."""
         return {f"stage2.{name}": getattr(self.config, name) for name in ("variant", "context")}

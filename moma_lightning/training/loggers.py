@@ -12,13 +12,17 @@ from moma_lightning.wandb_mode import wandb_mode
 
 
 def run_loggers(run: Run) -> list[Logger]:
-    """metrics.csv in the run's folder, and wandb, online or not as `wandb_mode` says: online a resumed training goes on with its run there."""
+    """metrics.csv in the run's folder, and wandb, online or not as `wandb_mode` says: online a resumed training goes on with its run there.
+
+    WANDB_PROJECT and WANDB_NAME say where and how it is called there; without them moma-lightning, and the last two parts of the folder.
+    """
     folder, mode = run.folder, wandb_mode()
     os.environ["WANDB_MODE"] = mode
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
     # Parts of a run that were written offline would replace each other when they are sent.
     known = run.wandb_id() if mode == "online" and "WANDB_RUN_ID" not in os.environ else None
-    wandb = WandbLogger(project="moma-lightning", name="/".join(folder.parts[-2:]), save_dir=folder, id=known)
+    project, name = os.environ.get("WANDB_PROJECT", "moma-lightning"), os.environ.get("WANDB_NAME", "/".join(folder.parts[-2:]))
+    wandb = WandbLogger(project=project, name=name, save_dir=folder, id=known)
     return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]
 
 

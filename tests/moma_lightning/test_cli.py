@@ -146,6 +146,19 @@ def test_online_a_resumed_training_goes_on_with_its_wandb_run(tmp_path, monkeypa
     assert number() is None
 
 
+def test_wandbs_own_variables_name_project_and_run(tmp_path, monkeypatch):
+    def told() -> tuple[str, str]:
+        init = run_loggers(Run(tmp_path / "runs/mini/stage2"))[1]._wandb_init
+        return init["project"], init["name"]
+
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert told() == ("moma-lightning", "mini/stage2")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "first")
+    assert told() == ("mine", "first")
+
+
 def test_interpolation_is_resolved(run):
     assert run(max_steps=1, default_root_dir="runs/of-${data.init_args.count}").trainer.default_root_dir == "runs/of-8"
 

@@ -42,10 +42,16 @@ def test_a_prediction_of_nothing_finds_nothing():
     assert measured(torch.zeros(10, 8), torch.randn(10, 8))["r_at_1"] == 0.0
 
 
-def test_a_picture_that_occurs_twice_counts_as_found():
-    target = torch.randn(10, 8)
-    target[5] = target[2]
-    assert measured(target, target)["r_at_1"] == 1.0
+@pytest.mark.parametrize("times", [1, 2, 8])
+def test_samples_given_again_do_not_make_pools_smaller(times):
+    """As by ranks that validate longer than there are samples: 40 in pools of 32, whatever is repeated, and in whichever order."""
+    torch.manual_seed(0)
+    target = torch.randn(40, 4)
+    predicted = target + torch.randn(40, 4)
+    given = torch.cat([torch.arange(40), torch.randint(40, (40 * (times - 1),))])
+    assert measured(predicted[given], target[given], pool=32)["r_at_1"] == measured(predicted, target, pool=32)["r_at_1"]
+    side_by_side = torch.arange(40).repeat_interleave(times)
+    assert measured(predicted[side_by_side], target[side_by_side], pool=32)["r_at_1"] == measured(predicted, target, pool=32)["r_at_1"]
 
 
 def test_reset_forgets():

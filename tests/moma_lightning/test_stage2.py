@@ -1,4 +1,5 @@
 import csv
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -180,6 +181,19 @@ def test_a_checkpoint_of_another_variant_or_context_is_refused(build_stage2, tmp
     ((name, value),) = other.items()
     with pytest.raises(ValueError, match=rf"last\.ckpt was trained with other options: .*\n  stage2\.{name}: .* in the checkpoint, {value} now"):
         trainer(tmp_path, 2).fit(build_stage2(**{"variant": "released", "context": "decoder"} | other), loader(0, 0), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_another_decoder_in_the_same_place_is_told_when_training_goes_on(build_stage2, tmp_path):
+    first = trainer(tmp_path, 1)
+    first.fit(build_stage2(), loader(0))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    for digest, told in (("another", True), (None, False), (build_stage2().decoder_digest, False)):
+        module = build_stage2()
+        module.decoder_digest = digest
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            trainer(tmp_path, 2).fit(module, loader(0, 0), ckpt_path=tmp_path / "last.ckpt")
+        assert any("holds other weights" in str(one.message) for one in warned) == told
 
 
 def test_logged_lambda_is_that_of_the_logged_step(build_stage2, tmp_path):
