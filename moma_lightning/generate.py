@@ -10,6 +10,7 @@ from PIL import Image
 from moma_lightning.files import write_beside, write_json
 from moma_lightning.foundation import Dtype, FoundationConfig
 from moma_lightning.pipeline import load_pipeline
+from moma_lightning.pipeline_inputs import check_settings
 from moma_lightning.subject import SubjectSettings
 
 
@@ -66,9 +67,9 @@ def generate(
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if min(len(prompts), num_images_per_prompt, batch_size) < 1:
-        counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, batch_size {batch_size}"
-        raise ValueError(f"{counts}: each has to be 1 at least")
+    check_settings(len(prompts), num_images_per_prompt, num_inference_steps, guidance_scale)
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: it has to be 1 at least")
     if image is None and (mask is not None or label is not None):
         raise ValueError("--mask and --label are those of a picture: give it as --image")
     if image is not None and None in (adapter, label):

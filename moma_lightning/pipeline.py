@@ -23,6 +23,7 @@ from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.pictures import to_rgb
+from moma_lightning.pipeline_inputs import as_lists, check_conditions, check_settings
 from moma_lightning.segmentation import SamMasker
 from moma_lightning.subject import (
     VARIANTS,
@@ -151,13 +152,10 @@ class MoMAPipeline(DiffusionPipeline):
         cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
         """
         prompts, asked, negative = as_lists(prompt, mllm_prompt, negative_prompt)
-        if not prompts or num_images_per_prompt < 1 or num_inference_steps < 1:
-            counts = f"{len(prompts)} prompts, num_images_per_prompt {num_images_per_prompt}, num_inference_steps {num_inference_steps}"
-            raise ValueError(f"{counts}: each has to be 1 at least")
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance_scale {guidance_scale}: 1 or less draws without guidance, more with it")
+        check_settings(len(prompts), num_images_per_prompt, num_inference_steps, guidance_scale)
+        check_conditions(len(prompts), image, mask, label, beta, image_embeds)
+        self._require_parts(image, image_embeds)
         self._guidance_scale = guidance_scale  # what callbacks of diffusers look at
-        self._check_conditions(len(prompts), image, mask, label, beta, image_embeds)
         height, width = self._size(height, width)
         device, guided = self._execution_device, guidance_scale > 1
         text = self.encode_text(prompts, (height, width), num_images_per_prompt, guided, negative)
@@ -236,21 +234,11 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError(f"height {height} and width {width} have to be divisible by {self.vae_scale_factor}")
         return height, width
 
-    def _check_conditions(self, prompts: int, image: Any, mask: Any, label: str | None, beta: Any, image_embeds: Tensor | None) -> None:
-        """The ValueErrors of `__call__` for what stands beside the prompts."""
+    def _require_parts(self, image: Any, image_embeds: Tensor | None) -> None:
         if self.adapter is None and (image_embeds is not None or isinstance(image, Subject)):
             raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
-        if image is None and (mask is not None or label is not None):
-            raise ValueError("mask and label are those of a picture: give it as image")
-        if isinstance(image, Subject):
-            if mask is not None or label not in (None, image.label):
-                raise ValueError(f"the Subject was prepared with a mask and the label {image.label!r}: for others prepare the picture anew")
-            if image.dtype not in (None, self.unet.dtype):
-                raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
-        shapes = {"beta": (tuple(torch.as_tensor(beta).shape), 1), "image_embeds": (() if image_embeds is None else tuple(image_embeds.shape), 2)}
-        for name, (shape, dims) in shapes.items():
-            if shape != () and (len(shape) != dims or shape[0] not in (1, prompts)):
-                raise ValueError(f"{name} of shape {shape} for {prompts} prompts: give one, or one a prompt")
+        if isinstance(image, Subject) and image.dtype not in (None, self.unet.dtype):
+            raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
         if image is not None or image_embeds is not None:
             self._require_processors()
 
@@ -299,20 +287,6 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError("the pictures hold values that are not finite: weights of the adapter or the base are damaged, or too large for float16 "
                              "(bfloat16 and float32 hold them)")  # fmt: skip
         return self.image_processor.postprocess(images, output_type=output_type)
-
-
-def as_lists(
-    prompt: str | Sequence[str], mllm_prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None
-) -> tuple[list[str], list[str], list[str] | None]:
-    """Prompts, what the decoder is asked for, and negative prompts. Raises ValueError where they are not as many."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    asked = prompts if mllm_prompt is None else [mllm_prompt] if isinstance(mllm_prompt, str) else list(mllm_prompt)
-    negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt or []) or None
-    if len(asked) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(asked)} mllm_prompts: must be as many")
-    if negative and len(negative) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(negative)} negative prompts: must be as many, or one string for all")
-    return prompts, asked, negative
 
 
 class MoMAPipelineSD(MoMAPipeline, BasePipelineSD):
