@@ -30,7 +30,7 @@ from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEX
 
 from moma_lightning.foundation import STABLE_DIFFUSION_SCHEDULE, Base, FoundationConfig, ImageEncoder, frozen
 from moma_lightning.hub import hub_name, local_path
-from moma_lightning.models.adapter import MoMAAdapter, install_processors
+from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.caption_encoder import CaptionEncoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.single_file import is_single_file
@@ -156,9 +156,3 @@ def see_all(inner: Any, pixel_values: torch.Tensor, return_dict: bool) -> BaseMo
     output = inner.vision_model(pixel_values.flatten(0, 1).to(inner.dtype), return_dict=return_dict)
     output.pooler_output = list(inner.connector(output.last_hidden_state))
     return output
-
-
-def build_adapter(base: Base, image_embed_dim: int, num_tokens: int, variant: str, subject: bool) -> MoMAAdapter:
-    adapter = MoMAAdapter.for_unet(base.unet, image_embed_dim, num_tokens=num_tokens, variant=variant)  # type: ignore[arg-type]
-    adapter.subject.requires_grad_(subject)
-    return adapter

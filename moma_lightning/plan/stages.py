@@ -19,7 +19,8 @@ from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeat
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.modules.grid import GridConfig
 from moma_lightning.modules.stage1 import EditConfig, Stage1
-from moma_lightning.modules.stage2 import Stage2, Stage2Config
+from moma_lightning.modules.stage2 import Stage2
+from moma_lightning.modules.stage2_parts import Stage2Config, build_adapter
 from moma_lightning.plan import architectures
 from moma_lightning.training.options import Checkpointing, TrainingOptions
 
@@ -113,7 +114,7 @@ class PlannedStage2(Stage2):
         encoder, base, decoder = architectures.build_image_encoder(foundation), architectures.build_base(foundation), None
         if config.context == "decoder":
             decoder = architectures.build_decoder(foundation, DecoderConfig(), encoder.embed_dim, getattr(torch, foundation.mllm_dtype))
-        adapter = architectures.build_adapter(base, encoder.embed_dim, config.num_tokens, config.variant, config.subject)
+        adapter = build_adapter(base, replace(foundation, ip_adapter=None), config, encoder.embed_dim)
         return base, encoder if decoder is None else None, decoder, adapter
 
 
