@@ -78,13 +78,9 @@ def _plain(tree: Any) -> Any:
     return {key: _plain(value) for key, value in tree.items() if key != "__path__"} if isinstance(tree, dict) else tree
 
 
+@no_init_weights()
 def build(experiment: Experiment) -> TrainedPartModule:
     """The stage with parts of the right shapes; activation checkpointing and the choice of what is trained are as in training."""
-    with no_init_weights():
-        return _build(experiment)
-
-
-def _build(experiment: Experiment) -> TrainedPartModule:
     options = experiment.model
     foundation, optimizer = FoundationConfig(**options["foundation"]), optim.OptimizerConfig(**options["optimizer"])
     if options.get("cached") or options.get("stage2", {}).get("cached"):
