@@ -29,7 +29,7 @@ from moma_lightning.hub import has_file, loading, local_path, resolve
 from moma_lightning.models.adapter import install_processors
 from moma_lightning.models.last_layer import only_first_read
 from moma_lightning.models.preprocess import preprocess
-from moma_lightning.models.text import TextConditioning, encode_text
+from moma_lightning.models.text import TextConditioning, read_twice, sized, token_ids
 from moma_lightning.quantization import Quantization, quantized
 from moma_lightning.single_file import is_lora, is_single_file, load_single_file
 from moma_lightning.whole import load_whole, require_all_weights, require_vocabulary
@@ -100,8 +100,13 @@ class Base:
     @torch.no_grad()
     def encode_text(self, texts: list[str], size: Sequence[int], device: torch.device) -> TextConditioning:
         """Texts as the UNet reads them for pictures of `size`, (height, width) in pixels."""
-        tokenizers = [self.tokenizer, self.tokenizer_2]
-        return encode_text(texts, tokenizers[: len(self.text_encoders)], self.text_encoders, size, device, self.force_zeros_for_empty_prompt)
+        if self.text_encoder_2 is None:
+            return TextConditioning(self.text_encoder(token_ids(self.tokenizer, texts).to(device)).last_hidden_state)
+        hidden_states, pooled = read_twice(texts, [self.tokenizer, self.tokenizer_2], self.text_encoders, device)
+        if self.force_zeros_for_empty_prompt:  # an empty text is zeros then, as the unconditional half was trained
+            said = torch.tensor([[float(text != "")] for text in texts], device=device, dtype=pooled.dtype)
+            hidden_states, pooled = hidden_states * said[..., None], pooled * said
+        return sized(hidden_states, pooled, size)
 
 
 def frozen(module: nn.Module) -> nn.Module:

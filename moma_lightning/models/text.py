@@ -34,19 +34,6 @@ def sized(hidden_states: Float[Tensor, "batch text dim"], pooled: Float[Tensor, 
     return TextConditioning(hidden_states, {"text_embeds": pooled, "time_ids": time_ids.repeat(len(pooled), 1)})
 
 
-def encode_text(
-    texts: list[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], size: Sequence[int], device: torch.device, zeros_for_empty: bool
-) -> TextConditioning:
-    """Texts for training, as sampling reads them. With `zeros_for_empty` an empty text is zeros, as SDXL's unconditional half was trained."""
-    if len(text_encoders) == 1:
-        return TextConditioning(text_encoders[0](token_ids(tokenizers[0], texts).to(device)).last_hidden_state)
-    hidden_states, pooled = read_twice(texts, tokenizers, text_encoders, device)
-    if zeros_for_empty:
-        said = torch.tensor([[float(text != "")] for text in texts], device=device, dtype=pooled.dtype)
-        hidden_states, pooled = hidden_states * said[..., None], pooled * said
-    return sized(hidden_states, pooled, size)
-
-
 def read_twice(
     texts: list[str], tokenizers: Sequence[Any], text_encoders: Sequence[Any], device: torch.device
 ) -> tuple[Float[Tensor, "batch text dim"], Float[Tensor, "batch pooled"]]:
