@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,7 +14,7 @@ from moma_lightning import optim
 from moma_lightning.batch import TripletBatch
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.ema import EMA
-from moma_lightning.training.options import TrainingOptions, checkpoint_activations, hold_in_bfloat16
+from moma_lightning.training.options import TrainingOptions, checkpoint_activations
 from moma_lightning.training.sharding import plain_name, shard, whole_like
 from moma_lightning.training.strategy import FlatShardedStrategy, shard_mesh
 
@@ -53,9 +54,14 @@ class TrainedPartModule(LightningModule):
             self.hold_frozen()
 
     def hold_frozen(self) -> None:
-        """Convert the units' frozen parameters to bfloat16, but for those that a checkpoint keeps. They stay so: build the stage anew for float32."""
+        """Convert the units' frozen parameters to bfloat16, but for those that a checkpoint keeps. They stay so: build the stage anew for float32.
+
+        Autocast would convert those of every product anew in each step. Sharding's units are gathered so too (`sharding.shard`).
+        """
         kept = {id(tensor) for tensor in self.kept().values()}
-        hold_in_bfloat16(p for unit in self.units() for p in unit.parameters() if id(p) not in kept)
+        for parameter in (p for unit in self.units() for p in unit.parameters()):
+            if parameter.dtype == torch.float32 and not parameter.requires_grad and id(parameter) not in kept:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     def features(self, batch: TripletBatch) -> dict[str, Tensor]:
         """What the frozen models make of a batch, [batch, ...] each, for a cache (`datamodules/caches`)."""

@@ -1,6 +1,5 @@
-"""How a stage is trained, apart from what is trained: memory against time, and the types of what is frozen."""
+"""How a stage is trained, apart from what is trained: memory against time."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,13 +40,3 @@ def checkpoint_activations(module: nn.Module, policy: Checkpointing) -> None:
 
 def _recompute(function, *args, **kwargs):
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def hold_in_bfloat16(parameters: Iterable[nn.Parameter]) -> None:
-    """Convert frozen parameters once: autocast would convert those of every product anew in each step.
-
-    As diffusers' training scripts do, and as sharding's units are gathered (`sharding.shard`).
-    """
-    for parameter in parameters:
-        if parameter.dtype == torch.float32 and not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
