@@ -77,10 +77,10 @@ class Fit:
         return "\n  ".join(told + [line for names in counts.values() for line in (*names[:10], *_more(names))])
 
 
-def compare(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Fit:
-    """Entries against parameters, by name."""
+def check_fit(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Fit:
+    """ValueError unless `tensors` have exactly the names and shapes of `parameters`; `source` is named in it."""
     both = [(name, tensors[name], parameter) for name, parameter in parameters.items() if name in tensors]
-    return Fit(
+    fit = Fit(
         source,
         len(tensors),
         [f"{name}: missing" for name in parameters if name not in tensors],
@@ -88,11 +88,6 @@ def compare(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str,
         [f"{name}: shape {list(a.shape)}, expected {list(b.shape)}" for name, a, b in both if a.shape != b.shape],
         [f"{name}: {a.dtype}, read as {b.dtype}".replace("torch.", "") for name, a, b in both if a.dtype != b.dtype],
     )
-
-
-def check_fit(source: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Fit:
-    """ValueError unless `tensors` have exactly the names and shapes of `parameters`; `source` is named in it."""
-    fit = compare(source, tensors, parameters)
     if fit.wrong:
         raise ValueError("\n  ".join([f"{source} does not fit the model:", *fit.wrong[:10], *_more(fit.wrong)]))
     return fit
