@@ -81,14 +81,12 @@ def load_into(adapter: MoMAAdapter, state: Mapping[str, Tensor], path: str | Pat
 
     Logs what was read. Raises CheckpointError that lists missing, unexpected and wrongly shaped entries by name.
     """
-    has_subject = holds_subject(state)
     if spoilt := [name for name, value in state.items() if not value.is_meta and not value.isfinite().all()]:
         raise CheckpointError(f"{path}: {', '.join(spoilt[:5])} hold values that are not finite: its training has failed, or the file is damaged")
-    expected = adapter_state(adapter, subject=has_subject)
+    expected = adapter_state(adapter, subject=holds_subject(state))
     try:
         logger.info("%s", check_fit(str(path), state, expected))
     except ValueError as error:
         raise CheckpointError(f"{error}\nUse the base model that the adapter was trained on.") from error
-    own = {value: key for key, value in _PARTS.items()}
-    named = {f"{own[n.partition('.')[0]]}.{n.partition('.')[2]}": v for n, v in state.items()}
-    adapter.load_state_dict({n: v.float() for n, v in named.items()}, strict=has_subject)
+    for name, parameter in expected.items():  # which share the adapter's memory
+        parameter.copy_(state[name])
