@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
@@ -79,6 +79,15 @@ def find_folder(name: str, files: Sequence[str]) -> Path:
     if (found := local_path(name)) is not None:
         return found
     return [find_file(name, file) for file in files][-1].parent if "@" in name else Path(name)
+
+
+def find_snapshot(name: str, patterns: list[str], but: Sequence[str] = ()) -> Path:
+    """The folder `name`, or one with the files of a repository that these patterns name, and no others."""
+    if (found := local_path(name)) is not None:
+        return found
+    hub = hub_name(name)
+    with loading(name):
+        return Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=patterns, ignore_patterns=list(but)))
 
 
 def has_file(name: str, file: str) -> bool:

@@ -6,13 +6,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import is_peft_available
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moma_lightning.families import family_of, index_of, load_folder
 from moma_lightning.fetch import NOT_READ
-from moma_lightning.hub import find_file, hub_name, loading, local_path
+from moma_lightning.hub import find_file, find_snapshot
 from moma_lightning.whole import require_whole
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -38,11 +37,11 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
         if is_single_file(config):
             raise ValueError(f"{name} is a LoRA: it needs the whole model as a diffusers folder or hub name in foundation.base_config, not the file {config}")
         return with_lora(load_folder(config, vae), path)
-    folder = config_folder(config)
-    family = family_of(str(folder), index_of(str(folder)))
+    folder = str(find_snapshot(config, ["*.json", "*.txt"], but=NOT_READ))
+    family = family_of(folder, index_of(folder))
     try:
         pipe = family.pipeline.from_single_file(
-            str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, feature_extractor=None, **family.without, **given,
+            str(path), config=folder, local_files_only=True, torch_dtype=torch.float32, feature_extractor=None, **family.without, **given,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         hint = "; a file without a VAE needs foundation.vae" if "AutoencoderKL" in str(error) and vae is None else ""
@@ -85,12 +84,3 @@ def with_lora(pipe: DiffusionPipeline, path: Path) -> DiffusionPipeline:
     pipe.fuse_lora(components=[name for name in pipe._lora_loadable_modules if getattr(pipe, name, None) is not None])
     pipe.unload_lora_weights()
     return pipe
-
-
-def config_folder(config: str) -> Path:
-    """The folder with `model_index.json`: here, or of the hub's repository what is no weights."""
-    if (found := local_path(config)) is not None:
-        return found
-    hub = hub_name(config)
-    with loading(config):
-        return Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=["*.json", "*.txt"], ignore_patterns=list(NOT_READ)))

@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from moma_lightning.checkpoints.formats import CheckpointError, State, read_pickle
-from moma_lightning.hub import hub_name, loading, local_path
+from moma_lightning.hub import find_snapshot
 
 #: What of the MLLM the released weights replace; the vision tower stayed frozen and is the foundation's own.
 MLLM_TRAINED = [r"^mllm\.language_model\.", r"^mllm\.multi_modal_projector\."]
@@ -30,7 +29,7 @@ def read_mllm(source: str) -> State:
     The embedding gets zeros in the added rows: the image token's is never looked up, and padding is masked. Raises
     CheckpointError for entries that LLaVA-1.5's own layout does not have.
     """
-    folder = local_path(source) or download(source)
+    folder = find_snapshot(source, ["pytorch_model*", "model*.safetensors*"])
     state: State = {}
     for path in weight_files(folder):
         entries = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -63,9 +62,3 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / kind).is_file():
             return [folder / kind]
     raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
-
-
-def download(source: str) -> Path:
-    hub = hub_name(source)
-    with loading(source):
-        return Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=["pytorch_model*", "model*.safetensors*"]))
