@@ -96,7 +96,7 @@ def wanted(files: list[str], path: str | None = None) -> list[str]:
     FileNotFoundError for a model whose weights are there in no form that is read (of other frameworks, or as an fp16 variant alone).
     """
     if path in files:
-        return [path]  # type: ignore[list-item]
+        return [path]
     inside = [file for file in files if path is None or file.startswith(f"{path}/")]
     below = {file: file[len(path) + 1 :] if path else file for file in inside}
     kept = [file for file in inside if not any(fnmatch.fnmatch(below[file], pattern) for pattern in NOT_READ)]

@@ -29,4 +29,4 @@ def _statistics(vae: AutoencoderKL, latents: Tensor) -> tuple[Tensor, Tensor] | 
         return None
     if not len(mean) == len(std) == latents.shape[1]:
         raise ValueError(f"the VAE's config has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels")
-    return tuple(torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in (mean, std))  # type: ignore[return-value]
+    return tuple(torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in (mean, std))

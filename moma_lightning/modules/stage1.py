@@ -69,7 +69,7 @@ class Stage1(TrainedPartModule):
         self.image_encoder, feature_decoder, self.caption_encoder = self.load_parts(decoder, clip, cached)
         self.loss, self.decoder = LOSSES[loss], feature_decoder.train()
         names = ["decoder", *(name for name in BASELINES if self.caption_encoder is not None or name != "caption")]
-        self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})  # type: ignore[assignment]
+        self.matches: dict[str, EmbeddingMatch] = nn.ModuleDict({n: EmbeddingMatch() for n in names})
         self.register_buffer("target_sum", torch.zeros(feature_decoder.embed_dim))
         self.register_buffer("target_count", torch.zeros(()))
         self._ddp_params_and_buffers_to_ignore = ["target_sum", "target_count"]  # DDP would put rank 0's sums in every rank's place
@@ -199,7 +199,7 @@ class Stage1(TrainedPartModule):
         return [*blocks_of(self), *encoders, self.decoder]
 
     def on_fit_end(self) -> None:
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.trainer.fast_dev_run:
             return
         with whole_parameters(self.decoder, self.decoder.own_parameters()):
             if self.trainer.is_global_zero:

@@ -65,7 +65,7 @@ class Words(CLIPTokenizer):
     def __init__(self, model_max_length: int):
         object.__setattr__(self, "model_max_length", model_max_length)
 
-    def __call__(self, texts: list[str], **_: Any) -> SimpleNamespace:  # type: ignore[override]
+    def __call__(self, texts: list[str], **_: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=torch.zeros(len(texts), self.model_max_length, dtype=torch.long))
 
 
@@ -132,11 +132,11 @@ def build_decoder(config: FoundationConfig, decoder: DecoderConfig, embed_dim: i
 def adapters_stay() -> Iterator[None]:
     """Inside, modules are not moved: peft moves new adapters to the frozen weight's device, where they are, and tensors without data cannot be."""
     before = nn.Module.to
-    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign, misc]
+    nn.Module.to = lambda self, *args, **kwargs: self
     try:
         yield
     finally:
-        nn.Module.to = before  # type: ignore[method-assign]
+        nn.Module.to = before
 
 
 def build_mllm(name: str) -> PreTrainedModel:

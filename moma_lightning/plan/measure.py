@@ -106,7 +106,7 @@ def measure(experiment: Experiment, ranks: int, shard_size: int | None = None) -
         module = build(experiment)
         idle = take_out_idle(module)
         module.configure_model()
-        module.step_loss = loss_of(module)  # type: ignore[assignment]
+        module.step_loss = loss_of(module)
         shard(module, module.units(), mesh, bf16=experiment.bf16)
         register_fsdp_forward_method(module, "step_loss")
         optimizer = optim.build(module.named_parameters(), module.optimizer_config)
@@ -139,7 +139,7 @@ def give_state(optimizer: torch.optim.Optimizer) -> None:
 
 def _step(module: TrainedPartModule, optimizer: torch.optim.Optimizer, experiment: Experiment) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=experiment.bf16):
-        loss = module.step_loss(batch_of(experiment))  # type: ignore[operator]
+        loss = module.step_loss(batch_of(experiment))
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -34,7 +34,7 @@ class EpochEnds(Callback):
         is_over = epoch.current.ready == epoch.current.started == epoch.current.processed == epoch.current.completed
         if loop.restarting and loop.epoch_loop.restarted_on_last and is_over:
             if trained >= trainer.num_training_batches:
-                _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the loop's own setter overrules it
+                _Loop.restarting.fset(loop, False)  # the loop's own setter overrules it
             else:
                 for counted in (epoch.current, epoch.total):
                     counted.processed, counted.completed = counted.processed - 1, counted.completed - 1

@@ -48,7 +48,7 @@ class StopOnSignal(Callback):
         if trainer.received_sigterm:  # before these handlers were there; Lightning would end after the next batch, without saving
             self.requested, trainer._signal_connector.received_sigterm = signal.SIGTERM, False
         # Lightning's own agreement, which its handlers fed, makes every rank wait for its GPU before every batch.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = number

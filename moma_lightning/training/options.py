@@ -35,7 +35,7 @@ def checkpoint_activations(module: nn.Module, policy: Checkpointing) -> None:
         is_unet_block = type(part).__module__.startswith("diffusers") and type(part).__name__ != "Transformer2DModel"
         if policy == "all" or not is_unet_block:
             part.gradient_checkpointing = True
-            part._gradient_checkpointing_func = _recompute  # type: ignore[assignment]
+            part._gradient_checkpointing_func = _recompute
 
 
 def _recompute(function, *args, **kwargs):

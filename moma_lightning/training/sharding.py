@@ -72,7 +72,7 @@ def note_layouts(parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, to
     """Let each parameter that FSDP1 has just flattened tell its `Layout`; `shapes` are those of before. Every rank must call it."""
     counts = zip(*over_ranks([p.numel() for p in parameters.values()]), strict=True)
     for (name, parameter), of_ranks in zip(parameters.items(), counts, strict=True):
-        parameter.flattened = Layout(shapes[name], (0, *itertools.accumulate(of_ranks)))  # type: ignore[attr-defined]
+        parameter.flattened = Layout(shapes[name], (0, *itertools.accumulate(of_ranks)))
 
 
 def piece(tensor: Tensor, parameter: Tensor) -> Tensor | Piece:
