@@ -133,7 +133,7 @@ def load_base(config: FoundationConfig) -> Base:
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise ValueError(f"{config.base} has a {type(pipe.scheduler).__name__}: flow matching and EDM are other formulations than MoMA's base is of")
     install_processors(pipe.unet)
-    base = Base(frozen(pipe.unet), frozen(vae or pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
+    base = Base(frozen(pipe.unet), frozen(pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
     if "text_encoder_2" in pipe.components:
         base = replace(base, text_encoder_2=frozen(pipe.text_encoder_2), tokenizer_2=pipe.tokenizer_2,
                        force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)  # fmt: skip
