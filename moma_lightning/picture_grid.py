@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def picture_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
-    """Equal-sized pictures in rows on white, `gap` pixels apart."""
+    """Rows of pictures on white, each at the size of the first, `gap` pixels apart."""
     width, height = rows[0][0].size
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
