@@ -241,6 +241,6 @@ def cases(full: bool) -> list[Case]:
             Case("stage 1 step / bare MLLM, sd15", "<= 1.02", f"LLaVA-1.5-7B, random weights, batch of 8 at 512 px, {PRECISION}, no optimizer",
                  true_stage1_against_bare_mllm),
             *(Case(f"stage 1 step / bare MLLM, {layers} of LLaVA-1.5-7B's 32 layers", "", f"random weights, a picture of 512 px, {PRECISION}, no optimizer",
-                   functools.partial(true_stage1_against_bare_mllm, layers=layers), pairs=3) for layers in (2, 4)),
+                   functools.partial(true_stage1_against_bare_mllm, layers=layers)) for layers in (2, 4)),
         ]  # fmt: skip
     return listed

@@ -212,6 +212,13 @@ def test_a_subject_at_once_draws_the_pictures_of_one_by_one(small, released):
     assert abs(one - both).max() < 1e-4  # other prompts differ by .005
 
 
+def test_in_16_bits_a_subject_at_once_draws_nearly_the_pictures_of_the_loop():
+    setting = whole_subject.Setting(whole_subject.FEW_PROMPTS[:2], 2, 1, 2, 3.0)
+    loop, at_once = (run() for run in whole_subject.against_16_bits(torch.device("cpu"), setting))
+    assert loop.shape == at_once.shape == (2, 64, 64, 3)
+    assert 0 < abs(loop - at_once).mean() < 0.01 < abs(loop[0] - loop[1]).mean()
+
+
 def test_on_two_cores_each_way_draws_two_subjects(monkeypatch):
     setting, drawn = whole_subject.Setting(whole_subject.FEW_PROMPTS[:2], 1, 1, 2, 3.0), []
     as_released, at_once = whole_subject.on_two_cores(torch.device("cpu"), setting)
