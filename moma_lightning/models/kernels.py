@@ -37,6 +37,12 @@ def fit(query: Float[Tensor, "batch positions channels"], heads: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
+def wanted() -> bool:
+    """MOMA_KERNELS=0 in the environment asks for PyTorch's attention alone, whose bits are diffusers'. To torch.compile it is a constant."""
+    return os.environ.get("MOMA_KERNELS") != "0"
+
+
+@torch.compiler.assume_constant_result
 def usable(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
     """Whether both kernels have run there once, at their largest blocks; a warning says why not. To torch.compile it is a constant."""
     return _tried(device, dtype, heads, width)
@@ -44,7 +50,7 @@ def usable(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
 
 @functools.cache
 def _tried(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
-    if os.environ.get("MOMA_KERNELS") == "0":
+    if not wanted():
         return False
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return False  # no bfloat16, and Triton supports later ones

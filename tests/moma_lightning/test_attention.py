@@ -196,6 +196,7 @@ def test_queries_of_all_resolutions_are_found_in_the_first_layer(monkeypatch):
     assert sorted(found[:2]) == [6, 24] and found[2:] == [2], "one that was not announced is found alone"
 
 
+@pytest.mark.usefixtures("of_text")
 def test_what_steps_share_is_made_once(monkeypatch):
     """Text's, subject's and image tokens' keys: the second pass makes none, and gives what a pass without them gives."""
     self_attn, cross_attn, mask = self_attention(), cross_attention(), named_masks(["some"])
@@ -209,7 +210,7 @@ def test_what_steps_share_is_made_once(monkeypatch):
         return self_attn(x, conditioning=given), cross_attn(x, text, conditioning=given), recorder.label_maps[5]
 
     alone, first = passed(None), passed(made)
-    assert set(made) == {(4, "subject"), (5, "text"), (5, "label"), (5, "context")}
+    assert set(made) in ({(4, "subject"), (5, "columns")}, {(4, "subject"), (5, "text"), (5, "label"), (5, "context")})
     for layer in (cross_attn.to_k, cross_attn.to_v):
         monkeypatch.setattr(layer, "forward", lambda *_: pytest.fail("made a second time"))
     for a, b, c in zip(alone, first, passed(made), strict=True):
@@ -271,18 +272,24 @@ def test_context_attention(mask):
     torch.testing.assert_close(out, expected @ attn.to_out[0].weight.T + attn.to_out[0].bias, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.fixture(params=["columns", "attentions"])
+def of_text(request, monkeypatch):
+    """The text, the label's map and the image tokens of one matrix, as on a CPU, and of an attention each."""
+    monkeypatch.setattr(attention, "by_columns", lambda query: request.param == "columns")
+
+
+@pytest.mark.usefixtures("way", "of_text")
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("context", [False, True])
 def test_label_map(rows, context):
-    """Head-mean probability of the label's tokens, summed over them, for the conditional (last) rows, or all without guidance."""
+    """Head-mean probability of the label's tokens, summed over them, for the conditional (last) rows, or all without guidance; the layer's output beside it."""
     attn, x, text = cross_attention(), torch.randn(4, 24, CHANNELS), torch.randn(4, 7, TEXT)
     tokens = torch.zeros(rows, 7)
     tokens[0, 2], tokens[1, 3:5] = 1, 1
     recorder, image = Recorder(label_tokens=tokens), tuple(torch.randn(4, 4, CHANNELS) for _ in range(2))
-    attn(x, text, conditioning=Conditioning(context=ContextConditioning({5: image}) if context else None, recorder=recorder))
+    out = attn(x, text, conditioning=Conditioning(context=ContextConditioning({5: image}, 0.3) if context else None, recorder=recorder))
     found = recorder.label_maps[5]
-    query, key, d = x @ attn.to_q.weight.T, text @ attn.to_k.weight.T, CHANNELS // HEADS
+    query, key, value, d = x @ attn.to_q.weight.T, text @ attn.to_k.weight.T, text @ attn.to_v.weight.T, CHANNELS // HEADS
     for row in range(rows):
         total = torch.zeros(24)
         for h in range(HEADS):
@@ -290,6 +297,8 @@ def test_label_map(rows, context):
             probability = torch.softmax(query[row - rows, :, part] @ key[row - rows, :, part].T / math.sqrt(d), -1)
             total += (probability * tokens[row]).sum(-1) / HEADS
         torch.testing.assert_close(found[row].mean(0) if found.dim() == 3 else found[row], total)
+    expected = explicit(query, key, value) + (0.3 * explicit(query, *image) if context else 0)
+    torch.testing.assert_close(out, expected @ attn.to_out[0].weight.T + attn.to_out[0].bias, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])

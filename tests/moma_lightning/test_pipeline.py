@@ -67,10 +67,12 @@ def test_without_a_picture_it_is_stable_diffusion_bit_for_bit(base, stock_pictur
     assert np.array_equal(run(MoMAPipeline.from_base(base), image_embeds=None).images, stock_pictures)
 
 
-def test_lambda_zero_and_context_off_is_stable_diffusion_bit_for_bit(base, stock_pictures):
-    pipe = MoMAPipeline.from_base(base, tiny_adapter(base, lambda_=0.0))
-    output = run(pipe, image=picture(), mask=square_mask(), label="cat", context_scale=0.0)
-    assert np.array_equal(output.images, stock_pictures)
+def test_lambda_zero_and_context_off_is_stable_diffusion_bit_for_bit(base, stock_pictures, monkeypatch):
+    """To rounding where the label's map is read off the text's matrix."""
+    pipe, given = MoMAPipeline.from_base(base, tiny_adapter(base, lambda_=0.0)), dict(image=picture(), mask=square_mask(), label="cat", context_scale=0.0)
+    np.testing.assert_allclose(run(pipe, **given).images, stock_pictures, atol=1e-5)
+    monkeypatch.setenv("MOMA_KERNELS", "0")
+    assert np.array_equal(run(pipe, **given).images, stock_pictures)
 
 
 @pytest.mark.parametrize("given", [{}, {"image": picture(), "mask": square_mask(), "label": "cat"}])
@@ -88,7 +90,8 @@ def test_a_texts_keys_are_made_once_for_all_steps(base, given):
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_beta_and_context_each_change_the_picture(base, stock_pictures, variant):
+def test_beta_and_context_each_change_the_picture(base, stock_pictures, variant, monkeypatch):
+    monkeypatch.setenv("MOMA_KERNELS", "0")
     pipe = MoMAPipeline.from_base(base, tiny_adapter(base, variant))
     subject = dict(image=picture(), mask=square_mask(), label="cat")
     drawn = [run(pipe, **subject, beta=beta, context_scale=scale).images for beta, scale in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 1))]
