@@ -196,6 +196,20 @@ def test_another_decoder_in_the_same_place_is_told_when_training_goes_on(build_s
         assert any("holds other weights" in str(one.message) for one in warned) == told
 
 
+def test_a_checkpoint_that_knows_no_decoder_tells_of_none(build_stage2, tmp_path, recwarn):
+    """As those of before 2026-11-28."""
+    first = trainer(tmp_path, 1)
+    first.fit(build_stage2(), loader(0))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del checkpoint["decoder_digest"]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    module = build_stage2()
+    module.decoder_digest = "any"
+    trainer(tmp_path, 2).fit(module, loader(0, 0), ckpt_path=tmp_path / "last.ckpt")
+    assert not any("holds other weights" in str(one.message) for one in recwarn)
+
+
 def test_logged_lambda_is_that_of_the_logged_step(build_stage2, tmp_path):
     """Lightning writes every n-th step with what was logged last, which must not be of a step before."""
     module = build_stage2()
