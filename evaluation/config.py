@@ -48,10 +48,10 @@ class ReportConfig:
 
 @dataclass
 class WandbConfig:
-    """Logging of the table and the grid. Without a key (`wandb_mode`) it stays offline."""
+    """Logging of the table and the grid. Without a key (`wandb_mode`) it stays offline. project: None is WANDB_PROJECT, or moma-lightning."""
 
     enabled: bool = True
-    project: str = "moma-lightning"
+    project: str | None = None
     name: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)

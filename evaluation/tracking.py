@@ -12,7 +12,7 @@ from evaluation.config import EvalConfig
 from evaluation.figures.ablations import read_ablations
 from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_summary
 from evaluation.names import methods_of, metric_name
-from moma_lightning.wandb_mode import wandb_mode
+from moma_lightning.wandb_mode import wandb_mode, wandb_project
 
 
 def log_evaluation(config: EvalConfig, figures: Sequence[Path]) -> None:
@@ -28,7 +28,8 @@ def wandb_run(config: EvalConfig, folder: Path, job_type: str, name: str | None,
     folder = folder / "wandb"
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
     return wandb.init(
-        project=config.wandb.project, name=name, group=config.wandb.group, tags=config.wandb.tags, job_type=job_type, mode=wandb_mode(), dir=folder,
+        project=config.wandb.project or wandb_project(), name=name, group=config.wandb.group, tags=config.wandb.tags, job_type=job_type,
+        mode=wandb_mode(), dir=folder,
         config={"protocol": asdict(config.resolved_protocol()), **about}, settings=wandb.Settings(silent=True, console="off"),
     )  # fmt: skip
 

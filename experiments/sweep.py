@@ -22,7 +22,7 @@ from evaluation.cli import parse
 from evaluation.config import AblationConfig
 from evaluation.methods import Method
 from evaluation.sweeps import point_name
-from moma_lightning.wandb_mode import wandb_mode
+from moma_lightning.wandb_mode import wandb_mode, wandb_project
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def main() -> None:
         except ValueError as error:
             logging.info("wandb runs this sweep, and no table is made of it: %s", error)
         sweep["command"] += extra
-        project = sweep.get("project", "moma-lightning")
+        project = sweep.get("project") or wandb_project()
         subprocess.run(["wandb", "agent", "--project", project, wandb.sweep(sweep, project=project)], check=True)
         if table is not None:
             logging.info("the sweep's agent has ended; the table of its points, whose missing pictures are made here:")

@@ -17,3 +17,8 @@ def wandb_mode() -> Any:
     server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
     has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_SWEEP_ID") or get_netrc_auth(server) is not None
     return "online" if has_key else "offline"
+
+
+def wandb_project() -> str:
+    """WANDB_PROJECT where it is set, else this package's name."""
+    return os.environ.get("WANDB_PROJECT") or "moma-lightning"

@@ -28,11 +28,11 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
 
 
 def offline_run(path: Path) -> dict:
-    """Group, tags, config and what was logged of one `run-*.wandb` file."""
+    """Project, group, tags, config and what was logged of one `run-*.wandb` file."""
     found: dict = {"config": {}, "metrics": {}}
     for record in records(path):
         if record.HasField("run"):
-            found |= {"group": record.run.run_group, "tags": list(record.run.tags)}
+            found |= {"project": record.run.project, "group": record.run.run_group, "tags": list(record.run.tags)}
         for item in [*record.run.config.update, *record.config.update]:
             found["config"][item.key] = json.loads(item.value_json)
         for item in record.history.item:

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from moma_lightning.training.run import Run
-from moma_lightning.wandb_mode import wandb_mode
+from moma_lightning.wandb_mode import wandb_mode, wandb_project
 
 
 def run_loggers(run: Run) -> list[Logger]:
@@ -21,8 +21,8 @@ def run_loggers(run: Run) -> list[Logger]:
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
     # Parts of a run that were written offline would replace each other when they are sent.
     known = run.wandb_id() if mode == "online" and "WANDB_RUN_ID" not in os.environ else None
-    project, name = os.environ.get("WANDB_PROJECT", "moma-lightning"), os.environ.get("WANDB_NAME", "/".join(folder.parts[-2:]))
-    wandb = WandbLogger(project=project, name=name, save_dir=folder, id=known)
+    name = os.environ.get("WANDB_NAME") or "/".join(folder.parts[-2:])
+    wandb = WandbLogger(project=wandb_project(), name=name, save_dir=folder, id=known)
     return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]
 
 

@@ -34,12 +34,13 @@ def config(tmp_path_factory):
 def test_an_offline_run_holds_config_metrics_tables_and_images(config, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     config.wandb.enabled, config.wandb.group, config.wandb.tags = True, "some group", ["a tag"]
     log_evaluation(config, sorted((Path(config.run) / "figures").iterdir()))
     wandb.teardown()  # its service writes the file behind our back; this waits for it
     (path,) = config.eval_folder.rglob("run-*.wandb")
     run = offline_run(path)
-    assert (run["group"], run["tags"]) == ("some group", ["a tag"])
+    assert (run["project"], run["group"], run["tags"]) == ("mine", "some group", ["a tag"])
     assert run["config"]["protocol"]["name"] == config.resolved_protocol().name
     summary = json.loads((config.eval_folder / "summary.json").read_text())
     assert run["metrics"]["eval/moma_beta1/dino"] == pytest.approx(summary["moma_beta1"]["dino"]["mean"])

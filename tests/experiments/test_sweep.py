@@ -53,3 +53,7 @@ def test_with_a_key_the_file_goes_to_the_server_with_the_points_arguments(tmp_pa
     module.main()
     ((name, methods, folder),) = tables
     assert (name, folder) == ("moma-beta", "x") and "moma_beta0.5" in methods, "a grid ends in its table, as without a key"
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    monkeypatch.setattr("sys.argv", ["sweep", str(written(tmp_path, method="bayes"))])
+    module.main()
+    assert sent[-1][1] == "another" and ran[-1][0] == ["wandb", "agent", "--project", "another", "abc123"], "of a file that names none"

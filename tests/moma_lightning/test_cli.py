@@ -154,6 +154,9 @@ def test_wandbs_own_variables_name_project_and_run(tmp_path, monkeypatch):
     for name in ("WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
     assert told() == ("moma-lightning", "mini/stage2")
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.setenv(name, "")
+    assert told() == ("moma-lightning", "mini/stage2")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_NAME", "first")
     assert told() == ("mine", "first")
