@@ -1,5 +1,6 @@
 """A step of stage 2 by hand, as section 3 has it: what each part sees, the noise, the target, what is dropped, what a cache keeps."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -91,6 +92,22 @@ def test_draws_have_noise_and_timesteps_of_their_own_and_share_what_is_frozen(bu
     assert len(noise.flatten(1).unique(dim=0)) == 12 and len(timesteps.unique()) > 6 and chance.shape == (2, 3)
     values, timesteps = module.sample_losses(batch(0), drop=True)
     assert len(values) == len(timesteps) == 12 and calls == {"latents": 3, "context_embeds": 3, "encode_text": 6, "reference_features": 3}
+
+
+def test_what_the_reference_pass_gave_is_let_go_before_the_noisy_pass(build_stage2):
+    """K' and V' hold what they need of it, at the subject's positions."""
+    module, given, held = build_stage2(), [], []
+    features, unet = module.reference_features, module.unet.forward
+
+    def watched(*inputs):
+        reference = features(*inputs)
+        given.extend(weakref.ref(tensor) for pair in reference.values() for tensor in pair)
+        return reference
+
+    module.reference_features = watched
+    module.unet.forward = lambda *inputs, **named: held.append(sum(tensor() is not None for tensor in given)) or unet(*inputs, **named)
+    module.sample_losses(batch(0), drop=True)
+    assert given and held == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore")
