@@ -211,10 +211,10 @@ def cases(full: bool) -> list[Case]:
     shape, rows = f"mini, batch of {BATCH}, fp32, AdamW", f"mini, {BATCH} rows, fp32, AdamW"
     listed = [
         Case("stage 2 step / IP-Adapter step, mini", "<= 1.35", shape, against_ip_adapter()),
-        Case("stage 2 step / IP-Adapter step, both from a cache, mini", "", shape, against_ip_adapter(from_cache=True)),
+        Case("stage 2 step / IP-Adapter step, both from a cache, mini", "<= 1.35", shape, against_ip_adapter(from_cache=True)),
         Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, mini", "<= 1.35", shape,
              against_ip_adapter(from_cache=True, cache_reference=True)),
-        Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, mini", "", shape, against_ip_adapter(context="image_encoder")),
+        Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, mini", "<= 1.35", shape, against_ip_adapter(context="image_encoder")),
         *(Case(f"stage 2 step of {draws} noise draws / IP-Adapter step, mini", "<= 1.35", rows, against_ip_adapter(noise_draws=draws)) for draws in (2, 4)),
         *(Case(f"stage 2 step of {draws} noise draws / IP-Adapter step of as many, mini", "", rows, against_ip_adapter(noise_draws=draws, its_draws=draws))
           for draws in (2, 4)),
@@ -232,7 +232,7 @@ def cases(full: bool) -> list[Case]:
             Case("stage 2 step / IP-Adapter step, sd15", "<= 1.35", shape, true_against_ip_adapter),
             Case("stage 2 step / IP-Adapter step, both with CLIP's embedding, sd15", "<= 1.35",
                  f"SD 1.5 and CLIP ViT-H/14, random weights, {one}", true_subject_side),
-            Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "", f"SD 1.5, random weights, {one}",
+            Case("stage 2 step / IP-Adapter step, both from a cache, sd15", "<= 1.35", f"SD 1.5, random weights, {one}",
                  functools.partial(true_subject_side, from_cache=True)),
             Case("stage 2 step / IP-Adapter step, both from a cache, with the reference, sd15", "<= 1.35", f"SD 1.5, random weights, {one}",
                  functools.partial(true_subject_side, from_cache=True, reference=True)),
