@@ -37,4 +37,4 @@ class Share(LightningModule):
 
     def positions(self) -> DataLoader:
         """In `self.work`."""
-        return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(range(len(self.work)), batch_size=None)

@@ -68,7 +68,7 @@ def main(
     torch.manual_seed(0)
     device, clock = torch.device("cuda"), Clock()
     module = random_stage(experiment, device)
-    loader = DataLoader([random_batch(experiment, device)] * steps, batch_size=None)  # type: ignore[arg-type]
+    loader = DataLoader([random_batch(experiment, device)] * steps, batch_size=None)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(fast_dev_run=steps, default_root_dir=folder, accelerator="gpu", devices=1, strategy=strategy, callbacks=[clock],
                           precision="bf16-mixed" if experiment.bf16 else "32-true", gradient_clip_val=1.0,

@@ -60,7 +60,7 @@ class CacheMaker(LightningModule):
             self.announce({path.name for path in self.shards})
         own = range(self.trainer.global_rank, len(self.shards), self.trainer.world_size)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*|Total length of `DataLoader`.*")
-        return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(own, batch_size=None)
 
     def announce(self, names: set[str]) -> None:
         """List what the cache is to hold, and remove what an earlier one left, which a pattern would find too."""

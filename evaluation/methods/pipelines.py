@@ -32,7 +32,7 @@ class Pipeline(Method):
 
     pretrained: str
     pipeline_class: str = "diffusers.DiffusionPipeline"
-    arguments: dict[str, Source] = field(default_factory=lambda: {"prompt": "prompt"})  # type: ignore[arg-type]
+    arguments: dict[str, Source] = field(default_factory=lambda: {"prompt": "prompt"})
     kwargs: dict[str, Any] = field(default_factory=dict)
     load_kwargs: dict[str, Any] = field(default_factory=dict)
     own_scheduler: bool = False

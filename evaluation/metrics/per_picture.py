@@ -29,7 +29,7 @@ class PerPicture(Metric):
         return self.per_picture().tolist()
 
     def add(self, values: Float[Tensor, " pictures"]) -> None:
-        self.values.append(values.to(self.device))  # type: ignore[union-attr]
+        self.values.append(values.to(self.device))
 
     def per_picture(self) -> Float[Tensor, " pictures"]:
         """One value a picture, in the order they were given."""

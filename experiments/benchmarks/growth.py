@@ -16,7 +16,7 @@ def larger_against_smaller(larger: tuple[int, float, int], smaller: tuple[int, f
     def prepare(device: torch.device) -> tuple[Run, Run]:
         unet = Size("", 0, QUARTER if device.type == "cpu" else 1.0).build(device)
         sizes = [(latents, share, device, pictures) for latents, share, pictures in (larger, smaller)]
-        return tuple(Setting(unet, *size).moma for size in sizes)  # type: ignore[return-value]
+        return tuple(Setting(unet, *size).moma for size in sizes)
 
     return prepare
 
