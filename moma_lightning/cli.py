@@ -19,7 +19,7 @@ from moma_lightning.training.epoch_ends import EpochEnds
 from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal, ended_together
 from moma_lightning.training.loggers import run_loggers
 from moma_lightning.training.random_states import RandomStates
-from moma_lightning.training.run import BeganFrom, Run, checkpoint_folder, ends
+from moma_lightning.training.run import BeganFrom, Run, checkpoints_under, ends
 from moma_lightning.training.step_checkpoint import StepCheckpoint
 from moma_lightning.training.strategy import ShardedStrategy
 
@@ -62,7 +62,7 @@ class MoMACLI(LightningCLI):
             "checkpoint.every_n_train_steps": 200,
             "checkpoint.enable_version_counter": False,
         })
-        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoints_under)
 
     def before_instantiate_classes(self) -> None:
         """Decide, before anything large is loaded, whether `fit` starts, goes on, or has nothing left to do."""

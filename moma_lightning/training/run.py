@@ -136,7 +136,7 @@ class BeganFrom(Callback):
         self.ckpt_path = self.ckpt_path or state_dict["ckpt_path"]
 
 
-def checkpoint_folder(root: str | None) -> str | None:
+def checkpoints_under(root: str | None) -> str | None:
     """Where the run under `root` keeps its checkpoints."""
     return root and str(Path(root) / CHECKPOINTS)
 
