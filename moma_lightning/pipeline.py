@@ -237,7 +237,7 @@ class MoMAPipeline(DiffusionPipeline):
     def _require_parts(self, image: Any, image_embeds: Tensor | None) -> None:
         if self.adapter is None and (image_embeds is not None or isinstance(image, Subject)):
             raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
-        if isinstance(image, Subject) and image.dtype not in (None, self.unet.dtype):
+        if isinstance(image, Subject) and image.dtype != self.unet.dtype:
             raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
         if image is not None or image_embeds is not None:
             self._require_processors()

@@ -15,6 +15,7 @@ from moma_lightning.models.adapter import MoMAAdapter, Reference, Variant
 from moma_lightning.models.attention import Conditioning, ContextConditioning, Recorder, SubjectConditioning
 from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
 from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.models.text import token_ids
 from moma_lightning.pictures import to_grey, to_rgb
 
 
@@ -66,7 +67,7 @@ class Subject:
     latent_size: tuple[int, int]
     label: str
     variant: Variant  # of the adapter that it was prepared for
-    dtype: torch.dtype | None = None  # of the UNet that it was prepared by
+    dtype: torch.dtype  # of the UNet that it was prepared by
     mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 
@@ -132,9 +133,8 @@ def label_tokens(tokenizers: Sequence[Any], prompts: Sequence[str], label: str) 
 
 
 def _label_tokens(tokenizer: Any, prompts: Sequence[str], label: str) -> Float[Tensor, "prompts text"]:
-    ids = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in (label, f"{label}s")]
-    return find_label_tokens(ids, spellings, prompts, label)
+    return find_label_tokens(token_ids(tokenizer, list(prompts)), spellings, prompts, label)
 
 
 def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor, "1 3 height width"]:

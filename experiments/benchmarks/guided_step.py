@@ -80,7 +80,7 @@ class Setting:
         pipe = MoMAPipeline.from_base(replace(load_base(mini_foundation()), unet=unet))
         pipe.adapter, pipe.tokenizer.model_max_length = self.adapter, text_length
         picture = self.mask.expand(-1, 3, -1, -1)
-        subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL, self.adapter.variant)
+        subject = Subject(picture, picture, self.reference, self.mask, (latents, latents), LABEL, self.adapter.variant, unet.dtype)
         tokens, self.made = label_tokens(pipe.tokenizers, [PROMPT] * pictures, LABEL).to(device), {}
         self.guide = SubjectGuide(self.adapter, subject, tokens, 1, True, (latents, latents), SubjectSettings(1.0, 1.0, 0.2, None, False))
 
