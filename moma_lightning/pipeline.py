@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from moma_lightning.base_pipelines import BasePipelineSD, BasePipelineSDXL
 from moma_lightning.batch import white_background
 from moma_lightning.foundation import Base, Dtype, FoundationConfig, ImageEncoder, load_base, load_image_encoder
-from moma_lightning.hub import local_path
 from moma_lightning.models.adapter import MoMAAdapter
 from moma_lightning.models.attention import Conditioning, ContextConditioning, MoMAAttnProcessor, Recorder
 from moma_lightning.models.image_feature_decoder import ImageFeatureDecoder
 from moma_lightning.models.latents import scaled, unscaled
 from moma_lightning.models.widths import check_embed_dims, decoder_embed_dim
 from moma_lightning.pictures import to_rgb
-from moma_lightning.pipeline_inputs import as_lists, check_conditions, check_settings
+from moma_lightning.pipeline_inputs import as_lists, check_conditions, check_latents, check_settings
 from moma_lightning.segmentation import SamMasker
 from moma_lightning.subject import (
     VARIANTS,
@@ -147,13 +146,14 @@ class MoMAPipeline(DiffusionPipeline):
         eta, callback_on_step_end, return_dict: as diffusers' pipelines have them; of a step's tensors the callback gets
             the latents, and guidance stays as it was.
         Raises ValueError for a label that no prompt names, settings out of their range, betas or image_embeds that are neither one nor one a
-        prompt, a mask or label without its picture or beside a Subject of others, a Subject of weights of another dtype, an empty mask, a reference
-        or image_embeds without adapter, a reference without label, a context that nothing can embed, and a height or width that the autoencoder
-        cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
+        prompt, latents or image_embeds of a size that the models do not read, a mask or label without its picture or beside a Subject of others, a
+        Subject of weights of another dtype, an empty mask, a reference or image_embeds without adapter, a reference without label, a context that
+        nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
         """
         prompts, asked, negative = as_lists(prompt, mllm_prompt, negative_prompt)
         check_settings(len(prompts), num_images_per_prompt, num_inference_steps, guidance_scale)
         check_conditions(len(prompts), image, mask, label, beta, image_embeds)
+        check_latents(latents, len(prompts) * num_images_per_prompt, self.unet.config.in_channels)
         self._require_parts(image, image_embeds)
         self._guidance_scale = guidance_scale  # what callbacks of diffusers look at
         height, width = self._size(height, width)
@@ -237,6 +237,8 @@ class MoMAPipeline(DiffusionPipeline):
     def _require_parts(self, image: Any, image_embeds: Tensor | None) -> None:
         if self.adapter is None and (image_embeds is not None or isinstance(image, Subject)):
             raise ValueError("a Subject and image_embeds need an adapter: load_pipeline(..., adapter=...)")
+        if self.adapter is not None and image_embeds is not None and image_embeds.shape[-1] != (width := self.adapter.image_proj.proj.in_features):
+            raise ValueError(f"image_embeds of shape {tuple(image_embeds.shape)}: the adapter reads rows of {width}")
         if isinstance(image, Subject) and image.dtype != self.unet.dtype:
             raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
         if image is not None or image_embeds is not None:
@@ -249,7 +251,7 @@ class MoMAPipeline(DiffusionPipeline):
 
     def _find(self, image: Image.Image) -> Tensor:
         if self.masker is None:
-            raise ValueError("no mask was given and there is no SAM: pass mask=..., or set foundation.sam to one that is there")
+            raise ValueError("no mask was given and there is no SAM: pass mask=..., or name one as foundation.sam")
         return self.masker(to_rgb(image))
 
     def _context(self, subject, prompts, image_embeds, scale, repeats, guided) -> ContextConditioning | None:
@@ -304,13 +306,13 @@ def load_pipeline(
 
     adapter: folder of stage 2, or an IP-Adapter file. decoder: folder that `ImageFeatureDecoder.save_pretrained` wrote. dtype: float32, or one of
     16 bits for all but SAM; with float32 the MLLM keeps `foundation.mllm_dtype`.
-    Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings, and for another dtype.
+    Raises ValueError, with their names, where image encoder, adapter and decoder differ in the width of their image embeddings, and for another dtype;
+    FileNotFoundError for what is not there, SAM included, which `foundation.sam: null` leaves out.
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype {dtype!r}: {', '.join(get_args(Dtype))} are known, by these names")
+    masker = SamMasker.from_pretrained(foundation.sam) if foundation.sam else None
     base = load_base(foundation)
-    sam = foundation.sam
-    masker = SamMasker.from_pretrained(sam) if sam and ("@" in sam or local_path(sam) is not None) else None
     clip = load_image_encoder(foundation)
     loaded = MoMAAdapter.from_pretrained(adapter, base.unet) if adapter else None
     if decoder and loaded is not None and loaded.trained_on == "image_encoder":

@@ -44,3 +44,9 @@ def check_conditions(prompts: int, image: Any, mask: Any, label: str | None, bet
     for name, (shape, dims) in shapes.items():
         if shape != () and (len(shape) != dims or shape[0] not in (1, prompts)):
             raise ValueError(f"{name} of shape {shape} for {prompts} prompts: give one, or one a prompt")
+
+
+def check_latents(latents: Tensor | None, pictures: int, channels: int) -> None:
+    """Raises ValueError for noise of another number of pictures or channels; as in diffusers it may be of another size than height and width say."""
+    if latents is not None and (latents.dim() != 4 or latents.shape[:2] != (pictures, channels)):
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: {pictures} pictures begin from ({pictures}, {channels}, height, width)")

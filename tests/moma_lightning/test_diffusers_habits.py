@@ -107,6 +107,9 @@ def test_a_mask_has_one_channel(pipe, mask):
     ({"beta": [1.0, 0.4, 0.4]}, r"beta of shape \(3,\) for 2 prompts"),
     ({"beta": torch.ones(2, 1)}, r"beta of shape \(2, 1\) for 2 prompts"),
     ({"image_embeds": torch.zeros(3, EMBED_DIM)}, r"image_embeds of shape \(3, .* for 2 prompts"),
+    ({"image_embeds": torch.zeros(1, 7)}, rf"image_embeds of shape \(1, 7\): the adapter reads rows of {EMBED_DIM}"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents of shape \(1, 4, 8, 8\): 2 pictures begin from \(2, 4, height"),
+    ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents of shape \(2, 3, .* from \(2, 4, height"),
     ({"image": None}, "mask and label are those of a picture"),
     ({"beta": float("nan")}, "beta nan: .* 0 or more"),
     ({"mask_threshold": 1.0}, "mask_threshold 1.0"),
@@ -187,3 +190,8 @@ def test_a_folder_of_diffusers_is_no_moma_pipeline():
 def test_a_dtype_is_named_before_anything_is_read():
     with pytest.raises(ValueError, match="float32, bfloat16, float16 are known"):
         load_pipeline(mini_foundation(base="no/such/folder"), dtype="fp16")
+
+
+def test_a_sam_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match="no/such/sam: neither a folder with config.json"):
+        load_pipeline(mini_foundation(base="no/such/folder", sam="no/such/sam"))
