@@ -29,6 +29,7 @@ from moma_lightning.subject import (
     Subject,
     SubjectGuide,
     SubjectSettings,
+    acting_loras,
     foreground,
     label_tokens,
     picture_pixels,
@@ -131,7 +132,7 @@ class MoMAPipeline(DiffusionPipeline):
 
         image, mask, label: the reference, its foreground (None: SAM finds it) and the word for it, which each prompt contains; or
             image alone, as `prepare_subject` made it, so that calls for more prompts share that work. A mask is white on black; of a cut-out
-            the alpha channel is one. A Subject belongs to the weights that made it: prepare it anew after a LoRA was loaded or let go.
+            the alpha channel is one. A Subject belongs to the weights that made it: prepare it anew after a LoRA was loaded, let go or fused.
         beta: subject strength (Eq. 3), one or one a prompt; 0 turns the reference features off; about 1 for new contexts, 0.4 for new textures.
         mask_strength: 1 masks fully, 0 not at all (Tab. 3), for M_ref and M_gen alike.
         mask_threshold: label attention up to this, of [0, 1], is background. mask_layers: numbers of the cross-attention layers whose
@@ -147,8 +148,9 @@ class MoMAPipeline(DiffusionPipeline):
             the latents, and guidance stays as it was.
         Raises ValueError for a label that no prompt names, settings out of their range, betas or image_embeds that are neither one nor one a
         prompt, latents or image_embeds of a size that the models do not read, a mask or label without its picture or beside a Subject of others, a
-        Subject of weights of another dtype, an empty mask, a reference or image_embeds without adapter, a reference without label, a context that
-        nothing can embed, and a height or width that the autoencoder cannot divide; TypeError for an image that is neither a PIL picture nor a Subject.
+        Subject of weights of another dtype or with other LoRAs, a mask that is empty or a picture in colours, a reference or image_embeds
+        without adapter, a reference without label, a context that nothing can embed, and a height or width that the autoencoder cannot divide;
+        TypeError for an image that is neither a PIL picture nor a Subject.
         """
         prompts, asked, negative = as_lists(prompt, mllm_prompt, negative_prompt)
         check_settings(len(prompts), num_images_per_prompt, num_inference_steps, guidance_scale)
@@ -219,7 +221,7 @@ class MoMAPipeline(DiffusionPipeline):
         encoded = self._encode(seen)
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for, and its features would outlive a CUDA graph's memory
             features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
-        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant, self.unet.dtype)
+        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant, self.unet.dtype, acting_loras(self.unet))
 
     def default_size(self) -> int:
         """Sides of the pictures that the UNet was made for. Raises ValueError where they are not squares."""
@@ -241,6 +243,8 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError(f"image_embeds of shape {tuple(image_embeds.shape)}: the adapter reads rows of {width}")
         if isinstance(image, Subject) and image.dtype != self.unet.dtype:
             raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
+        if isinstance(image, Subject) and image.loras != acting_loras(self.unet):
+            raise ValueError("LoRAs of the UNet were loaded, let go or scaled since the Subject was prepared: prepare it anew")
         if image is not None or image_embeds is not None:
             self._require_processors()
 

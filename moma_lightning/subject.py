@@ -16,7 +16,7 @@ from moma_lightning.models.attention import Conditioning, ContextConditioning, R
 from moma_lightning.models.mask_estimation import estimate_mask, find_label_tokens
 from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.models.text import token_ids
-from moma_lightning.pictures import to_grey, to_rgb
+from moma_lightning.pictures import is_coloured, to_grey, to_rgb
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Subject:
     label: str
     variant: Variant  # of the adapter that it was prepared for
     dtype: torch.dtype  # of the UNet that it was prepared by
+    loras: frozenset[tuple[str, float]] = frozenset()  # that acted in that UNet
     mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 
@@ -137,6 +138,16 @@ def _label_tokens(tokenizer: Any, prompts: Sequence[str], label: str) -> Float[T
     return find_label_tokens(token_ids(tokenizer, list(prompts)), spellings, prompts, label)
 
 
+def acting_loras(unet: nn.Module) -> frozenset[tuple[str, float]]:
+    """Name and scale of each LoRA that acts in the UNet; what is fused into its weights without a trace is not seen."""
+    if not getattr(unet, "peft_config", None):  # peft is an extra, and diffusers' sign of its layers
+        return frozenset()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [module for module in unet.modules() if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
+    return frozenset((name, layer.scaling[name]) for layer in layers for name in layer.active_adapters if name in layer.scaling)
+
+
 def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor, "1 3 height width"]:
     """The picture in [-1, 1], upright, scaled to about `area` pixels with sides that are multiples of `multiple`."""
     image = to_rgb(image)
@@ -159,10 +170,12 @@ def foreground(mask: Image.Image | Tensor, shown: tuple[int, int], size: Sequenc
     Half grey decides, so that JPEG noise is not foreground; a mask that is a picture is turned as its EXIF says. A tensor is in 0..255
     where it holds bytes, else in 0..1.
 
-    Raises TypeError for what is neither picture nor tensor, ValueError where the proportions differ by over 5 %: it is another picture's mask,
-    or the same one's lying on its side.
+    Raises TypeError for what is neither picture nor tensor, ValueError for a picture in colours (a cut-out, whose brightness is no mask), and where the
+    proportions differ by over 5 %: it is another picture's mask, or the same one's lying on its side.
     """
     if isinstance(mask, Image.Image):
+        if is_coloured(mask):
+            raise ValueError("the mask is a picture in colours: give a mask, white on black; that of a cut-out is its alpha channel, getchannel('A')")
         mask = torch.from_numpy(np.array(to_grey(mask), dtype=np.float32) / 255)
     elif not isinstance(mask, Tensor):
         raise TypeError(f"a mask is a PIL image or a tensor, not {type(mask).__name__}")

@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from moma_lightning.foundation import ImageEncoder
 from moma_lightning.pipeline import MoMAPipeline
+from moma_lightning.subject import acting_loras
 from tests.moma_lightning.test_pipeline import picture, run, square_mask
 from tests.tiny import tiny_adapter, tiny_base
 
@@ -71,6 +73,26 @@ def test_a_subject_is_of_one_mask_one_label_and_weights_of_one_dtype(base):
     pipe.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"prepared in torch.float32, the UNet is in torch.bfloat16 now"):
         run(pipe, image=subject)
+
+
+def test_a_subject_is_of_the_loras_that_acted_when_it_was_prepared(base):
+    pipe = MoMAPipeline.from_base(copy.deepcopy(base), tiny_adapter(base))
+    subjects = {"none": pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)}
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    subjects["style"] = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+
+    def fitting():
+        return [name for name, subject in subjects.items() if subject.loras == acting_loras(pipe.unet)]
+
+    with pytest.raises(ValueError, match="LoRAs of the UNet were loaded, let go or scaled .* prepare it anew"):
+        run(pipe, image=subjects["none"])
+    assert len(run(pipe, image=subjects["style"]).images) == 2 and fitting() == ["style"]
+    pipe.unet.set_adapters("style", 0.5)
+    assert fitting() == []
+    pipe.unet.disable_lora()
+    assert fitting() == ["none"]
+    pipe.unet.unload_lora()
+    assert fitting() == ["none"]
 
 
 def test_pictures_that_are_not_finite_are_refused(base):

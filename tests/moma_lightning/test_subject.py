@@ -5,12 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from moma_lightning import pipeline
 from moma_lightning.models.attention import ContextConditioning, Recorder
 from moma_lightning.pipeline import MoMAPipeline
-from moma_lightning.subject import SubjectGuide, SubjectSettings, label_tokens, picture_pixels
+from moma_lightning.subject import SubjectGuide, SubjectSettings, foreground, label_tokens, picture_pixels
 from tests.moma_lightning.test_pipeline import generators, picture, run, square_mask
 from tests.tiny import tiny_adapter, tiny_base
 
@@ -118,6 +118,25 @@ def test_bytes_in_a_mask_are_grey_levels(base):
     levels = (square_mask() * 255).to(torch.uint8)
     given = [pipe.prepare_subject(picture(), mask, "cat", 64 * 64).mask for mask in (square_mask(), levels, levels.clamp(min=100))]
     assert torch.equal(given[0], given[1]) and torch.equal(given[0], given[2])
+
+
+@pytest.mark.parametrize("ground", [(0, 0, 0, 0), (255, 255, 255, 255)], ids=["transparent", "white"])
+def test_a_cut_out_is_no_mask(ground):
+    """Its brightness says nothing of where the subject is."""
+    cut_out = Image.new("RGBA", (64, 64), ground)
+    cut_out.paste((200, 40, 40, 255), (16, 16, 32, 32))
+    with pytest.raises(ValueError, match="picture in colours: .* its alpha channel"):
+        foreground(cut_out, (64, 64), (64, 64))
+    if ground[3] == 0:
+        assert torch.equal(foreground(cut_out.getchannel("A"), (64, 64), (64, 64)), square_mask()[None])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "JPEG"])
+def test_a_mask_may_be_of_any_mode(mode):
+    mask, file = Image.fromarray((square_mask()[0].numpy() * 255).astype(np.uint8)), io.BytesIO()
+    if mode == "JPEG":  # in sepia
+        ImageOps.colorize(mask, "black", (255, 245, 225)).save(file, mode)
+    assert torch.equal(foreground(Image.open(file) if mode == "JPEG" else mask.convert(mode), (64, 64), (64, 64)), square_mask()[None])
 
 
 def test_a_mask_of_other_proportions_is_refused_and_exif_turns_masks_too(base):
