@@ -29,7 +29,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LIVE_CLASSES = frozenset((
     "bear", "bird", "cat", "chicken", "cow", "dog", "donkey", "duck", "elephant", "fish", "fox", "giraffe", "goat", "goose", "hamster", "horse", "kitten",
     "lion", "monkey", "owl", "panda", "parrot", "penguin", "pig", "pony", "puppy", "rabbit", "sheep", "squirrel", "tiger", "turtle", "wolf", "zebra",
-))  # fmt: skip
+))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class DreamBooth:
         twice = [image.name for image in images if sum(image.stem == other.stem for other in images) > 1]
         if twice:
             raise ValueError(f"{self.dataset / name}: {', '.join(twice)} differ in their format alone and would count as several pictures: "
-                             "keep one of each, or rename what is another picture")  # fmt: skip
+                             "keep one of each, or rename what is another picture")
         return Subject(name, label, label.lower() in LIVE_CLASSES, images, self._masks(name, images))
 
     def _masks(self, name: str, images: list[Path]) -> list[Path] | None:

@@ -187,14 +187,14 @@ def require_the_same_shards(names: list[list[str]]) -> None:
     for rank, own in enumerate(others, 1):
         if lacking := sorted((first - own) + (own - first)):
             raise ValueError(f"rank {rank} sees {own.total()} shards and rank 0 {first.total()}: {', '.join(lacking[:5])} are on one of them only. "
-                             "Put the same shards on every node")  # fmt: skip
+                             "Put the same shards on every node")
 
 
 def _loader(stream: IterableDataset, config: TripletConfig, persistent: bool = True) -> DataLoader:
     # Workers live on between epochs: a training worker keeps its place in the shards.
     workers = config.num_workers
     return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent and workers > 0, collate_fn=_as_it_is,
-                      worker_init_fn=ignore_requests_of_others)  # fmt: skip
+                      worker_init_fn=ignore_requests_of_others)
 
 
 def _as_it_is(batch: Any) -> Any:

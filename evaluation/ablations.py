@@ -41,7 +41,7 @@ def run_ablation(config: EvalConfig) -> dict:
     if ablation.published is not None:
         page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(published.ABLATIONS[ablation.published], ablation.published)]
     about = {"title": title, "made_with": made_with(config, ablation.methods.values()), "methods": options_of(ablation.methods),
-             "published": ablation.published, "sampler": asdict(evaluation.protocol.sampler)}  # fmt: skip
+             "published": ablation.published, "sampler": asdict(evaluation.protocol.sampler)}
     write_json(config.ablations_folder / f"{ablation.name}.json", about | summary)
     write_bytes(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
     logger.info("%s\n%s", title, method_table(summary))

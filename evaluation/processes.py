@@ -61,7 +61,7 @@ def build_trainer(device: str, num_processes: int) -> Trainer:
         accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, use_distributed_sampler=False,
         inference_mode=False,  # methods that are trained on a subject need gradients
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    )
 
 
 def launch(num_processes: int, device: str = "cpu") -> tuple[int, int, Any]:

@@ -22,7 +22,7 @@ from moma_lightning.hub import local_path
 ExtraScore = Literal[
     "dino_masked", "clip_i_masked", "clip_t_background", "diversity", "copy_paste", "dinov2", "dinov3", "siglip2_i", "siglip2_t",
     "dreamsim",
-]  # fmt: skip
+]
 
 #: The successors at DINO's own size, resize and crop.
 DINOV2 = DinoConfig("vit_small_patch14_dinov2.lvd142m")

@@ -31,7 +31,7 @@ def wandb_run(config: EvalConfig, folder: Path, job_type: str, name: str | None,
         project=config.wandb.project or wandb_project(), name=name, group=config.wandb.group, tags=config.wandb.tags, job_type=job_type,
         mode=wandb_mode(), dir=folder,
         config={"protocol": asdict(config.resolved_protocol()), **about}, settings=wandb.Settings(silent=True, console="off"),
-    )  # fmt: skip
+    )
 
 
 def means(config: EvalConfig) -> dict[str, float]:

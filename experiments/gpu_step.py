@@ -48,7 +48,7 @@ class Clock(Callback):
 def main(
     stage: Path, steps: int = 13, strategy: Literal["auto", "sharded"] = "sharded", batch_size: int | None = None,
     activation_checkpointing: Checkpointing | None = None, compile: bool | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train some steps; print seconds a step, samples a second, peak memory and losses.
 
     Args:
@@ -72,7 +72,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(fast_dev_run=steps, default_root_dir=folder, accelerator="gpu", devices=1, strategy=strategy, callbacks=[clock],
                           precision="bf16-mixed" if experiment.bf16 else "32-true", gradient_clip_val=1.0,
-                          enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+                          enable_progress_bar=False, enable_model_summary=False)
         trainer.fit(module, loader)
     middle = statistics.median(clock.seconds)
     print(f"{stage}: {experiment.batch_size} x {experiment.image_size} px, noises a sample: {experiment.draws}, "

@@ -42,7 +42,7 @@ def main(stage: Path = SD15 / "stage2.yaml", size: int = 512, checkpointing: boo
     with torch.no_grad():
         after = module.sample_losses(batch, torch.Generator().manual_seed(0), drop=True)[0].mean()
     print(f"loss {loss.item():.6f}, after one AdamW step {after.item():.6f}; step {told:.0f} s on {torch.get_num_threads()} thread(s); "
-          f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")  # fmt: skip
+          f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 
 
 def report(module: Stage2) -> None:

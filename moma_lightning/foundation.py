@@ -116,7 +116,7 @@ def frozen(module: nn.Module) -> nn.Module:
 #: What Stable Diffusion was trained with. Some fine-tunes ship another sampler's config that leaves these out, and DDIMScheduler's own
 #: defaults (clipped samples, no offset) would then draw other pictures without a word.
 STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-                             "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+                             "set_alpha_to_one": False, "steps_offset": 1}
 
 
 def load_base(config: FoundationConfig) -> Base:
@@ -129,14 +129,14 @@ def load_base(config: FoundationConfig) -> Base:
     pipe = load_single_file(config.base, config.base_config, vae) if is_single_file(config.base) else load_folder(config.base, vae)
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"{config.base} is distilled to read its guidance as an input (a latent consistency model), which MoMA's sampler does not give: "
-                         "take the model that it was distilled from")  # fmt: skip
+                         "take the model that it was distilled from")
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise ValueError(f"{config.base} has a {type(pipe.scheduler).__name__}: flow matching and EDM are other formulations than MoMA's base is of")
     install_processors(pipe.unet)
     base = Base(frozen(pipe.unet), frozen(pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
     if "text_encoder_2" in pipe.components:
         base = replace(base, text_encoder_2=frozen(pipe.text_encoder_2), tokenizer_2=pipe.tokenizer_2,
-                       force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)  # fmt: skip
+                       force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)
     return base
 
 

@@ -98,7 +98,7 @@ def generate(
             path = folder / f"{place:03d}-{words_of(text)}.png"
             write_beside(path, picture.save)
             record = dict(prompt=text, image=image, mask=mask, label=label, seed=drawn_from, adapter=adapter, decoder=decoder, dtype=dtype,
-                          prompt_template=prompt_template, **settings, foundation=asdict(foundation))  # fmt: skip
+                          prompt_template=prompt_template, **settings, foundation=asdict(foundation))
             write_json(path.with_suffix(".json"), record, indent=2)
             print(path)
 

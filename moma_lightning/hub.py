@@ -46,7 +46,7 @@ def hub_name(name: str) -> HubName:
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise FileNotFoundError(f"{name}: no such file or folder here or in {REPOSITORY}, and not a hub name of the form "
-                                "owner/name[@revision[/path inside]]")  # fmt: skip
+                                "owner/name[@revision[/path inside]]")
     return HubName(match["repo_id"], match["revision"], match["path"])
 
 

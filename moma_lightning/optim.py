@@ -98,7 +98,7 @@ def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerC
         found = next((pattern for pattern in config.lr_multipliers if re.search(pattern, name)), None)
         groups.setdefault((found, len(whole_shape(parameter)) > 1), []).append(parameter)
     return [{"params": p, "lr": config.lr * (1.0 if found is None else config.lr_multipliers[found]), "weight_decay": config.weight_decay if is_matrix else 0.0}
-            for (found, is_matrix), p in groups.items()]  # fmt: skip
+            for (found, is_matrix), p in groups.items()]
 
 
 def schedule_factor(step: int, config: OptimizerConfig, total_steps: float) -> float:

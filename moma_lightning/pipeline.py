@@ -75,7 +75,7 @@ class MoMAPipeline(DiffusionPipeline):
     def from_pretrained(cls, *args, **kwargs) -> "MoMAPipeline":
         """Raises ValueError: a folder of diffusers holds the base alone."""
         raise ValueError("a MoMAPipeline is a base with an adapter and a decoder: load_pipeline(FoundationConfig(base=..., ...), adapter=..., decoder=...), "
-                         "or MoMAPipeline.from_base")  # fmt: skip
+                         "or MoMAPipeline.from_base")
 
     def to(self, *args, **kwargs) -> "MoMAPipeline":
         super().to(*args, **kwargs)
@@ -198,7 +198,7 @@ class MoMAPipeline(DiffusionPipeline):
                 latents = callback_on_step_end(self, step, t, {"latents": latents}).pop("latents", latents)
         if guide is not None and not guide.is_silent and not guide.has_acted:
             warnings.warn("the subject attention has acted in no step: the released variant's waits for a first M_gen, and for t < 950; take more steps",
-                          stacklevel=2)  # fmt: skip
+                          stacklevel=2)
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         output = MoMAPipelineOutput(images=images, masks=torch.stack(masks) if masks and return_masks else None)
@@ -251,7 +251,7 @@ class MoMAPipeline(DiffusionPipeline):
     def _require_processors(self) -> None:
         if not all(isinstance(processor, MoMAAttnProcessor) for processor in self.unet.attn_processors.values()):
             raise ValueError("the UNet's attention processors are no longer MoMA's (attention slicing, fused projections, another UNet, a pipeline that "
-                             "shares it): call moma_lightning.models.adapter.install_processors(pipe.unet)")  # fmt: skip
+                             "shares it): call moma_lightning.models.adapter.install_processors(pipe.unet)")
 
     def _find(self, image: Image.Image) -> Tensor:
         if self.masker is None:
@@ -291,7 +291,7 @@ class MoMAPipeline(DiffusionPipeline):
             images = self.vae.decode(unscaled(self.vae, latents.to(self.vae.dtype)), return_dict=False)[0]
         if not images.isfinite().all():
             raise ValueError("the pictures hold values that are not finite: weights of the adapter or the base are damaged, or too large for float16 "
-                             "(bfloat16 and float32 hold them)")  # fmt: skip
+                             "(bfloat16 and float32 hold them)")
         return self.image_processor.postprocess(images, output_type=output_type)
 
 

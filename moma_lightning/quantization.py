@@ -31,7 +31,7 @@ def quantized(kind: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     require_bitsandbytes(f"foundation.mllm_quantization {kind}")
     if kind == "4bit":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-                                    llm_int8_skip_modules=KEPT)  # fmt: skip
+                                    llm_int8_skip_modules=KEPT)
     else:
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT)
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))

@@ -31,7 +31,7 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
     """
     if config is None:
         raise ValueError(f"{name} is a single file, without configs and tokenizer: set foundation.base_config to a diffusers folder or hub name "
-                         "of the same architecture, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5")  # fmt: skip
+                         "of the same architecture, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5")
     path, given = find_file(name), {"vae": vae} if vae is not None else {}
     if is_lora(name):
         if is_single_file(config):
@@ -42,7 +42,7 @@ def load_single_file(name: str, config: str | None, vae: AutoencoderKL | None = 
     try:
         pipe = family.pipeline.from_single_file(
             str(path), config=folder, local_files_only=True, torch_dtype=torch.float32, feature_extractor=None, **family.without, **given,
-        )  # fmt: skip
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         hint = "; a file without a VAE needs foundation.vae" if "AutoencoderKL" in str(error) and vae is None else ""
         told = str(error).strip().split("\n")[0]

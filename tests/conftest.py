@@ -19,7 +19,7 @@ import transformers  # noqa: F401
 #: Files of long tests, which begin first: `make test` hands out files as they stand, and none of these must be left to one process at the end.
 LONG = ("training/test_sharding", "experiments/test_yamls", "openimages/test_build_processes", "plan/test_plan", "tests/test_trends", "test_kill_drill",
         "openimages/test_build", "evaluation/test_processes", "evaluation/test_generation", "training/test_peaks", "experiments/test_cluster",
-        "training/test_options")  # fmt: skip
+        "training/test_options")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 #: What the commands that tests start spend their first seconds on.
 IMPORTED = ["moma_lightning.cli", "moma_lightning.modules.stage1", "moma_lightning.modules.stage2", "moma_lightning.training.strategy",
-            "datamodules.triplets", "evaluation.generation", "evaluation.shared_scoring"]  # fmt: skip
+            "datamodules.triplets", "evaluation.generation", "evaluation.shared_scoring"]
 
 
 class Forked:
@@ -24,7 +24,7 @@ class Forked:
     def __init__(self, module: str, *arguments: str, log: Path, **environment: str):
         CONTEXT.set_forkserver_preload(IMPORTED)
         self._process = CONTEXT.Process(target=run, args=(module, arguments, log, Path.cwd(), dict(os.environ) | environment),
-                                        daemon=True)  # a failed test's process ends with the tests  # fmt: skip
+                                        daemon=True)  # a failed test's process ends with the tests
         self._process.start()
 
     @property

@@ -24,7 +24,7 @@ def python(code: str) -> str:
     "import datamodules",
     "from moma_lightning.__main__ import main; main(['--help'])",
     "from evaluation.__main__ import main; main(['--help'])",
-])  # fmt: skip
+])
 def test_nothing_heavy_is_imported(code):
     imported = python(f"{code}\nimport sys\nprint('imported', *sorted({HEAVY} & sys.modules.keys()))")
     assert imported.splitlines()[-1].split() == ["imported"]

@@ -80,7 +80,7 @@ def test_reproduce_goes_from_shards_to_report_by_both_ablations():
     command = " ".join(commands_of("reproduce", "EXP=mini").replace("\\\n", " ").split())
     parts = ["datamodules.mini --out", "fit --config experiments/mini/stage1.yaml", "fit --config experiments/mini/stage2.yaml", "evaluation dreambooth",
              "then ablate --config experiments/mini/eval.yaml --config experiments/ablations/masking.yaml",
-             "then ablate --config experiments/mini/eval.yaml --config experiments/ablations/beta.yaml", "then report"]  # fmt: skip
+             "then ablate --config experiments/mini/eval.yaml --config experiments/ablations/beta.yaml", "then report"]
     assert re.search(".*".join(map(re.escape, parts)), command), command
 
 

@@ -47,14 +47,14 @@ PARTS: dict[str, dict[str, tuple[str, str, str]]] = {
                 "ip_adapter_clip_i": ("clip_i", "ip_adapter", "text_only")},
     "masking": {"masking": ("clip_t_context", "beta_1", "mask_0")},
     "mllm": {"mllm": ("clip_t_texture", "beta_0", "clip_0"), "textures": ("clip_t_texture", "textures", "ip_adapter")},
-}  # fmt: skip
+}
 
 
 def reduced(run: Path, data: Path, methods: dict[str, Method], contexts: int, textures: int) -> EvalConfig:
     """The mini evaluation on 6 of its subjects."""
     small = {"subjects": ["cat", "duck", "car", "ball", "mug", "toy_robot"], "context_prompts": contexts, "texture_prompts": textures, "extra_scores": []}
     return EvalConfig(str(run), str(data), PROTOCOL, mini_foundation(), small, methods, f"{TRAINED}/adapter", f"{TRAINED}/image_feature_decoder",
-                      wandb=WandbConfig(enabled=False))  # fmt: skip
+                      wandb=WandbConfig(enabled=False))
 
 
 def trends(part: str, run: Path, data: Path) -> dict[str, float]:

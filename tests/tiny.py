@@ -31,14 +31,14 @@ def tiny_unet(channels: tuple[int, ...] = (16, 32), heads: int = 4) -> UNet2DCon
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=channels,
         down_block_types=("CrossAttnDownBlock2D",) * len(channels), up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         cross_attention_dim=TEXT_DIM, attention_head_dim=heads, norm_num_groups=4,
-    )  # fmt: skip
+    )
 
 
 def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4, 4, 8, 8),
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64, mid_block_add_attention=False,
-    )  # fmt: skip
+    )
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -46,7 +46,7 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos,
-    ))  # fmt: skip
+    ))
 
 
 def tiny_scheduler() -> DDIMScheduler:
@@ -69,14 +69,14 @@ def tiny_sdxl_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 3),
         attention_head_dim=(1, 2, 4), cross_attention_dim=TEXT_DIM + TEXT_DIM_2, use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=POOLED_DIM + 6 * 8,
-    )  # fmt: skip
+    )
 
 
 def tiny_text_encoder_2(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT_DIM_2, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, projection_dim=POOLED_DIM,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    ))  # fmt: skip
+    ))
 
 
 def tiny_sdxl_base(seed: int = 0, force_zeros_for_empty_prompt: bool = True) -> Base:
@@ -88,7 +88,7 @@ def tiny_sdxl_base(seed: int = 0, force_zeros_for_empty_prompt: bool = True) -> 
     return Base(
         frozen(unet), frozen(tiny_vae()), frozen(tiny_text_encoder(tokenizer)), tokenizer, tiny_scheduler(),
         frozen(tiny_text_encoder_2(tokenizer)), tokenizer_2, force_zeros_for_empty_prompt,
-    )  # fmt: skip
+    )
 
 
 def tiny_adapter(base: Base, variant: str = "released", lambda_: float = 0.7, num_tokens: int = 4) -> MoMAAdapter:

@@ -63,7 +63,7 @@ def text_options(words: PreTrainedTokenizerFast) -> dict:
     """Weights larger than usual, so that a wrong place or mask shows in the output."""
     return dict(vocab_size=len(words), hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
                 max_position_embeddings=256, pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-                initializer_range=0.3)  # fmt: skip
+                initializer_range=0.3)
 
 
 def idefics3() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -89,7 +89,7 @@ def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False), text_config=Qwen2Config(**text_options(words)), image_grid_pinpoints=grids,
         image_token_index=processor.image_token_id, video_token_index=processor.video_token_id,
-    )  # fmt: skip
+    )
     return LlavaOnevisionForConditionalGeneration(config), processor
 
 
@@ -126,7 +126,7 @@ def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 #: By `model_type`.
 MLLMS: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     made.__name__: made for made in (idefics3, smolvlm, llava_onevision, qwen2_5_vl, qwen3_vl)
-}  # fmt: skip
+}
 
 
 def image_size(family: str) -> int | None:

@@ -10,7 +10,7 @@ from moma_lightning.models.adapter import MoMAAdapter
 SD15_UNET = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2)
 #: laion/CLIP-ViT-H-14's vision tower, IP-Adapter's image encoder.
 VIT_H = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, image_size=224,
-             projection_dim=1024, hidden_act="gelu")  # fmt: skip
+             projection_dim=1024, hidden_act="gelu")
 #: openai/clip-vit-large-patch14-336, LLaVA-1.5's vision tower.
 VIT_L_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=336, projection_dim=768)
 VICUNA_7B = dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5)

@@ -78,7 +78,7 @@ class CacheMaker(LightningModule):
         shard = self.out / source.name
         there = CacheStamp.read(shard)
         wanted = CacheStamp(made_by=self.made_by, image_size=self.data.image_size, views=1 + self.config.mirrored, dtype=self.config.dtype,
-                            **source_state(source, there))  # fmt: skip
+                            **source_state(source, there))
         if there is not None and shard.is_file():
             same = replace(wanted, samples=there.samples, left_out=there.left_out, size=shard.stat().st_size)
             if there == same:
@@ -139,4 +139,4 @@ def finished(data: TripletConfig, out: Path) -> dict[str, Any]:
     """What the cache holds: shards, samples, left out, megabytes."""
     stamps = [stamp for path in sources(data) if (stamp := CacheStamp.read(out / path.name)) is not None]
     return {"shards": len(stamps), "samples": sum(s.samples for s in stamps), "left_out": sum(s.left_out for s in stamps),
-            "megabytes": round(sum(s.size for s in stamps) / 1e6, 1)}  # fmt: skip
+            "megabytes": round(sum(s.size for s in stamps) / 1e6, 1)}

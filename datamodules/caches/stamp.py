@@ -87,7 +87,7 @@ def read_stamps(shards: Sequence[str], image_size: int, flip: bool) -> dict[str,
     cached = {shard: stamp for shard, stamp in stamps.items() if stamp is not None}
     if cached and len(cached) < len(stamps):
         raise ValueError(f"{next(s for s in stamps if s not in cached)} has no stamp beside it, {next(iter(cached))} has: shards of pictures and of a cache "
-                         "cannot be mixed, and an unfinished cache has to be finished first")  # fmt: skip
+                         "cannot be mixed, and an unfinished cache has to be finished first")
     for folder in {Path(shard).parent for shard in cached}:
         require_whole(folder, {Path(shard).name for shard in cached if Path(shard).parent == folder})
     for shard, stamp in cached.items():

@@ -188,7 +188,7 @@ class Builder:
             "requested": len(chosen), "samples_per_shard": self.config.shards.samples_per_shard, "seed": self.config.seed,
             "config": self.decides, "count": len(chosen), "shards": shards, "index": f"{split}-index.parquet", "funnel": funnel,
             "tables": tables, "notes": dict(sorted(chosen.notes.items())), "versions": versions(),
-        }  # fmt: skip
+        }
         write_json(self.out / sharding.MANIFEST, sharding.read_manifest(self.out) | {split: part})
         if not self.config.run.keep_work:
             removing = self.work.with_name(f".{self.work.name}.removing")  # half removed, it would be gone on with
@@ -220,10 +220,10 @@ def with_absolute_paths(config: BuildConfig) -> BuildConfig:
 
     sources, captions = config.sources, config.captions
     sources = replace(sources, annotations=absolute(sources.annotations), pictures=absolute(sources.pictures),
-                      captions=sources.captions and absolute(sources.captions))  # fmt: skip
+                      captions=sources.captions and absolute(sources.captions))
     local = {name: str(path.absolute()) for name, path in _files_of(captions).items()}
     captions = replace(captions, word_lists=list(map(of_words, captions.word_lists)),
-                       people_words=captions.people_words and of_words(captions.people_words), init_args=captions.init_args | local)  # fmt: skip
+                       people_words=captions.people_words and of_words(captions.people_words), init_args=captions.init_args | local)
     return replace(config, sources=sources, captions=captions)
 
 
@@ -266,7 +266,7 @@ def _require_same_or_more(out: Path, split: str, there: dict[str, Any], wanted: 
     if others:
         what = "by an older version" if "format" in others else f"of other options ({', '.join(sorted(others))})"
         raise ValueError(f"{out} holds the finished split {split} {what}: write elsewhere with --out, or replace it "
-                         "with --run.overwrite true")  # fmt: skip
+                         "with --run.overwrite true")
 
 
 def _is_whole(out: Path, part: dict[str, Any]) -> bool:

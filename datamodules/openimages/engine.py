@@ -94,7 +94,7 @@ def require_cores(cores: float, actors: int) -> None:
     """Raises ValueError where actors leave no core for tasks, which would then wait for ever."""
     if actors and cores < 1 + ACTOR_CORES * actors:
         raise ValueError(f"{actors} captioners take {ACTOR_CORES} of a core each and the pictures one, but Ray has {cores:g} here: "
-                         "raise run.workers, lower run.captioners, or set run.workers to 0")  # fmt: skip
+                         "raise run.workers, lower run.captioners, or set run.workers to 0")
 
 
 def _carried(row: Row, function: Callable[[Item], Item]) -> Row:

@@ -86,7 +86,7 @@ def described(shard: Path) -> Iterator[dict[str, Any]]:
         inside = np.asarray(pictures.open_mask(sample["mask.png"])) > 0
         width, height = pictures.open_picture(picture_of(sample)).size
         yield json.loads(sample["json"]) | {"key": sample["__key__"], "shard": shard.name, "width": width, "height": height,
-                                            "area": inside.mean(), "border": border_of(inside)} | places[sample["__key__"]]  # fmt: skip
+                                            "area": inside.mean(), "border": border_of(inside)} | places[sample["__key__"]]
 
 
 def strangeness(index: pd.DataFrame) -> pd.DataFrame:
@@ -95,7 +95,7 @@ def strangeness(index: pd.DataFrame) -> pd.DataFrame:
         "subject's size": np.log(index.area), "at the border": index.border, "caption's length": index.caption.str.split().str.len(),
         "words taken out": index.caption_full.str.split().str.len() - index.caption.str.split().str.len(),
         "shape of the picture": np.log(index.width / index.height), "rare class": -np.log(index.label.map(index.label.value_counts())),
-    })  # fmt: skip
+    })
     away = (values - values.median()).abs()
     return away / away.median().clip(lower=away.mean() + 1e-9)
 

@@ -35,7 +35,7 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "image_labels": {"ImageID": TEXT, "LabelName": TEXT, "Confidence": NUMBER},
     "metadata": {"ImageID": TEXT, "OriginalLandingURL": TEXT, "License": TEXT, "Author": TEXT, "OriginalSize": NUMBER,
                  "OriginalMD5": TEXT, "Rotation": NUMBER},
-}  # fmt: skip
+}
 #: Columns that may be empty; an empty or unreadable value anywhere else makes a bad row.
 OPTIONAL = {"PredictedIoU", "OriginalLandingURL", "License", "Author", "OriginalSize", "OriginalMD5", "Rotation"}
 #: Kinds with text in quotes. In the other files a quote is damage, and must not open a cell that goes on over the next rows.

@@ -35,7 +35,7 @@ SCHEMA = pa.schema({
     "reason": pa.string(), "detail": pa.string(), "note": pa.string(), "area": pa.float64(), "border": pa.float64(),
     "width": pa.int32(), "height": pa.int32(), "hash": pa.uint64(), "picture": pa.binary(), "mask": pa.binary(),
     "caption_full": pa.string(), "caption": pa.string(),
-})  # fmt: skip
+})
 
 
 def path_of(folder: Path, number: int) -> Path:

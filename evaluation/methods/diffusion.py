@@ -113,7 +113,7 @@ class Moma(DiffusionMethod):
         adapter, decoder = self.adapter or models.adapter, self.decoder or models.decoder
         if adapter is None or (decoder is None and self.context == "decoder"):
             raise ValueError("MoMA needs `adapter` (stage 2's folder) and `decoder` (stage 1's image_feature_decoder folder) in the config; "
-                             "with `context: image` the adapter alone")  # fmt: skip
+                             "with `context: image` the adapter alone")
         return adapter, decoder
 
     def weights(self, models: Models) -> dict[str, str | None]:
@@ -124,7 +124,7 @@ class Moma(DiffusionMethod):
 
     def setup(self, models: Models, sampler: Sampler) -> None:
         named: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale,
-                 "scheduler": self.scheduler, "beta": self.beta, "mask_strength": self.mask_strength}  # fmt: skip
+                 "scheduler": self.scheduler, "beta": self.beta, "mask_strength": self.mask_strength}
         super().setup(models.on_base(self.base), replace(sampler, **{key: value for key, value in named.items() if value is not None}))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:

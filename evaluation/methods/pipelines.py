@@ -78,7 +78,7 @@ class Pipeline(Method):
         output = self.pipeline(**self.call_arguments(reference, tasks))
         if hidden := sum(getattr(output, "nsfw_content_detected", None) or []):
             raise ValueError(f"{self.pipeline_class}: its safety checker has hidden {hidden} of {len(tasks)} pictures of {tasks[0].subject}: load it with "
-                             "load_kwargs: {safety_checker: null}")  # fmt: skip
+                             "load_kwargs: {safety_checker: null}")
         return output.images
 
     def call_arguments(self, reference: Reference, tasks: list[PictureTask]) -> dict[str, Any]:

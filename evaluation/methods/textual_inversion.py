@@ -25,7 +25,7 @@ TEMPLATES = (
     "a close-up photo of the {}", "a rendition of the {}", "a photo of the clean {}", "a rendition of a {}", "a photo of a nice {}",
     "a good photo of a {}", "a photo of the nice {}", "a photo of the small {}", "a photo of the weird {}", "a photo of the large {}",
     "a photo of a cool {}", "a photo of a small {}",
-)  # fmt: skip
+)
 PLACEHOLDER = "<subject>"
 
 

@@ -146,7 +146,7 @@ def breakdowns(scores: pd.DataFrame) -> list[dict[str, Any]]:
          "tables": {name: tables.means_table("Subject", frame) for name, frame in frames.items() if not frame.empty}},
         {"name": "prompt", "about": f"The mean over all subjects and its {LEVEL:.0%} interval over them; … stands for the subject.",
          "tables": {name: tables.prompt_table(rows) for name, rows in prompts.items() if rows}},
-    ]  # fmt: skip
+    ]
 
 
 def subject_charts(scores: pd.DataFrame) -> list[Chart]:

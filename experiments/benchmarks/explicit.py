@@ -41,7 +41,7 @@ class ExplicitProcessor:
         self.layer = layer
 
     def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, temb=None,
-                 explicit: Explicit | None = None) -> Tensor:  # fmt: skip
+                 explicit: Explicit | None = None) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (split_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))
         probability = probabilities(query, key)
@@ -103,7 +103,7 @@ def written_out() -> Iterator[None]:
 
     changed = {"projected": projected, "attend": noted, "label_map": label_map, "by_columns": lambda query: False}
     with mock.patch.multiple(attention, **changed), mock.patch.object(attention.Conditioning, "once", once), \
-            mock.patch.object(attention.kernels, "fit", return_value=False):  # fmt: skip
+            mock.patch.object(attention.kernels, "fit", return_value=False):
         yield
 
 
@@ -114,7 +114,7 @@ def install(unet: UNet2DConditionModel) -> None:
 def conditioning(adapter, reference: dict, context, m_ref, m_gen, label_tokens: Tensor) -> Explicit:
     """All of it from the same parts as `SubjectGuide` has, for a guided batch of two; beta is 1. m_ref, m_gen: MaskPyramids."""
     keys = {int(i): tuple(torch.cat([x] * 2) for x in (layer.to_k(reference[int(i)][0]), layer.to_v(reference[int(i)][1])))
-            for i, layer in adapter.subject.items()}  # fmt: skip
+            for i, layer in adapter.subject.items()}
     lengths, dtype = {k.shape[1] for k, _ in keys.values()}, next(adapter.parameters()).dtype
     factors = {int(i): layer.lambda_ for i, layer in adapter.subject.items()}
     return Explicit(keys, factors, context.key_values, {n: m_ref.weight(n, dtype) for n in lengths}, {n: m_gen.weight(n, dtype) for n in lengths}, label_tokens)

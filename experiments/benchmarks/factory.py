@@ -39,7 +39,7 @@ from moma_lightning.files import write_beside, write_json
 #: The factory's stages and its own process's steps, in their order, as the table calls them.
 STEPS = {"start": "all imported", "SplitTable": "annotations to tables", "JoinDigit": "masks joined and filtered", "units": "cut into units",
          "PictureStage": "pictures and masks checked", "CaptionStage": "captions filtered", "choose": "near-duplicates out, chosen",
-         "ShardStage": "shards written", "finish": "index and manifest"}  # fmt: skip
+         "ShardStage": "shards written", "finish": "index and manifest"}
 #: Those of the main process, whatever the number of workers.
 ALONE = ("start", "units", "choose", "finish")
 GRAIN_FROM = 256  # pictures of this side and more get a photograph's grain: clean renderings decode too fast
@@ -90,7 +90,7 @@ def build(bucket: Path, out: Path, log: Path, workers: int) -> None:
     config = BuildConfig(
         out=str(out), sources=SourcesConfig(f"{bucket}/annotations", f"{bucket}/pictures", captions=f"{bucket}/captions.csv"),
         select=SelectConfig(min_side=32), shards=ShardConfig(), run=RunConfig(workers=workers),
-    )  # fmt: skip
+    )
     for owner, name, step in ((Builder, "units", "units"), (assemble, "choose", "choose"), (Builder, "finish", "finish")):
         setattr(owner, name, _noted(getattr(owner, name), log, step))
     note(log, "start", now())
@@ -132,7 +132,7 @@ def made_up(numbers: range, rng: np.random.Generator) -> pd.DataFrame:
     texts = ("LabelName", "BoxID", "OriginalLandingURL", "License", "Author", "OriginalMD5", "label", "given_caption")
     ids = [f"{number:016x}" for number in numbers]
     columns = {"ImageID": ids, "MaskPath": [f"{i}_m01yrx_{i[-8:]}.png" for i in ids], **{name: [f"{name} of {i}" for i in ids] for name in texts},
-               **{name: rng.random(len(ids)) for name in (*MASK_BOX, *BOX, "PredictedIoU", "OriginalSize", "Rotation")}}  # fmt: skip
+               **{name: rng.random(len(ids)) for name in (*MASK_BOX, *BOX, "PredictedIoU", "OriginalSize", "Rotation")}}
     return pd.DataFrame(columns)
 
 
@@ -156,7 +156,7 @@ def listed(folder: Path, rows: int, log: Path) -> None:
     for item in items:
         keys = {key for part in item["keys"].values() for key in part}
         lines = [assemble.describe(row) | {"key": row["key"]} for unit in item["keys"] for part in read_rows(path_of(folder / "samples", int(unit)))
-                 for row in part if row["key"] in keys]  # fmt: skip
+                 for row in part if row["key"] in keys]
         path = folder / "index" / f"{item['shard']}.parquet"
         write_beside(path, functools.partial(pq.write_table, pa.Table.from_pylist(lines)))
     started = now()
@@ -175,12 +175,12 @@ def summary(log: Path, rows: int, workers: int = 0) -> dict[str, dict[str, float
         step["megabytes"] = max(step["megabytes"], line["megabytes"])
     return {name: {"ms": 1000 * step["seconds"] / rows, "rows_a_second": rows / step["seconds"], "megabytes": step["megabytes"],
                    "rows_a_second_together": rows / step["clock"] * (1 if name in ALONE else max(workers, 1))}
-            for name in STEPS if (step := sums.get(name))}  # fmt: skip
+            for name in STEPS if (step := sums.get(name))}
 
 
 def table(rows: int, workers: int | None, found: dict[str, dict[str, float]], wall: float) -> str:
     lines = [f"{rows} rows, {workers or 'no'} workers of Ray, {wall:.0f} s on the clock",
-             f"{'step':<30} {'ms a row':>9} {'rows/s':>9} {'together':>9} {'peak MB':>9}"]  # fmt: skip
+             f"{'step':<30} {'ms a row':>9} {'rows/s':>9} {'together':>9} {'peak MB':>9}"]
     for step, line in found.items():
         ms, alone, together, megabytes = (line[name] for name in ("ms", "rows_a_second", "rows_a_second_together", "megabytes"))
         lines.append(f"{STEPS[step]:<30} {ms:9.3f} {alone:9.0f} {together:9.0f} {megabytes:9.0f}")
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.one:
         what, rows = args.one[0], int(args.one[1])
         alone = {"draw": lambda: draw(bucket, rows, args.side), "listed": lambda: listed(args.folder, rows, log.absolute()),
-                 "build": lambda: build(bucket.absolute(), shards, log.absolute(), args.workers[0])}  # fmt: skip
+                 "build": lambda: build(bucket.absolute(), shards, log.absolute(), args.workers[0])}
         alone[what]()
         return
     results: list[dict[str, Any]] = []
@@ -232,7 +232,7 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace, rows: int, w
 def _alone(what: str, rows: int, args: argparse.Namespace, workers: int) -> float:
     """Seconds on the clock of one part in a process of its own, whose memory is then its own."""
     command = [sys.executable, "-m", "experiments.benchmarks.factory", "--one", what, str(rows), "--side", str(args.side),
-               "--folder", str(args.folder), "--workers", str(workers)]  # fmt: skip
+               "--folder", str(args.folder), "--workers", str(workers)]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started

@@ -33,7 +33,7 @@ def cases() -> list[Case]:
     step = larger_against_smaller
     resolutions = [Case(f"growth: {8 * b} to {8 * a} pixels", "", masked, step((a, 0.25, 1), (b, 0.25, 1)), pairs=7) for a, b in ((64, 32), (128, 64))]
     masks = [Case(f"growth: mask {b:.0%} to {a:.0%}", "", f"{shape}, 64x64 latents", step((64, a, 1), (64, b, 1)), pairs=7)
-             for a, b in ((0.25, 0.05), (1.0, 0.25))]  # fmt: skip
+             for a, b in ((0.25, 0.05), (1.0, 0.25))]
     batch = Case("growth: 1 to 4 pictures at once", "", f"{masked}, 32x32 latents", step((32, 0.25, 4), (32, 0.25, 1)))
     evaluation = f"mini MoMA, {MINI_SETTING.seeds} pictures of each, {MINI_SETTING.steps} steps, batches of 16"
     return [*resolutions, *masks, batch, Case("growth: 4 to 16 prompts of a subject", "", evaluation, more_against_fewer_prompts)]

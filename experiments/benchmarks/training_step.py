@@ -242,5 +242,5 @@ def cases(full: bool) -> list[Case]:
                  true_stage1_against_bare_mllm),
             *(Case(f"stage 1 step / bare MLLM, {layers} of LLaVA-1.5-7B's 32 layers", "", f"random weights, a picture of 512 px, {PRECISION}, no optimizer",
                    functools.partial(true_stage1_against_bare_mllm, layers=layers)) for layers in (2, 4)),
-        ]  # fmt: skip
+        ]
     return listed

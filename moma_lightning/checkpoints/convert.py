@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
   <folder>        native: <folder>/adapter and, from a released file, <folder>/image_feature_decoder; read also as stage 2's folder alone
   *.th            the released MoMA file: projector, both sides and the decoder's mapping
   *.bin           IP-Adapter: projector and context side, as a pickle
-  *.safetensors   IP-Adapter in safetensors (a source may be the native file)""")  # fmt: skip
+  *.safetensors   IP-Adapter in safetensors (a source may be the native file)""")
     parser.add_argument("--from", dest="source", required=True, help="file, folder, or owner/name@revision/<file> on the hub")
     parser.add_argument("--to", dest="target", required=True, help="what to write; its name says the format")
     parser.add_argument("--decoder", help="image_feature_decoder folder whose mapping a .th target takes, where it is not in the source")

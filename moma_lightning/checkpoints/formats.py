@@ -27,7 +27,7 @@ RELEASED_PARTS = ("projectors", "self_cross_attentions", "llm_mapping")
 _SUBJECT_NAMES = {"to_k_ip.weight": "to_k.weight", "to_v_ip.weight": "to_v.weight", "scale_learnable": "lambda_"}
 #: Of Lightning's checkpoints, which are taken for adapters.
 UNFINISHED = ("is a training's checkpoint, not what it exports: the same `fit` with --trainer.max_steps at the checkpoint's step writes the adapter's folder, "
-              "and with more steps goes on from there")  # fmt: skip
+              "and with more steps goes on from there")
 
 
 class CheckpointError(ValueError):
@@ -51,7 +51,7 @@ def read_adapter_file(path: str | Path) -> tuple[State, dict[str, str]]:
         raise CheckpointError(f"{path.parent} {UNFINISHED}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no adapter there; stage 2 writes runs/<EXP>/stage2/adapter/{ADAPTER_FILE}, and a hub name needs its revision "
-                                "(owner/name@main)")  # fmt: skip
+                                "(owner/name@main)")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return flatten(read_pickle(path), path), {}

@@ -131,7 +131,7 @@ class MoMAAdapter(nn.Module, PublishedModel):
             "details": f"{sides}{self.image_proj.num_tokens} tokens ({millions['image_proj']:.2f} M); variant `{self.variant}`. `moma.safetensors` is a "
                        "valid IP-Adapter file too: diffusers' `load_ip_adapter` reads its `image_proj.` and `ip_adapter.` entries.",
             "usage": 'MoMAAdapter.from_pretrained("owner/name@revision", unet)  # or adapter: owner/name@revision in a YAML',
-        }  # fmt: skip
+        }
 
     def context_conditioning(self, image_embeds: Float[Tensor, "batch dim"], scale: float = 1.0) -> ContextConditioning:
         """Keys and values of the image tokens for every cross-attention layer. Zeros are the unconditional embedding."""

@@ -230,7 +230,7 @@ class ImageFeatureDecoder(nn.Module, PublishedModel):
             "details": f"Predicts a CLIP image embedding of {self.embed_dim} numbers from a picture and a prompt: {own:.2f} M parameters on top of "
                        f"an MLLM of width {self.mapping.gate_proj.in_features}; template `{self.config.template}`, {token} learnable token{lora}.",
             "usage": 'ImageFeatureDecoder.from_pretrained("owner/name@revision", foundation)  # or decoder: owner/name@revision in a YAML',
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, foundation: FoundationConfig) -> "ImageFeatureDecoder":  # type: ignore[override]

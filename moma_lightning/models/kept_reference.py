@@ -37,7 +37,7 @@ def read_reference(features: Mapping[str, Tensor], mask: MaskPyramid, adapter: M
     wanted = {(int(layer), part) for layer in adapter.subject for part in (("key",) if adapter.variant == "paper" else ("key", "value"))}
     if named.keys() != wanted:
         raise ValueError(f"stage2.cache_reference is true, but the cache holds no features of a reference for the {adapter.variant} variant: "
-                         "make it again with both options, or leave this one out")  # fmt: skip
+                         "make it again with both options, or leave this one out")
     found = {}
     for layer in {layer for layer, _ in wanted}:
         positions, key = named[layer, "key"]

@@ -33,7 +33,7 @@ def fit(query: Float[Tensor, "batch positions channels"], heads: int) -> bool:
         triton is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled()
         and query.shape[2] <= heads * MOST_CHANNELS and not isinstance(query, FakeTensor) and query.device.index == torch.cuda.current_device()
         and usable(query.device.index, query.dtype, heads, query.shape[2])
-    )  # fmt: skip
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -66,7 +66,7 @@ def _tried(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
         if "out of memory" in str(error):
             raise  # which says nothing of the kernels; an error is not kept, so they are tried again
         warnings.warn(f"Triton's kernels for {heads} heads of {width // heads} channels do not run on {torch.cuda.get_device_name(device)} ({error}): "
-                      "PyTorch's operations serve, which take longer", stacklevel=2)  # fmt: skip
+                      "PyTorch's operations serve, which take longer", stacklevel=2)
         return False
     return True
 
@@ -106,7 +106,7 @@ def cross_attention(
     image_key, image_value = text if image is None else image  # what is not there is not read, but something has to be handed over
     if not len(key) == len(image_key) == batch or (labels is not None and labels.shape[1] != key.shape[1]):
         raise ValueError(f"text of {tuple(key.shape[:2])}, image tokens of {tuple(image_key.shape[:2])} and labels of "
-                         f"{None if labels is None else tuple(labels.shape)} do not fit {batch} rows of queries")  # fmt: skip
+                         f"{None if labels is None else tuple(labels.shape)} do not fit {batch} rows of queries")
     output = torch.empty_like(query)
     probability = torch.empty(rows, heads, positions, device=query.device, dtype=torch.float32)
     labels = output if labels is None else labels.float().contiguous()
@@ -115,7 +115,7 @@ def cross_attention(
     _cross_attention[(triton.cdiv(positions, sizes["BLOCK"]), heads, batch)](
         query, key, value, image_key, image_value, labels, weight, output, probability, positions, key.shape[1], image_key.shape[1], batch - rows, scale,
         LABELLED=rows > 0, IMAGE=image is not None, WEIGHTED=weighted, HEADS=heads, CHANNELS=width // heads, **sizes,
-    )  # fmt: skip
+    )
     return output, probability if rows else None
 
 
@@ -144,7 +144,7 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _attend(query, key, value, bias, labels, tokens, channel, BIASED: tl.constexpr, LABELLED: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-                BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
         """One head: attention to `tokens` keys, a block of them after the other, and the probability of the label's. key, value: the first token's channels."""
         highest = tl.full([BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
@@ -175,7 +175,7 @@ if triton is not None:
     @no_type_check
     def _cross_attention(query, key, value, image_key, image_value, labels, weight, output, probability, positions, tokens, image_tokens, unlabelled, scale,
                          LABELLED: tl.constexpr, IMAGE: tl.constexpr, WEIGHTED: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
-                         BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+                         BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
         position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
         channel = tl.arange(0, BLOCK_CHANNELS)
@@ -186,14 +186,14 @@ if triton is not None:
         first = row * tokens * width + head * CHANNELS
         its_labels = labels + tl.maximum(row - unlabelled, 0) * tokens
         result, label = _attend(q, key + first, value + first, key, its_labels, tokens, channel, False, LABELLED, width, CHANNELS,
-                                BLOCK, BLOCK_KEYS, BLOCK_CHANNELS)  # fmt: skip
+                                BLOCK, BLOCK_KEYS, BLOCK_CHANNELS)
         if LABELLED:
             asked = (position < positions) & (row >= unlabelled)
             tl.store(probability + ((row - unlabelled) * HEADS + head) * positions + position, label, asked)
         if IMAGE:
             first = row * image_tokens * width + head * CHANNELS
             added, _ = _attend(q, image_key + first, image_value + first, key, labels, image_tokens, channel, False, False, width, CHANNELS,
-                               BLOCK, 16, BLOCK_CHANNELS)  # fmt: skip
+                               BLOCK, 16, BLOCK_CHANNELS)
             if WEIGHTED:
                 added *= tl.load(weight + row * positions + position, position < positions, 0.0)[:, None]
             result += scale * added
@@ -202,7 +202,7 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _add_subject_attention(output, query, key, value, bias, places, weight, asked, kept, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
-                               BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+                               BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
         number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         head, channel = tl.program_id(1), tl.arange(0, BLOCK_CHANNELS)
         width: tl.constexpr = HEADS * CHANNELS

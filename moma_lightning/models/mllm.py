@@ -67,7 +67,7 @@ _QWEN = Family(r"^visual\.(?!merger\.|deepstack_merger_list\.)", patches, "<|vis
 FAMILIES = {
     "llava": Family(_LLAVA, whole, connector="multi_modal_projector"), "llava_onevision": Family(_LLAVA, untiled),
     "idefics3": _IDEFICS, "smolvlm": _IDEFICS, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN,
-}  # fmt: skip
+}
 
 
 def family_of(config: Any) -> Family:
@@ -117,7 +117,7 @@ def connector_of(mllm: nn.Module) -> nn.Module:
     if name is None:
         can = ", ".join(kind for kind, family in FAMILIES.items() if family.connector)
         raise ValueError(f"what the vision tower makes of pictures cannot be cached for MLLMs of the family {mllm.config.model_type!r}, only for {can}: "
-                         "train on the pictures")  # fmt: skip
+                         "train on the pictures")
     return mllm.get_submodule(name)
 
 

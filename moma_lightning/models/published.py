@@ -24,7 +24,7 @@ Part of a MoMA (Song et al., ECCV 2024, {{ paper_url }}), trained with `moma_lig
 
 
 class PublishedModel(ModelHubMixin, library_name="moma_lightning", tags=["moma", "subject-driven-generation", "text-to-image"],
-                     paper_url="https://arxiv.org/abs/2404.05674", model_card_template=CARD):  # fmt: skip
+                     paper_url="https://arxiv.org/abs/2404.05674", model_card_template=CARD):
     """`save_pretrained`, `push_to_hub` and the card; subclasses give `_save_pretrained`, `describe` and `from_pretrained`."""
 
     def describe(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ def check_hidden_size(folder: Path, hidden_size: int | None, foundation: Foundat
     width = mllm_width(foundation)
     if hidden_size is not None and hidden_size != width:
         raise ValueError(f"{folder}: its mapping reads hidden states of {hidden_size}, the MLLM {foundation.mllm} has {width}: "
-                         "set foundation.mllm to the one that stage 1 trained")  # fmt: skip
+                         "set foundation.mllm to the one that stage 1 trained")
 
 
 def decoder_embed_dim(folder: str | Path) -> int:
@@ -27,4 +27,4 @@ def check_embed_dims(widths: Mapping[str, int]) -> None:
     for part, width in others:
         if width != expected:
             raise ValueError(f"{first} has image embeddings of {expected} numbers, {part} of {width}: they were made for different image encoders. "
-                             "Name a foundation.image_encoder, a decoder and an adapter that were trained together")  # fmt: skip
+                             "Name a foundation.image_encoder, a decoder and an adapter that were trained together")

@@ -83,11 +83,11 @@ class TrainedPartModule(LightningModule):
         """Refuses a precision that small steps vanish in, a strategy that saves what is frozen, and, by name, cached shards made by other models or options."""
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(f"trainer.precision {self.trainer.precision}: the optimizer's small steps vanish in trained weights of 16 bits; "
-                             "use bf16-mixed, which holds what is frozen in bfloat16")  # fmt: skip
+                             "use bf16-mixed, which holds what is frozen in bfloat16")
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FlatShardedStrategy):
             raise ValueError("trainer.strategy: Lightning's own FSDPStrategy would gather the frozen models to save; "
-                             "`--trainer.strategy fsdp` is the supported variant")  # fmt: skip
+                             "`--trainer.strategy fsdp` is the supported variant")
         made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
         own = self.cache_identity() if made_by else {}
         for path, other in made_by.items():

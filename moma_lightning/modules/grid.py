@@ -33,7 +33,7 @@ def redrawn(pipe, batch, pictures, embeds, beta: float, config: GridConfig) -> l
         try:
             output = pipe(batch.caption[i], reference, batch.subject_mask[i], batch.label[i], beta=beta, image_embeds=embeds[i : i + 1],
                           guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
-                          generator=torch.Generator("cpu").manual_seed(i))  # fmt: skip
+                          generator=torch.Generator("cpu").manual_seed(i))
         except ValueError as error:  # training does not read the label's place in the caption, and must not end for want of a picture
             warnings.warn(f"{batch.key[i]} is not redrawn: {error}", stacklevel=2)
             continue

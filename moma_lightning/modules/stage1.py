@@ -63,7 +63,7 @@ class Stage1(TrainedPartModule):
         loss: Literal["mse", "cosine"] = "mse", edits: EditConfig = EditConfig(),  # noqa: B008 - never changed
         training: TrainingOptions = TrainingOptions(),  # noqa: B008
         cached: bool = False,
-    ):  # fmt: skip
+    ):
         super().__init__(optimizer, training)
         self.edits, self.foundation = edits, foundation
         self.image_encoder, feature_decoder, self.caption_encoder = self.load_parts(decoder, clip, cached)
@@ -121,7 +121,7 @@ class Stage1(TrainedPartModule):
         """Raises ValueError for edits, which are other pictures in every pass."""
         if self.edits.rate:
             raise ValueError(f"edits.rate {self.edits.rate} recolours pictures at random, which a cache cannot hold: set model.init_args.edits.rate to 0, "
-                             "for the cache and for training from it, or train on the pictures")  # fmt: skip
+                             "for the cache and for training from it, or train on the pictures")
         models = {"image_encoder": self.foundation.image_encoder, "mllm": self.foundation.mllm}
         options = {"stage": "stage1", "picture_side": str(self.decoder.picture_side), "mllm_quantization": self.foundation.mllm_quantization}
         return {name: identity(model) for name, model in models.items()} | stated(options) | self.own_class()

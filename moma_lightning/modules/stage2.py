@@ -168,7 +168,7 @@ class Stage2(TrainedPartModule):
                 models["base_config"] = self.foundation.base_config
         options = {"stage": "stage2", "reference": "white" if self.white_reference else "whole", "mllm_dtype": self.foundation.mllm_dtype,
                    "mllm_quantization": self.foundation.mllm_quantization,
-                   "reference_features": self.config.variant if self.config.cache_reference else None}  # fmt: skip
+                   "reference_features": self.config.variant if self.config.cache_reference else None}
         return {name: identity(model) for name, model in models.items()} | stated(options) | self.own_class()
 
     @torch.no_grad()
@@ -295,7 +295,7 @@ class Stage2(TrainedPartModule):
         before, now = checkpoint.get("decoder_digest"), self.decoder_digest
         if before and now and before != now:
             rank_zero_warn(f"{self.decoder_name} holds other weights than the adapter in the checkpoint was trained with: train under another "
-                           "trainer.default_root_dir, or put stage 1's former result back")  # fmt: skip
+                           "trainer.default_root_dir, or put stage 1's former result back")
 
     def kept_options(self) -> dict[str, Any]:
         """W' of one variant fits the other's in name and shape; the context side was trained on one source of embeddings."""
@@ -306,7 +306,7 @@ class Stage2(TrainedPartModule):
             return
         if other := [name for name in self.kept() if not name.startswith("adapter.")]:
             rank_zero_warn(f"trained, and in the checkpoint, but not in the adapter's folder: {', '.join(other[:5])}. Evaluation will not see it: "
-                           "export it in an on_fit_end of your own")  # fmt: skip
+                           "export it in an on_fit_end of your own")
         with whole_parameters(self.adapter, dict(self.adapter.named_parameters())):
             if self.trainer.is_global_zero:
                 card = {"steps": self.global_step, "context": self.config.context}

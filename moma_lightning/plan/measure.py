@@ -159,7 +159,7 @@ def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, idle: int, pe
         optimizer=_bytes(states), activations=peak.get("Activation", 0) + peak.get("Temp", 0) + peak.get("Inputs", 0),
         gathered=sum(peak.get(kind, 0) for kind in ("Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter")),
         peak=peak["Total"] + idle, sent=sent,
-    )  # fmt: skip
+    )
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

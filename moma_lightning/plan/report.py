@@ -33,7 +33,7 @@ class Gpu:
 def plan(
     stage: Path, gpus: int | list[int] = 8, gpu_mem: float = 80.0, tflops: float = 989.0, mfu: float = 0.25, samples: int = 282_000,
     shard_size: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Print what a training YAML needs on `gpus` GPUs, sharded over all of them: no GPU and no weights are used.
 
     gpus: one number, or several ('[8,64,512]') for a table with a line each.
@@ -103,7 +103,7 @@ def parameters(experiment: Experiment) -> str:
 def memory(policies: dict[Checkpointing, Measured], gpu: Gpu, experiment: Experiment) -> str:
     held = next(iter(policies.values()))
     lines = [f"a rank holds     parameters {held.parameters / GB:.2f} GB, gradients {held.gradients / GB:.2f} GB, optimizer {held.optimizer / GB:.2f} GB",
-             "peak of a step   checkpointing      peak   activations   gathered"]  # fmt: skip
+             "peak of a step   checkpointing      peak   activations   gathered"]
     for policy, m in policies.items():
         verdict = "fits" if gpu.fits(m) else "does not fit"
         lines.append(f"                 {policy:<13} {m.peak / GB:6.1f} GB {m.activations / GB:10.1f} GB {m.gathered / GB:7.1f} GB   {verdict}")
@@ -117,7 +117,7 @@ def memory(policies: dict[Checkpointing, Measured], gpu: Gpu, experiment: Experi
     else:
         advice = f"set model.init_args.training.activation_checkpointing: {fitting[0]} (the YAML has {chosen})"
     return "\n".join([*lines, f"advice           {advice}",
-                      f"                 fits: peak + {FRAGMENTATION:.0%} for holes + {RESERVED_GB:g} GB for CUDA and NCCL"])  # fmt: skip
+                      f"                 fits: peak + {FRAGMENTATION:.0%} for holes + {RESERVED_GB:g} GB for CUDA and NCCL"])
 
 
 def time(experiment: Experiment, gpus: int, gpu: Gpu, samples: int, measured: Measured) -> str:
@@ -127,7 +127,7 @@ def time(experiment: Experiment, gpus: int, gpu: Gpu, samples: int, measured: Me
     sent = measured.sent * experiment.accumulate
     lines = [f"a step           {flops / 1e12:,.1f} TFLOP a GPU without recomputation; {sent / GB:.2f} GB through each GPU's collectives",
              f"at {gpu.mfu:.0%} of {gpu.tflops:g} TFLOP/s (assumed, not measured): {seconds:.2f} s a step, {rate:,.0f} samples/s",
-             f"hours            {samples / rate / 3600:,.1f} for {samples:,} triplets"]  # fmt: skip
+             f"hours            {samples / rate / 3600:,.1f} for {samples:,} triplets"]
     if experiment.max_steps > 0:
         lines[-1] += f", {experiment.max_steps * seconds / 3600:,.1f} for the YAML's {experiment.max_steps:,} steps"
     return "\n".join(lines)

@@ -70,7 +70,7 @@ def read_experiment(path: Path) -> Experiment:
         raise ValueError(f"{path}: {name} cannot be planned, only {' and '.join(stages)}")
     data, trainer = config["data"]["init_args"]["config"], config["trainer"]
     return Experiment(stages[name], config["model"]["init_args"], data["batch_size"], data["image_size"], trainer["max_steps"],
-                      trainer["accumulate_grad_batches"], str(trainer["precision"]).startswith("bf16"))  # fmt: skip
+                      trainer["accumulate_grad_batches"], str(trainer["precision"]).startswith("bf16"))
 
 
 def _plain(tree: Any) -> Any:
@@ -89,7 +89,7 @@ def build(experiment: Experiment) -> TrainedPartModule:
         raise ValueError(f"foundation.mllm_quantization {foundation.mllm_quantization} cannot be planned: a quantized stage is not sharded; plan it without")
     if experiment.stage is Stage1:
         return PlannedStage1(foundation, DecoderConfig.from_dict(options["decoder"]), optimizer, options["clip"], options["loss"],
-                             EditConfig(**options["edits"]), experiment.training)  # fmt: skip
+                             EditConfig(**options["edits"]), experiment.training)
     return PlannedStage2(foundation, Stage2Config(**options["stage2"]), optimizer, grid=GridConfig(pictures=0), training=experiment.training)
 
 

@@ -140,10 +140,10 @@ class FlatShardedStrategy(WholeOptimizerState, FSDPStrategy):
         _move_torchmetrics_to_device(module, self.root_device)
         # Inputs are left to autocast, and gradients reduced in float32, as in `sharding.shard`; Lightning's own would do neither.
         own, blocks = (MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-                       for dtype in (None, torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None))  # fmt: skip
+                       for dtype in (None, torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None))
         units = {block: {"mixed_precision": blocks} for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())}
         wrapped = FullyShardedDataParallel(model, device_id=self.root_device, auto_wrap_policy=CustomPolicy(lambda part: units.get(part, False)),
-                                           ignored_states=frozen, mixed_precision=own, use_orig_params=True)  # fmt: skip
+                                           ignored_states=frozen, mixed_precision=own, use_orig_params=True)
         note_layouts({name: p for name, p in module.named_parameters() if p.requires_grad}, shapes)
         self._gather_in_hook(wrapped)
         return wrapped

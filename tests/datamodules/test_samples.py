@@ -172,7 +172,7 @@ def test_shard_cut_anywhere_is_named_and_its_beginning_used(three, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*It is skipped")
 @pytest.mark.parametrize("spoil", [
-    lambda content, header: content[:header] + bytes([content[header] ^ 1]) + content[header + 1 :], lambda content, header: content + content])  # fmt: skip
+    lambda content, header: content[:header] + bytes([content[header] ^ 1]) + content[header + 1 :], lambda content, header: content + content])
 def test_a_tar_with_more_behind_its_readable_end_is_named(three, tmp_path, spoil):
     """A bad header in the middle, or two tars in one file: readers stop there as at an end."""
     with tarfile.open(three) as tar:
@@ -187,7 +187,7 @@ def test_a_tar_with_more_behind_its_readable_end_is_named(three, tmp_path, spoil
 def test_files_of_a_local_tar_are_those_that_webdataset_finds(tmp_path):
     """Names of all kinds, files of no sample, links, folders and an empty file among them."""
     content = {"__meta__/a.txt": b"1", "__info__": b"2", "a.PNG": b"3", "a.mask.png": b"", "folder/b.json": b"5", "./c.png": b"6", "no_extension": b"7",
-               "k" * 120 + ".png": b"8", "\u043a\u043b\u044e\u0447.png": b"9"}  # fmt: skip
+               "k" * 120 + ".png": b"8", "\u043a\u043b\u044e\u0447.png": b"9"}
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in content.items():
             info = tarfile.TarInfo(name)

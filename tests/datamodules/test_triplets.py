@@ -89,7 +89,7 @@ def test_the_order_is_new_in_each_pass_and_for_each_seed(tmp_path, tools, count,
     for number, keys in enumerate([ALL] if count == 1 else [[key] for key in ALL]):
         tools.write_tar(tmp_path / f"train-{number:05d}.tar", {key: tools.sample(0) for key in keys})
     orders = [batch.key for seed in (0, 1) for batch in tools.datamodule(
-        tmp_path, batch_size=12, steps_per_epoch=2, shuffle_buffer=buffer, seed=seed).train_dataloader()]  # fmt: skip
+        tmp_path, batch_size=12, steps_per_epoch=2, shuffle_buffer=buffer, seed=seed).train_dataloader()]
     assert all(sorted(order) == ALL for order in orders) and len(set(map(tuple, orders))) == 4
 
 

@@ -129,4 +129,4 @@ def fake_config(tmp_path: Path, methods: dict[str, Method], overrides: dict | No
         write_data(tmp_path / "data")
     changed = {"context_prompts": 2, "texture_prompts": 1, "extra_scores": [], **(overrides or {})}
     return EvalConfig(run=str(tmp_path / "run"), data=str(tmp_path / "data"), protocol=PROTOCOL, foundation=rest.pop("foundation", None) or mini_foundation(),
-                      overrides=changed, methods=methods, batch_size=2, wandb=WandbConfig(enabled=False), **rest)  # fmt: skip
+                      overrides=changed, methods=methods, batch_size=2, wandb=WandbConfig(enabled=False), **rest)

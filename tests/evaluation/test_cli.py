@@ -53,7 +53,7 @@ def test_a_nested_override_changes_one_field_of_what_the_file_changes(tmp_path):
     given = ["--config", str(sdxl), "--config", str(more), "--overrides.sampler.seed", "1", "--overrides.sampler.width=512"]
     config = parse(["score", *given, "--overrides", '{"dino": {"dtype": "bfloat16"}}'])[1]
     assert config.overrides == {"sampler": {"prompt_template": "photo of a {label}. {prompt}", "guidance_scale": 5.0, "seed": 1, "beta": 0.5, "width": 512},
-                                "pictures_per_prompt": 2, "dino": {"dtype": "bfloat16"}}  # fmt: skip
+                                "pictures_per_prompt": 2, "dino": {"dtype": "bfloat16"}}
     sampler = config.resolved_protocol().sampler
     assert (sampler.guidance_scale, sampler.seed, sampler.num_inference_steps) == (5.0, 1, 50)
     assert config.resolved_protocol().name == "moma-paper, modified"
@@ -68,7 +68,7 @@ def test_a_printed_config_reads_back_as_itself(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", [["--stepz=3"], ["--report.stepz=3"], ["--methods.x=Nope"], ["--num_processes=many"], ["--overrides.stepz=3"],
-                                   ["--overrides.sampler.seed=many"], ["--overrides", '{"sampler": {"stepz": 3}}'], ["--protocol=nope"]])  # fmt: skip
+                                   ["--overrides.sampler.seed=many"], ["--overrides", '{"sampler": {"stepz": 3}}'], ["--protocol=nope"]])
 def test_unknown_keys_are_errors(wrong, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(["generate", "--config", str(MINI), *wrong])
@@ -148,7 +148,7 @@ def test_missing_data_and_weights_are_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="no/such/adapter/here"):
         main(["generate", "--config", str(MINI), f"--data={data}", "--adapter=no/such/adapter/here", f"--run={tmp_path}",
               f"--foundation.base={data}", f"--foundation.sam={data}", f"--foundation.mllm={data}", f"--decoder={data}",
-              f"--foundation.ip_adapter={data}", f"--foundation.image_encoder={data}"])  # fmt: skip
+              f"--foundation.ip_adapter={data}", f"--foundation.image_encoder={data}"])
 
 
 def test_a_judge_that_is_not_in_the_cache_is_missed_before_the_first_picture(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(tmp_path):
 
 @pytest.mark.parametrize(("told", "ends"), [
     ("ValueError: an empty mask", SystemExit), ("FileNotFoundError: no model.\nFetch it: a command", SystemExit), ("ImportError: needs peft", SystemExit),
-    ("RuntimeError: out of memory", ProcessRaisedException)])  # fmt: skip
+    ("RuntimeError: out of memory", ProcessRaisedException)])
 def test_what_a_process_of_several_says_is_one_clear_line_too(monkeypatch, told, ends):
     def run(config):
         raise ProcessRaisedException(f"-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  File x\n{told}\n", 1, 2)

@@ -45,7 +45,7 @@ def clip_folder(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("clip"), build_tokenizer()
     torch.manual_seed(0)
     text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                max_position_embeddings=MAX_TOKENS, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+                max_position_embeddings=MAX_TOKENS, eos_token_id=tokenizer.eos_token_id)
     vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -146,7 +146,7 @@ def test_dinov2_takes_the_crop_with_its_position_embedding_resampled():
 def test_dinov3_is_its_class_token_not_its_registers():
     torch.manual_seed(0)
     model, own = (timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=1, **more)
-                  for more in ({}, {"global_pool": "token"}))  # fmt: skip
+                  for more in ({}, {"global_pool": "token"}))
     own.load_state_dict(model.state_dict())
     encoder, picture = DinoEncoder(DinoConfig("vit_small_patch16_dinov3"), model), random_picture(6, (300, 260))
     expected = own.eval()(encoder.preprocess([picture]))
@@ -200,7 +200,7 @@ def siglip_folder(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("siglip"), build_tokenizer()
     torch.manual_seed(0)
     text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                max_position_embeddings=12, projection_size=16)  # fmt: skip
+                max_position_embeddings=12, projection_size=16)
     vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     SiglipModel(SiglipModelConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -273,7 +273,7 @@ def test_revisions_reach_the_hub_and_mean_nothing_to_folders(clip_folder):
 
 def test_encoders_are_fetched_at_the_revision_that_they_are_loaded_at(clip_folder):
     configs = [DinoConfig(), DinoConfig("o/dino", revision="abc"), ClipConfig("o/clip", revision=None), ClipConfig("o/clip@def", revision=None),
-               ClipConfig("o/clip@def", revision="abc"), ClipConfig(str(clip_folder)), DreamsimConfig()]  # fmt: skip
+               ClipConfig("o/clip@def", revision="abc"), ClipConfig(str(clip_folder)), DreamsimConfig()]
     assert hub_names(configs) == ["timm/vit_small_patch16_224.dino@main", "o/dino@abc", "o/clip@main", "o/clip@def", "o/clip@abc"]
 
 

@@ -55,7 +55,7 @@ def scores(evaluated) -> pd.DataFrame:
     [("moma_beta1", "MoMA, beta 1"), ("moma_beta0.5", "MoMA, beta 0.5"), ("moma_masking0", "MoMA, mask strength 0"), ("ip_adapter", "IP-Adapter"),
      ("real_images", "Real images"), ("text_only", "Text only"), ("moma", "MoMA"), ("dreambooth_lora", "DreamBooth LoRA"), ("steps_25", "steps 25"),
      ("my_own_thing", "my own thing")],
-)  # fmt: skip
+)
 def test_methods_are_called_what_people_call_them(key, name):
     assert method_name(key) == name
 
@@ -159,7 +159,7 @@ def test_whatever_draws_or_is_judged_counts(evaluated, change, tmp_path):
 @pytest.mark.parametrize(("then", "now", "same"), [
     ("o/m@main (abc)", "o/m@main (abc)", True), ("o/m@main (abc)", "o/m@main", True), ("o/m@main (abc)", "o/m@main (def)", False),
     ("o/m@main", "o/m@main (def)", False), ("o/m@main (abc)", "o/n@main", False),
-])  # fmt: skip
+])
 def test_a_judges_commit_counts_where_it_is_known(then, now, same):
     assert same_judges({"dino": then, "clip": "c"}, {"dino": now, "clip": "c"}) is same
     assert not same_judges({"dino": then}, {"dino": now, "clip": "c"})
@@ -280,7 +280,7 @@ def test_every_figure_is_written_as_png_and_svg(evaluated):
     paths = write_figures(evaluated)
     names = {path.stem for path in paths}
     assert {"figure4", "figure5", "figure6", "figure7_clip_t_context", "figure7_clip_t_texture", "scores", "differences", "ablation_noise",
-            "ablation_start", "sweep_noise"} == names  # fmt: skip
+            "ablation_start", "sweep_noise"} == names
     assert len(paths) == 2 * len(names)
     for path in paths:
         if path.suffix == ".svg":

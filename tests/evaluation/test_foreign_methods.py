@@ -96,7 +96,7 @@ def test_a_foreign_scheduler_that_leaves_things_unsaid_does_not_clip_latents(tmp
     """As diffusers' converters write PNDM's config: DDIM's own defaults would draw other pictures without a word."""
     shutil.copytree(f"{MINI}/base", tmp_path / "base")
     PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, skip_prk_steps=True).save_pretrained(
-        tmp_path / "base/scheduler")  # fmt: skip
+        tmp_path / "base/scheduler")
     foreign, ours = Pipeline(str(tmp_path / "base"), "diffusers.StableDiffusionPipeline"), TextOnly()
     drawn = []
     for method in (foreign, ours):
@@ -158,7 +158,7 @@ def test_pictures_one_by_one_with_the_pipelines_own_scheduler(monkeypatch, refer
 def test_a_held_pipeline_is_that_of_the_same_class_and_options_and_comes_with_its_own_scheduler(monkeypatch):
     monkeypatch.setattr("evaluation.methods.pipelines.pkgutil.resolve_name", {here("Recorder"): Recorder}.__getitem__)
     models, rows = Models(mini_foundation()), [Pipeline("o/n", here("Recorder")), Pipeline("o/n", here("Recorder"), own_scheduler=True),
-                                                Pipeline("o/n", here("Recorder"), load_kwargs={"variant": "fp16"})]  # fmt: skip
+                                                Pipeline("o/n", here("Recorder"), load_kwargs={"variant": "fp16"})]
     for row in rows:
         row.setup(models, SAMPLER)
     assert rows[0].pipeline is rows[1].pipeline and isinstance(rows[1].pipeline.scheduler, EulerDiscreteScheduler)

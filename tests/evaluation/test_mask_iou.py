@@ -41,7 +41,7 @@ def test_the_command_measures_the_shipped_model_and_makes_no_picture_twice(tmp_p
     export_dreambooth(tmp_path / "dreambooth")
     small = {"subjects": ["mug", "cat"], "context_prompts": 3, "sampler": {"num_inference_steps": 4}}
     arguments = ["masks", "--config", "experiments/mini/eval.yaml", "--run", str(tmp_path / "run"), "--data", str(tmp_path / "dreambooth"),
-                 "--adapter", f"{TRAINED}/adapter", "--decoder", f"{TRAINED}/image_feature_decoder", "--overrides", json.dumps(small)]  # fmt: skip
+                 "--adapter", f"{TRAINED}/adapter", "--decoder", f"{TRAINED}/image_feature_decoder", "--overrides", json.dumps(small)]
     main(arguments)
     summary = json.loads((tmp_path / "run/ablations/mask_iou.json").read_text())
     assert 0.3 < summary["mask 1"]["mean"] <= 1

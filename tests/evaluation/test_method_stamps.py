@@ -15,7 +15,7 @@ def test_weights_are_named_by_their_content(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w").write_text(name)
     foundation = mini_foundation(base=str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
-                                  ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
+                                  ip_adapter=str(tmp_path / "ip"), sam=None)
 
     def models():
         return Models(foundation, str(tmp_path / "adapter"), str(tmp_path / "decoder"))
@@ -55,7 +55,7 @@ def test_the_mllms_precision_is_stamped_where_it_is_used_and_not_the_default(tmp
     for name in ("base", "ip", "adapter", "decoder", "mllm", "clip"):
         (tmp_path / name).mkdir()
     foundation = mini_foundation(base=str(tmp_path / "base"), image_encoder=str(tmp_path / "clip"), mllm=str(tmp_path / "mllm"),
-                                  ip_adapter=str(tmp_path / "ip"), sam=None)  # fmt: skip
+                                  ip_adapter=str(tmp_path / "ip"), sam=None)
     plain, changed = (Models(f, str(tmp_path / "adapter"), str(tmp_path / "decoder")) for f in (foundation, replace(foundation, **change)))
     for method in (Moma(), StockIpAdapter()):
         assert not {"mllm_dtype", "mllm_quantization"} & method.weights(plain).keys()

@@ -107,7 +107,7 @@ def test_masked_similarity_is_that_of_the_cut_out_pictures():
     metric = MaskedSimilarity(ColorEncoder(), "grey")
     metric.update(pictures, masks, real, real_masks)
     cut, cut_real = ([plain_vector(subject_alone(p, m, "grey")) for p, m in zip(ps, ms, strict=True)]
-                     for ps, ms in ((pictures, masks), (real, real_masks)))  # fmt: skip
+                     for ps, ms in ((pictures, masks), (real, real_masks)))
     expected = [np.mean([cosine(a, b) for b in cut_real]) for a in cut]
     np.testing.assert_allclose(metric.per_picture(), expected, atol=1e-5)
 

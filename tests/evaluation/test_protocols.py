@@ -63,7 +63,7 @@ def test_wrong_overrides_are_refused(overrides):
     ({"subjects": []}, "names no subject"),
     ({"subjects": ["tabby", "tabby"]}, "a subject twice"), ({"text_template": "A photo depicts"}, "has to have {prompt}, and"),
     ({"sampler": {"num_inference_steps": 0}}, "at least 1"), ({"text_template": "{prompt}, {label}"}, "nothing else in braces"),
-    ({"sampler": {"prompt_template": "a photo"}}, "{prompt} and may have {label}")])  # fmt: skip
+    ({"sampler": {"prompt_template": "a photo"}}, "{prompt} and may have {label}")])
 def test_protocols_that_score_something_else_are_refused(overrides, told):
     with pytest.raises(ValueError, match=told):
         named(PROTOCOL, overrides)
@@ -166,7 +166,7 @@ def test_mini_keeps_what_its_pictures_depend_on():
 @pytest.mark.parametrize(("text", "told"), [
     (None, "cannot be read"), ("name: dreambooth", "a name of its own"), ("pictures_per_prompt: 1", "a name of its own"), ("[1, 2]", "a name of its own"),
     ("name: mine\nstepz: 1", "stepz"), ("name: mine\nsampler: {num_inference_steps: 0}", "at least 1"), ("name: [", "cannot be read"),
-])  # fmt: skip
+])
 def test_a_protocol_file_that_is_none_is_named(tmp_path, text, told):
     path = tmp_path / "protocol.yaml"
     if text is not None:

@@ -108,7 +108,7 @@ def test_a_page_whose_scores_are_older_than_its_weights_says_so(evaluated, text,
     other = replace(evaluated, adapter=str(tmp_path / "adapter"))
     assert stale(other, about, scores) == ["The scores were made with another adapter than there is now: score again"]
     assert stale(evaluated, about | {"made_with": about["made_with"] | {"judges": {}}}, scores) == [
-        "The scores were made with another judges than there is now: score again"]  # fmt: skip
+        "The scores were made with another judges than there is now: score again"]
     methods = evaluated.methods | {"moma_beta1": Painter(0.1)}
     assert stale(replace(evaluated, methods=methods), about, scores) == ["The scores were made with another moma_beta1 than there is now: score again"]
     for unsaid in (({}, scores), (about, scores.drop(columns="picture_sha256"))):
@@ -291,7 +291,7 @@ def test_signed_numbers_have_a_sign_on_both_ends():
 
 @pytest.mark.parametrize(("key", "said", "shown"), [
     ("moma-beta", {"published": "beta"}, True), ("beta", {"published": None}, False), ("beta", {}, True), ("steps", {}, False),
-])  # fmt: skip
+])
 def test_an_ablation_stands_beside_the_papers_table_that_it_names(key, said, shown):
     """A sweep is not called as the table; files that do not say go by their name."""
     rows = {name: {"dino": {"mean": 0.5, "lo": 0.4, "hi": 0.6}} for name in ("moma_beta0", "moma_beta1")}

@@ -44,7 +44,7 @@ def studio(tmp_path, monkeypatch, pipeline) -> Studio:
         (tmp_path / name / "weights").write_text(name)
     folders = {name: str(tmp_path / "base") for name in ("base", "image_encoder", "mllm", "ip_adapter", "sam")}
     config = fake_config(tmp_path, {}, {"sampler": {"num_inference_steps": 2, "guidance_scale": 2.0}}, foundation=FoundationConfig(**folders),
-                         adapter=str(tmp_path / "adapter"), decoder=str(tmp_path / "decoder"))  # fmt: skip
+                         adapter=str(tmp_path / "adapter"), decoder=str(tmp_path / "decoder"))
     studio = Studio(Evaluation.open(config), tmp_path / "figures")
     studio.loaded = []
     monkeypatch.setattr(Models, "pipeline", lambda self, *_: studio.loaded.append(self.foundation.base) or pipeline)
@@ -107,7 +107,7 @@ def test_a_masks_picture_is_the_last_steps_m_gen(studio, pipeline):
     reference = studio.evaluation.reference(subject, 0)
     noise = [torch.Generator().manual_seed(made["task"]["seed"])]
     output = pipeline([made["task"]["prompt"]], image=reference.image, mask=reference.mask, label="cat", beta=1.0, mask_strength=0.5,
-                      guidance_scale=2.0, num_inference_steps=2, generator=noise, return_masks=True)  # fmt: skip
+                      guidance_scale=2.0, num_inference_steps=2, generator=noise, return_masks=True)
     expected = (output.masks[-1, 0, 0].numpy() * 255).round()
     assert np.abs(np.asarray(Image.open(mask_path(Path(cell.path))), float) - expected).max() <= 1
 

@@ -160,7 +160,7 @@ def test_copying_shows_in_the_copy_paste_score_and_blur_does_not(tmp_path):
 
 def test_each_score_asks_its_own_encoder(tmp_path):
     asked = {"dino": "dino", "clip_i": "clip", "clip_t": "clip", "dino_masked": "dino", "clip_i_masked": "clip", "clip_t_background": "clip",
-             "copy_paste": "dino", "diversity": "dino", "siglip2_t": "siglip2", "siglip2_i": "siglip2"}  # fmt: skip
+             "copy_paste": "dino", "diversity": "dino", "siglip2_t": "siglip2", "siglip2_i": "siglip2"}
     asked |= {name: name for name in ("dinov2", "dinov3", "dreamsim")}
     assert set(asked) == {"dino", "clip_i", "clip_t", *get_args(ExtraScore)}
     random_picture(1).save(tmp_path / "real.png")
@@ -285,6 +285,6 @@ def test_real_dreambooth_pictures_are_read_and_scored(tmp_path):
 def test_a_prompt_of_one_subject_has_no_interval():
     rows = [("tabby", "cat", "a cat in a hat"), ("tabby", "cat", "a cat"), ("rex", "dog", "a dog")]
     scores = pd.DataFrame([{"method": "a", "subject": s, "label": label, "prompt_kind": "context", "prompt": p, "clip_t": 0.1 * i}
-                           for i, (s, label, p) in enumerate(rows)])  # fmt: skip
+                           for i, (s, label, p) in enumerate(rows)])
     table = breakdowns(scores, "prompt").set_index("prompt")
     assert table.a_lo.isna().to_dict() == {"a {} in a hat": True, "a {}": False} and table.a.notna().all()

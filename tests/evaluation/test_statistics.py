@@ -166,7 +166,7 @@ def test_other_kinds_of_prompt_never_enter_table_1():
     scores = pd.concat([context, frame({"a": {"x": [0.9]}}, kind="pose"), frame({"a": {"x": [0.8]}}, kind="accessory")])
     summary = summarise(scores)["a"]
     assert {metric: round(cell["mean"], 6) for metric, cell in summary.items() if metric.startswith("dino")} == {
-        "dino": 0.4, "dino_accessory": 0.8, "dino_pose": 0.9}  # fmt: skip
+        "dino": 0.4, "dino_accessory": 0.8, "dino_pose": 0.9}
 
 
 def test_metrics_are_named_after_their_column_and_kind():
@@ -187,7 +187,7 @@ def test_scores_of_two_protocols_are_refused_by_name():
     a_method_each = pd.concat([of_protocol("mini", "aaa", 0.0), of_protocol("moma-paper", "bbb", 0.2).replace({"method": {"weak": "other"}})])
     a_method_each = a_method_each[a_method_each["method"].isin(["weak", "other"])]
     for refused in (lambda: summarise(mixed), lambda: by_subject(mixed, "weak", "dino"), lambda: subject_means(mixed, "dino"),
-                    lambda: prompt_intervals(a_method_each, "dino")):  # fmt: skip
+                    lambda: prompt_intervals(a_method_each, "dino")):
         with pytest.raises(ValueError, match=r"'mini' \(aaa\), 'moma-paper' \(bbb\)"):
             refused()
 
@@ -200,7 +200,7 @@ def test_subjects_count_alike_where_the_protocol_says_so():
 
 def test_breakdown_by_subject_and_prompt():
     rows = [("a", "x", "cat", "a cat in the snow", 0.2), ("a", "x", "cat", "a cat on a lake", 0.4), ("a", "y", "mug", "a mug in the snow", 0.6),
-            ("b", "x", "cat", "a cat in the snow", 0.8), ("real", "x", "cat", "", 0.9)]  # fmt: skip
+            ("b", "x", "cat", "a cat in the snow", 0.8), ("real", "x", "cat", "", 0.9)]
     scores = pd.DataFrame(rows, columns=["method", "subject", "label", "prompt", "dino"])
     scores["prompt_kind"] = np.where(scores["method"] == "real", "real", "context")
     subjects = subject_means(scores, "dino")
@@ -209,7 +209,7 @@ def test_breakdown_by_subject_and_prompt():
     assert subjects.loc["x", "real"] == 0.9 and np.isnan(subjects.loc["y", "b"])
     prompts = prompt_intervals(scores, "dino")
     assert {form: {method: cell["mean"] for method, cell in cells.items()} for form, cells in prompts.items()} == {
-        "a {} in the snow": pytest.approx({"a": 0.4, "b": 0.8}), "a {} on a lake": pytest.approx({"a": 0.4})}  # fmt: skip
+        "a {} in the snow": pytest.approx({"a": 0.4, "b": 0.8}), "a {} on a lake": pytest.approx({"a": 0.4})}
     assert subject_means(scores, "dinov2").empty and not prompt_intervals(scores, "dinov2")
 
 

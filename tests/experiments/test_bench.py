@@ -183,7 +183,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize(("case", "options"), [
     ("true_against_ip_adapter", {}), ("true_subject_side", {}), ("true_subject_side", {"from_cache": True}),
-    ("true_subject_side", {"from_cache": True, "reference": True}), ("true_online_against_cached", {}), ("true_stage1_against_bare_mllm", {})])  # fmt: skip
+    ("true_subject_side", {"from_cache": True, "reference": True}), ("true_online_against_cached", {}), ("true_stage1_against_bare_mllm", {})])
 def test_steps_of_an_experiments_own_size_run(small, case, options):
     for run in getattr(training_step, case)(small, **options):
         run()

@@ -104,8 +104,8 @@ def test_the_torchrun_command_trains_on_two_processes(tmp_path):
     options = {"trainer.accelerator": "cpu", "trainer.strategy": "sharded", "trainer.max_steps": 2, "trainer.limit_val_batches": 1,
                "trainer.default_root_dir": tmp_path / "run", "model.init_args.decoder": "null", "model.init_args.stage2.context": "image_encoder",
                "data.init_args.config.train": f"{shards}/train-*.tar", "data.init_args.config.val": f"{shards}/val-*.tar",
-               "data.init_args.config.batch_size": 2, "data.init_args.config.val_batches": 1}  # fmt: skip
+               "data.init_args.config.batch_size": 2, "data.init_args.config.val_batches": 1}
     done = run("torchrun.sh", "mini", "stage2", *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-               PYTHON=sys.executable, GPUS="2", RESTARTS="0", WANDB_MODE="disabled", OMP_NUM_THREADS="1")  # fmt: skip
+               PYTHON=sys.executable, GPUS="2", RESTARTS="0", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run/finished.json").read_text())["step"] == 2

@@ -45,7 +45,7 @@ def test_grain_makes_large_pictures_as_heavy_as_photographs(tmp_path):
 def test_a_summary_adds_up_time_and_takes_the_largest_memory(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = [{"step": step, "seconds": seconds, "clock": 2 * seconds, "megabytes": megabytes}
-             for step, seconds, megabytes in (("units", 1.0, 5), ("units", 3.0, 4), ("ShardStage", 2.0, 3))]  # fmt: skip
+             for step, seconds, megabytes in (("units", 1.0, 5), ("units", 3.0, 4), ("ShardStage", 2.0, 3))]
     log.write_text("\n".join(json.dumps(line) for line in lines))
     found = factory.summary(log, 1000, workers=2)
     assert {step: list(map(round, line.values())) for step, line in found.items()} == {"units": [4, 250, 5, 125], "ShardStage": [2, 500, 3, 500]}

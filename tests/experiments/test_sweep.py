@@ -30,7 +30,7 @@ def test_a_file_without_a_name_is_called_as_it_is(tmp_path):
     ({"method": "bayes"}, "only `method: grid`"), ({"parameters": {"moma.beta": {"min": 0, "max": 1}}}, "only `method: grid`"),
     ({"command": ["${env}", "${interpreter}", "train.py"]}, "its command must be"),
     ({"parameters": {"protocol": {"values": ["a"]}}}, "not protocol"),
-])  # fmt: skip
+])
 def test_what_does_not_run_offline_is_told(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
         read(written(tmp_path, **changes))

@@ -41,7 +41,7 @@ TRAINING = [path for path in YAMLS if "\ntrainer:" in path.read_text()]
 #: What full-size YAMLs are run with here: the mini world's base models and pictures, one CPU process.
 STAND_INS = ["--model.init_args.foundation", json.dumps(asdict(mini_foundation())), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
              "--trainer.precision", "32-true", "--trainer.strategy", "auto", "--data.init_args.config.image_size", "64",
-             "--data.init_args.config.num_workers", "0"]  # fmt: skip
+             "--data.init_args.config.num_workers", "0"]
 #: Settings of the paper, of its authors' code, and of this project where those are silent, by YAML.
 FULL_SIZE = {
     "sd15_llava7b/foundation.yaml": {"base": "SG161222/Realistic_Vision_V4.0_noVAE", "mllm": "llava-hf/llava-1.5-7b-hf", "mllm_dtype": "bfloat16"},
@@ -54,7 +54,7 @@ FULL_SIZE = {
     "sd15_llava7b/eval.yaml": {"protocol": "moma-paper"},
     "openimages/data.yaml": {"captions.captioner": "datamodules.openimages.captioners.Blip2Captioner", "captions.init_args.model": "Salesforce/blip2-opt-6.7b",
                              "shards.samples_per_shard": 250},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def fit(data):
         def run(path: Path, folder: Path, *options: str) -> None:
             shards = "--data.init_args.config"
             arguments = ["fit", "--config", str(path), "--trainer.default_root_dir", str(folder), f"{shards}.train", f"{data}/shards/train-*.tar",
-                         f"{shards}.val", f"{data}/shards/val-*.tar", f"{shards}.batch_size", "2", *options]  # fmt: skip
+                         f"{shards}.val", f"{data}/shards/val-*.tar", f"{shards}.batch_size", "2", *options]
             patch.setattr(sys, "argv", ["moma_lightning", *arguments])
             assert main(arguments) == 0
 
@@ -106,7 +106,7 @@ def options(trained, data, monkeypatch) -> list[str]:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     small = {"subjects": ["cat"], "context_prompts": 1, "texture_prompts": 1, "sampler": {"num_inference_steps": 4}}
     return [f"--run={trained}", f"--data={data}/dreambooth", f"--adapter={trained}/stage2/adapter", f"--decoder={trained}/stage1/image_feature_decoder",
-            "--num_processes=1", f"--overrides={json.dumps(small)}"]  # fmt: skip
+            "--num_processes=1", f"--overrides={json.dumps(small)}"]
 
 
 def test_there_are_yamls_of_each_kind():
@@ -146,7 +146,7 @@ def test_two_processes_share_the_batch_and_take_a_step(stage, data, decoder, tmp
     shards, given = "--data.init_args.config", "--model.init_args"
     command = [sys.executable, "-m", "moma_lightning", "fit", "--config", str(whole), "--config", str(half), "--trainer.fast_dev_run", "2",
                "--trainer.default_root_dir", str(tmp_path), f"{shards}.train", f"{data}/shards/train-*.tar", f"{shards}.val", f"{data}/shards/val-*.tar",
-               *([f"{given}.decoder", str(decoder)] if stage == "stage2" else [])]  # fmt: skip
+               *([f"{given}.decoder", str(decoder)] if stage == "stage2" else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"WANDB_MODE": "disabled"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MEMBER: 2/2" in done.stderr
@@ -266,9 +266,9 @@ def test_the_papers_evaluation_runs_with_stand_ins(trained, options, tmp_path):
     path, mini = EXPERIMENTS / "sd15_llava7b/eval.yaml", asdict(named(PROTOCOL))
     own = yaml.safe_load(path.read_text())["overrides"]["sampler"]
     small = {"subjects": ["cat"], "context_prompts": 1, "texture_prompts": 1, "pictures_per_prompt": 1, "dino": mini["dino"], "clip": mini["clip"],
-             "segmenter": mini["segmenter"], "sampler": own | {"num_inference_steps": 4}}  # fmt: skip
+             "segmenter": mini["segmenter"], "sampler": own | {"num_inference_steps": 4}}
     evaluation(["dreambooth", "--config", str(path), *options[:-1], f"--run={tmp_path}", f"--foundation={json.dumps(asdict(mini_foundation()))}",
-                f"--overrides={json.dumps(small)}"])  # fmt: skip
+                f"--overrides={json.dumps(small)}"])
     summary = json.loads((tmp_path / "eval/summary.json").read_text())
     assert {"real_images", "text_only", "ip_adapter", "moma_beta0", "moma_beta1"} <= set(summary)
     pictures = [picture.name for picture in (tmp_path / "eval/pictures/moma_beta1/cat").glob("*.png")]

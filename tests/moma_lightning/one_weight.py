@@ -13,7 +13,7 @@ class OneWeight(LightningModule):
     """Each step adds 1 to the weight: its value tells how many steps were trained."""
 
     def __init__(self, slope: float = 1.0, die_at: int = -1, die_in_validation: bool = False, echo: str = "", strict: str = "one",
-                 raise_at: int = -1):  # fmt: skip
+                 raise_at: int = -1):
         super().__init__()
         self.raise_at = raise_at
         self.slope, self.die_at, self.die_in_validation, self.echo, self.strict = slope, die_at, die_in_validation, echo, strict

@@ -150,7 +150,7 @@ def test_a_trainings_checkpoint_is_no_adapter(tmp_path):
     ({"image_proj": {"proj.weight": 3}, "ip_adapter": {}}, "image_proj.proj.weight hold no tensors"),
     ({"image_proj": torch.zeros(1), "ip_adapter": {}}, "image_proj hold no entries"),
     ({"image_proj": {"latents": torch.zeros(1)}, "ip_adapter": {}}, "not an IP-Adapter .the plain one."),
-])  # fmt: skip
+])
 def test_another_layout_is_named(tmp_path, content, message):
     torch.save(content, tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match=f"x.bin.*{message}"):

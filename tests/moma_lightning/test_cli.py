@@ -81,7 +81,7 @@ def test_validate_judges_the_last_checkpoint_and_leaves_the_run_as_it_is(run, tm
 
 
 @pytest.mark.parametrize("launcher, environment", [({}, "SLURMEnvironment"), ({"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-                                                    "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "TorchElasticEnvironment")])  # fmt: skip
+                                                    "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "TorchElasticEnvironment")])
 def test_torchrun_inside_a_slurm_job_numbers_its_own_processes(run, monkeypatch, launcher, environment):
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "77"}
     for name, value in (job | launcher).items():

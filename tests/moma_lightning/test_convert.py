@@ -119,7 +119,7 @@ def test_the_released_mllm_becomes_the_decoders_own(released, released_mllm, tin
     (lambda folder: (folder / "pytorch_model-00002-of-00002.bin").unlink(), "lacks pytorch_model-00002-of-00002.bin"),
     (lambda folder: torch.save({"model.what": torch.zeros(1)}, folder / "pytorch_model-00001-of-00002.bin"), "unexpected entry model.what"),
     (lambda folder: [path.unlink() for path in folder.iterdir()], "holds neither model.safetensors nor"),
-])  # fmt: skip
+])
 def test_a_damaged_mllm_is_named(released, released_mllm, tmp_path, spoil, message):
     spoil(released_mllm[0])
     with pytest.raises(SystemExit, match=f"convert: .*{message}"):

@@ -115,7 +115,7 @@ def test_a_mask_has_one_channel(pipe, mask):
     ({"mask_threshold": 1.0}, "mask_threshold 1.0"),
     ({"mask_threshold": -0.1}, "mask_threshold -0.1"),
     ({"mask_layers": []}, "mask_layers names no layer"),
-])  # fmt: skip
+])
 def test_settings_out_of_their_range_are_named(pipe, setting, told):
     with pytest.raises(ValueError, match=told):
         run(pipe, **SUBJECT | setting)

@@ -44,7 +44,7 @@ def test_what_was_fetched_is_read_offline_as_if_it_lay_here(hub, tmp_path, monke
     hub.add_folder("o/ip", FOUNDATION / "image_encoder", "models/image_encoder/")
     hub.add_folder("o/ip", FOUNDATION / "ip_adapter", "models/")
     config = mini_foundation(base=f"o/base@{hub.commit('o/base')}", mllm="o/llava@main", image_encoder="o/ip@main/models/image_encoder",
-                              ip_adapter="o/ip@main/models/ip-adapter.safetensors")  # fmt: skip
+                              ip_adapter="o/ip@main/models/ip-adapter.safetensors")
     fetch(models=[config.base, config.mllm, config.image_encoder, str(config.ip_adapter)], out=str(tmp_path / "fetched.json"))
     asked = len(hub.requests)
     offline(monkeypatch)
@@ -101,11 +101,11 @@ def test_scores_tell_which_commit_of_a_branch_judged(hub):
 
 def test_of_each_folders_weights_one_format_is_fetched():
     transformers = ["config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "tokenizer.model", "README.md", "a.png",
-                    "open_clip_model.safetensors"]  # fmt: skip
+                    "open_clip_model.safetensors"]
     assert wanted(transformers) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert wanted(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
     pipeline = ["model_index.json", "v1-5.safetensors", "v1-5.ckpt", "unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors",
-                "vae/config.json", "vae/model.bin", "safety_checker/model.safetensors", "tokenizer/merges.txt"]  # fmt: skip
+                "vae/config.json", "vae/model.bin", "safety_checker/model.safetensors", "tokenizer/merges.txt"]
     assert wanted(pipeline) == ["model_index.json", "tokenizer/merges.txt", "unet/config.json", "unet/model.safetensors", "vae/config.json", "vae/model.bin"]
     assert wanted([*pipeline, "vae_decoder/config.json", "vae_decoder/model.onnx", "vae_encoder/config.json"]) == wanted(pipeline)  # as SDXL's repository
     ip_adapter = ["models/ip.bin", "models/ip.safetensors", "models/image_encoder/config.json", "models/image_encoder/model.safetensors", "sdxl/ip.bin"]
@@ -117,7 +117,7 @@ def test_of_each_folders_weights_one_format_is_fetched():
     (["model_index.json", "unet/config.json", "unet/model.fp16.safetensors", "vae/config.json", "vae/model.bin"], "unet/config.json"),
     (["config.json", "tf_model.h5"], "config.json"),
     (["vae/config.json", "README.md"], "vae/config.json"),
-])  # fmt: skip
+])
 def test_a_model_without_weights_that_are_read_is_refused(files, empty):
     with pytest.raises(FileNotFoundError, match=rf"^no weights that are read beside {empty}$"):
         wanted(files, "vae" if len(files) == 2 and "/" in files[0] else None)
@@ -156,7 +156,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch):
     (["--models", "nonsense"], "not a hub name"),
     (["--experiment", "experiments/nowhere"], "no such experiment"),
     ([], "nothing to fetch"),
-])  # fmt: skip
+])
 def test_what_cannot_be_fetched_is_said_in_a_line(hub, options, message, monkeypatch):
     hub.repositories["o/m"] = {"config.json": b"{}"}
     monkeypatch.setattr(sys, "argv", ["x"])

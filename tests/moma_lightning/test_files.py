@@ -64,7 +64,7 @@ def test_a_disk_that_says_late_that_it_is_full_leaves_the_file_from_before(tmp_p
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
     (RuntimeError("PytorchStreamWriter failed\nand more"), "PytorchStreamWriter failed"),
     (RuntimeError(), ""),
-])  # fmt: skip
+])
 def test_a_disk_that_fails_is_told_with_the_files_name(tmp_path, raised, why):
     (tmp_path / "a.txt").write_text("before")
 
@@ -78,7 +78,7 @@ def test_a_disk_that_fails_is_told_with_the_files_name(tmp_path, raised, why):
 
 
 @pytest.mark.parametrize("raised", [OSError("o/model is not a repository"), FileNotFoundError("o/model could not be loaded"), ValueError("bad"),
-                                    torch.OutOfMemoryError("CUDA out of memory"), NotImplementedError("no kernel")])  # fmt: skip
+                                    torch.OutOfMemoryError("CUDA out of memory"), NotImplementedError("no kernel")])
 def test_what_is_not_of_the_disk_is_raised_as_it_is(tmp_path, raised):
     """Work may be done while a file is written: a captioner's error is no full disk."""
     def half(path):

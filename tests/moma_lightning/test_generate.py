@@ -46,7 +46,7 @@ def test_pictures_that_are_there_stay(tmp_path):
     (["--prompt", "a cat", "--out", __file__], "File exists"), (["--prompt", "a cat", "--batch_size", "0"], "batch_size 0"),
     (["--prompt", "a cat", "--label", "cat"], "give it as --image"), (["--prompt", "a cat", "--beta", "-1"], "beta -1"),
     (["--prompt", "a cat", "--guidance_scale", "-1"], "guidance_scale -1"),
-])  # fmt: skip
+])
 def test_options_that_cannot_be_are_told(options, told, tmp_path):
     with pytest.raises(SystemExit, match=told):
         main([*GENERATE, "--out", str(tmp_path), "--device", "cpu", *options])
@@ -96,7 +96,7 @@ def test_each_sampler_option_reaches_the_sampler_and_the_record(cat, tmp_path, m
     (("--label", "dog"), "'dog' does not occur in the prompt"),
     ((), "needs an adapter .* and a label"),
     (("--prompt_template", "photo of a {label}. {prompt}"), "asks for a label: give --label"),
-])  # fmt: skip
+])
 def test_what_cannot_be_done_is_said(cat, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         generate(tmp_path / "out", ["a cat on the beach"], "--image", cat, *options)

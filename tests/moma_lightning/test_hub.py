@@ -16,7 +16,7 @@ COMMIT = "018e402774aeeddd60609b4ecdb7e298259dc729"
     (f"owner/name.v1_x@{COMMIT}", HubName("owner/name.v1_x", COMMIT)),
     (f"h94/IP-Adapter@{COMMIT}/models/image_encoder", HubName("h94/IP-Adapter", COMMIT, "models/image_encoder")),
     ("h94/IP-Adapter@main/models/ip-adapter_sd15.safetensors", HubName("h94/IP-Adapter", "main", "models/ip-adapter_sd15.safetensors")),
-])  # fmt: skip
+])
 def test_hub_names_are_taken_apart_and_put_together(name, parsed):
     assert hub_name(name) == parsed and str(parsed) == name
 

@@ -155,7 +155,7 @@ def stage(foundation, **lora) -> Stage1:
 
 def trainer(folder, steps: int) -> Trainer:
     return Trainer(max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                   num_sanity_val_steps=0, enable_checkpointing=False)  # fmt: skip
+                   num_sanity_val_steps=0, enable_checkpointing=False)
 
 
 def test_two_steps_train_adapters_connector_token_and_mapping(tiny_foundation, tmp_path):
@@ -176,7 +176,7 @@ def test_two_steps_train_adapters_connector_token_and_mapping(tiny_foundation, t
 @pytest.mark.parametrize(("now", "message"), [
     ({"alpha": 16}, r"decoder\.lora: .*'alpha': 8.* in the checkpoint, .*'alpha': 16.* now"),
     ({"rank": 2}, r"decoder\.lora: .*'rank': 4.*'rank': 2"),
-])  # fmt: skip
+])
 def test_refuses_to_resume_with_other_adapters(tiny_foundation, tmp_path, now, message):
     run = trainer(tmp_path, 1)
     run.fit(stage(tiny_foundation), loader(0))

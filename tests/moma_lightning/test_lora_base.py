@@ -94,7 +94,7 @@ def test_updates_under_kohyas_names_are_added_at_their_scale(folder, base_of):
 def test_sdxls_second_text_encoder_takes_its_updates(base_of, tmp_path):
     base = tiny_sdxl_base()
     pipe = StableDiffusionXLPipeline(base.vae, base.text_encoder, base.text_encoder_2, base.tokenizer, base.tokenizer_2, base.unet, base.scheduler,
-                                     add_watermarker=False)  # fmt: skip
+                                     add_watermarker=False)
     pipe.save_pretrained(tmp_path / "sdxl")
     plain = load_base(mini_foundation(base=str(tmp_path / "sdxl")))
     (layer, weight), (name, other) = next((n, m.weight) for n, m in plain.unet.named_modules() if n.endswith("attn1.to_q")), words_of(plain.text_encoder_2)

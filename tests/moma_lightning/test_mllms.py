@@ -156,7 +156,7 @@ def test_a_stage_1_step_trains_all_but_the_vision_tower(family, mllm_foundation,
     module = Stage1(mllm_foundation, DecoderConfig(image_size=tiny_mllms.image_size(family)), OptimizerConfig(lr=1e-2))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainer = Trainer(max_steps=1, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                      enable_checkpointing=False)  # fmt: skip
+                      enable_checkpointing=False)
     trainer.fit(module, DataLoader([one_batch(20)], batch_size=None))
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     inner = module.decoder.mllm
@@ -180,7 +180,7 @@ def test_a_family_that_was_never_run_is_refused(tiny_foundation):
 @pytest.mark.parametrize(("name", "size", "message"), [
     ("idefics3", 24, r"image_size 24: the MLLM \(idefics3\) takes pictures of 16 pixels only"),
     ("qwen2_5_vl", 20, r"image_size 20 is no multiple of 8, which the MLLM \(qwen2_5_vl\) needs"),
-])  # fmt: skip
+])
 def test_refuses_a_picture_size_that_the_model_cannot_take(name, size, message):
     model, processor = tiny_mllms.MLLMS[name]()
     with pytest.raises(ValueError, match=message):

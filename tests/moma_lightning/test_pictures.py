@@ -14,7 +14,7 @@ from moma_lightning.pictures import to_grey, to_rgb
     (np.array([[0, 120, 255]], np.uint8), [0, 120, 255]),
     (np.array([[0, 120 / 255, 1]], np.float32), [0, 120, 255]),
     (np.array([[0, 120, 255]], np.float32), [0, 120, 255]),
-])  # fmt: skip
+])
 def test_grey_of_any_depth(array, seen):
     assert np.asarray(to_grey(Image.fromarray(array))).tolist() == [seen]
     assert np.asarray(to_rgb(Image.fromarray(array)))[0, :, 1].tolist() == seen

@@ -58,7 +58,7 @@ def stock_pictures(base):
 
 def test_defaults_are_the_papers_first_row_and_the_released_codes_numbers():
     expected = {"beta": 1.0, "mask_strength": 1.0, "context_scale": 1.0, "guidance_scale": 7.5, "num_inference_steps": 50, "mask_threshold": 0.2,
-                "guide_subject": False, "mask_layers": None}  # fmt: skip
+                "guide_subject": False, "mask_layers": None}
     parameters = inspect.signature(MoMAPipeline.__call__).parameters
     assert {name: parameters[name].default for name in expected} == expected
 
@@ -215,7 +215,7 @@ def test_a_prepared_subject_serves_many_calls_with_the_same_pictures(base, monke
     subject = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
     monkeypatch.setattr(pipe, "prepare_subject", lambda *_: pytest.fail("prepared again"))
     first, second = (run(pipe, [prompt], image=subject, generator=[torch.Generator().manual_seed(i)], image_embeds=None).images[0]
-                     for i, prompt in enumerate(PROMPTS))  # fmt: skip
+                     for i, prompt in enumerate(PROMPTS))
     np.testing.assert_allclose(np.stack([first, second]), at_once[:2], atol=2e-5)
     assert len(pipe.decoder.pictures) == 2
 

@@ -97,7 +97,7 @@ def plain_latents(base, file, mllm, processor, pixels, mask, latents):
         return ids[0], base.text_encoder(ids).last_hidden_state
 
     inputs = processor(images=[Image.new("RGB", (16, 16))], text=[
-        f"USER: <image>\n A photo of a {LABEL}. Describe a new image of the same {LABEL} in: {PROMPT}. ASSISTANT: *"], return_tensors="pt")  # fmt: skip
+        f"USER: <image>\n A photo of a {LABEL}. Describe a new image of the same {LABEL} in: {PROMPT}. ASSISTANT: *"], return_tensors="pt")
     white, pad = torch.where(mask > 0, pixels, 1.0), abs(pixels.shape[-1] - pixels.shape[-2]) // 2
     white = F.pad(white, (0, 0, pad, pad) if pixels.shape[-1] > pixels.shape[-2] else (pad, pad, 0, 0), value=1.0)
     inputs["pixel_values"] = preprocess(white, processor.image_processor)
@@ -113,7 +113,7 @@ def plain_latents(base, file, mllm, processor, pixels, mask, latents):
     ids, positive = encode(f"photo of a {LABEL}. {PROMPT}")
     text = torch.cat([encode("")[1], positive])
     now |= {"pass": "generate", "label_tokens": ids == base.tokenizer(LABEL, add_special_tokens=False).input_ids[0],
-            "reference_mask": F.adaptive_avg_pool2d(mask, tuple(size))[0]}  # fmt: skip
+            "reference_mask": F.adaptive_avg_pool2d(mask, tuple(size))[0]}
     alphas, masks = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0), []
     for t in [(1000 // STEPS) * i + 1 for i in reversed(range(STEPS))]:
         now |= {"t": t, "maps": []}
@@ -161,6 +161,6 @@ def test_a_released_checkpoint_samples_as_described(files, tiny_foundation, widt
     decoder = ImageFeatureDecoder.from_pretrained(native / "image_feature_decoder", tiny_foundation)
     pipe = MoMAPipeline.from_base(base, load_adapter(native / "adapter", base.unet).eval(), decoder)
     output = pipe(f"photo of a {LABEL}. {PROMPT}", picture, Image.fromarray(grey), LABEL, mllm_prompt=PROMPT, beta=BETA, guidance_scale=GUIDANCE,
-                  num_inference_steps=STEPS, latents=latents, output_type="latent", return_masks=True, height=height, width=width)  # fmt: skip
+                  num_inference_steps=STEPS, latents=latents, output_type="latent", return_masks=True, height=height, width=width)
     torch.testing.assert_close(output.masks[:, 0, 0], masks, atol=2e-3, rtol=1e-2)
     torch.testing.assert_close(output.images, expected, atol=2e-3 * float(expected.abs().max()), rtol=1e-2)

@@ -186,7 +186,7 @@ def test_an_autoencoder_that_overflows_in_half_precision_works_in_single(base, f
 
 
 @pytest.mark.parametrize("parts", [{"text_encoder": [None, None], "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-                                   {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_3": ["transformers", "T5EncoderModel"]}])  # fmt: skip
+                                   {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_3": ["transformers", "T5EncoderModel"]}])
 def test_a_refiner_and_other_families_are_refused(tmp_path, parts):
     index = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]} | parts
     (tmp_path / "model_index.json").write_text(json.dumps(index))

@@ -16,7 +16,7 @@ from tests.tiny import POOLED_DIM, TEXT_DIM, TEXT_DIM_2, tiny_sdxl_base
 OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
 EMBEDDINGS = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight", "text_projection.weight": "text_projection",
               "text_model.embeddings.position_embedding.weight": "positional_embedding", "text_model.final_layer_norm.weight": "ln_final.weight",
-              "text_model.final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
+              "text_model.final_layer_norm.bias": "ln_final.bias"}
 
 
 def small_unet() -> UNet2DConditionModel:
@@ -26,14 +26,14 @@ def small_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 2), layers_per_block=2,
         attention_head_dim=(2, 4, 8), cross_attention_dim=TEXT_DIM + TEXT_DIM_2, use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=POOLED_DIM + 6 * 8,
-    )  # fmt: skip
+    )
 
 
 def unet_names() -> dict[str, str]:
     """diffusers' module -> the original's."""
     names = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
-             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
+             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}
     for level in range(3):
         names |= level_names(level)
         names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.2.conv"

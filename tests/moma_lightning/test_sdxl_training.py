@@ -58,7 +58,7 @@ def test_a_trained_adapter_is_all_that_changed_and_draws(build, sdxl_foundation,
     mask = torch.zeros(1, 64, 64)
     mask[:, 16:40, 16:40] = 1
     drawn = [pipe("a cat on the beach", Image.new("RGB", (64, 64), "red"), mask, "cat", beta=beta, num_inference_steps=3, output_type="np",
-                  generator=torch.Generator().manual_seed(0)).images for beta in (0.0, 1.0)]  # fmt: skip
+                  generator=torch.Generator().manual_seed(0)).images for beta in (0.0, 1.0)]
     assert np.isfinite(drawn).all() and not np.array_equal(*drawn)
 
 

@@ -16,7 +16,7 @@ from tests.fake_hub import fake_hub
 from tests.tiny import TEXT_DIM, tiny_base
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
-          "conv_shortcut": "skip_connection"}  # fmt: skip
+          "conv_shortcut": "skip_connection"}
 #: SD 1.5's topology (four levels, two layers each, none of attention at the last) at 32 to 64 channels.
 LEVELS = (32, 32, 64, 64)
 
@@ -27,7 +27,7 @@ def small_unet() -> UNet2DConditionModel:
 
 def small_vae() -> AutoencoderKL:
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8, 8, 8, 8),
-                         layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=64)  # fmt: skip
+                         layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=64)
 
 
 def level_names(level: int) -> dict[str, str]:
@@ -45,7 +45,7 @@ def unet_names() -> dict[str, str]:
     """diffusers' module -> the original's."""
     names = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-             "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
+             "mid_block.resnets.1": "middle_block.2"}
     for level in range(4):
         names |= level_names(level)
         names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.conv"

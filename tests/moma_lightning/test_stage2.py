@@ -217,7 +217,7 @@ def test_logged_lambda_is_that_of_the_logged_step(build_stage2, tmp_path):
     module.on_before_zero_grad = lambda _: seen.append(next(iter(module.adapter.subject.values())).lambda_.item())  # as each step begins
     logger = CSVLogger(tmp_path, name="", version="")
     run = Trainer(max_steps=4, default_root_dir=tmp_path, accelerator="cpu", logger=logger, log_every_n_steps=2, enable_progress_bar=False,
-                  enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0, limit_val_batches=0)  # fmt: skip
+                  enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0, limit_val_batches=0)
     run.fit(module, loader(0, 1, 2, 3))
     rows = {int(row["step"]): row for row in csv.DictReader((tmp_path / "metrics.csv").open())}
     name = f"lambda/{next(iter(module.adapter.subject))}"
@@ -275,7 +275,7 @@ def test_the_grids_samples_come_to_each_rank_by_way_of_the_cpu(build_stage2, mon
     monkeypatch.setattr(type(module), "device", torch.device("cuda:3"))
     strategy = SimpleNamespace(broadcast=lambda samples: told.append("broadcast") or samples)
     module._trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), sanity_checking=False, strategy=strategy,
-                                      precision_plugin=SimpleNamespace(forward_context=nullcontext))  # fmt: skip
+                                      precision_plugin=SimpleNamespace(forward_context=nullcontext))
     module.on_validation_epoch_end()
     assert told == ["to cpu", "broadcast", "to cuda:3", "drawn"]
 

@@ -44,7 +44,7 @@ def test_the_reference_pass_sees_the_variants_picture_and_reads_the_label(base, 
 
 @pytest.mark.parametrize(("variant", "has_subject", "acts", "context_is_masked"), [
     ("paper", True, [1, 1, 1, 1], [0, 0, 0, 0]), ("released", True, [0, 0, 0, 1], [0, 1, 0, 1]),
-    ("paper", False, [0, 0, 0, 0], [0, 0, 0, 0]), ("released", False, [0, 0, 0, 0], [0, 0, 0, 0])])  # fmt: skip
+    ("paper", False, [0, 0, 0, 0], [0, 0, 0, 0]), ("released", False, [0, 0, 0, 0], [0, 0, 0, 0])])
 def test_when_the_subject_acts_and_what_m_gen_masks(base, variant, has_subject, acts, context_is_masked):
     """README, "Paper and released code". An IP-Adapter has neither."""
     adapter = tiny_adapter(base, variant)

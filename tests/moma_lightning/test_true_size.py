@@ -25,7 +25,7 @@ def decoder(**options) -> ImageFeatureDecoder:
     """LLaVA-1.5-7B with the mini world's tokenizer, whose image token the model is told of: the real one is not here."""
     tokenizer = llava.build_tokenizer()
     processor = LlavaProcessor(image_processor=CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336), tokenizer=tokenizer, patch_size=14,
-                               num_additional_image_tokens=1, vision_feature_select_strategy="default")  # fmt: skip
+                               num_additional_image_tokens=1, vision_feature_select_strategy="default")
     model = true_size.llava_7b()
     model.set_attn_implementation("eager")  # sdpa's mask asks for values, which meta tensors do not have
     model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -45,7 +45,7 @@ def test_the_released_mllms_names_are_the_decoders_own():
     """Names of LLaVA's authors, made here from transformers'; the vision tower and the head are passed over."""
     made = decoder(template="released")
     back = {"multi_modal_projector.linear_1": "mm_projector.0", "multi_modal_projector.linear_2": "mm_projector.2", "language_model.": "",
-            "vision_tower.": "vision_tower.vision_tower."}  # fmt: skip
+            "vision_tower.": "vision_tower.vision_tower."}
     original = ["lm_head.weight"]
     for name in made.mllm.state_dict():
         for ours, theirs in back.items():

@@ -74,7 +74,7 @@ def measure(config: EvalConfig) -> dict[str, dict[str, Any]]:
 def summary(words: str, shares: np.ndarray, fits: Float[np.ndarray, "pictures turns"]) -> dict[str, Any]:
     asked = list(TURNS).index(words) if words in TURNS else 0
     return {"pictures": len(shares), "share": round(float(shares.mean()), 3), "turn_fits_best": round(float((fits.argmax(1) == asked).mean()), 3),
-            "iou": round(float(fits[:, asked].mean()), 3)}  # fmt: skip
+            "iou": round(float(fits[:, asked].mean()), 3)}
 
 
 def main():

@@ -35,7 +35,7 @@ def build() -> UNet2DConditionModel:
         sample_size=8, in_channels=16, out_channels=16, layers_per_block=1, block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-    )  # fmt: skip
+    )
 
 
 def scheduler() -> DDIMScheduler:
@@ -68,7 +68,7 @@ class Losses:
         labels = torch.cat([
             find_label_tokens(ids[i : i + 1], [self.tokenizer(p.identity.label, add_special_tokens=False).input_ids], captions[i:], p.identity.label)
             for i, p in enumerate(pictures)
-        ])  # fmt: skip
+        ])
         dropped = torch.from_numpy(rng.random(len(pictures)) < 0.1)
         ids[dropped] = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():

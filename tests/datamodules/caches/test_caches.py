@@ -296,7 +296,7 @@ def test_the_commands_of_the_docs(data, decoder, tmp_path, monkeypatch, capsys, 
     arguments = ["--config", str(folder / "stage2.yaml"), "--model.init_args.decoder", decoder,
                  "--model.init_args.foundation", json.dumps(asdict(mini_foundation())),
                  "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
-                 "--trainer.precision", "32-true", f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]  # fmt: skip
+                 "--trainer.precision", "32-true", f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]
     pictures = [f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]
     reference = ["--model.init_args.stage2.cache_reference", str(training == "stage2_reference").lower()]
     monkeypatch.setattr(sys, "argv", ["caches", *arguments, *reference, *pictures])
@@ -312,7 +312,7 @@ def test_the_first_process_tells_of_all_shards_when_the_others_are_done(data, de
     shards = "--data.init_args.config"
     arguments = ["--config", "experiments/mini/stage2.yaml", "--model.init_args.decoder", decoder, "--trainer.default_root_dir", str(tmp_path),
                  "--trainer.accelerator", "cpu", "--trainer.devices", "2", f"{shards}.batch_size", "2",
-                 f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]  # fmt: skip
+                 f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "datamodules.caches", *arguments], capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr

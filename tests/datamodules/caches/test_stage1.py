@@ -131,7 +131,7 @@ def test_the_commands_of_the_docs(data, tmp_path, monkeypatch, capsys, experimen
     arguments = ["--config", str(folder / "stage1.yaml"), "--model.init_args.foundation", json.dumps(asdict(mini_foundation())),
                  "--model.init_args.clip", "experiments/mini/foundation/clip", "--trainer.default_root_dir", str(tmp_path),
                  "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true",
-                 f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]  # fmt: skip
+                 f"{shards}.image_size", "64", f"{shards}.batch_size", "2", f"{shards}.num_workers", "0"]
     pictures = [f"{shards}.train", f"{data}/train-*.tar", f"{shards}.val", f"{data}/val-*.tar"]
     monkeypatch.setattr(sys, "argv", ["caches", *arguments, *pictures, "--model.init_args.edits.rate", "0"])
     command.main()

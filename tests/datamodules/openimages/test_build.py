@@ -67,7 +67,7 @@ def test_workers_are_told_absolute_paths_and_the_configuration_stays_as_it_was_g
     (tmp_path / "captions.csv").write_text("ImageID,caption\n")
     (tmp_path / "own/words.txt").write_text("mauve\n")
     given = BuildConfig(sources=SourcesConfig("annotations", "https://there/pictures", captions="captions.csv"),
-                        captions=CaptionConfig(init_args={"model": "blip2"}, word_lists=["colors.txt", "own/words.txt"], people_words=None))  # fmt: skip
+                        captions=CaptionConfig(init_args={"model": "blip2"}, word_lists=["colors.txt", "own/words.txt"], people_words=None))
     before, told = deciding(given), with_absolute_paths(given)
     assert told.sources == replace(given.sources, annotations=f"{tmp_path}/annotations", captions=f"{tmp_path}/captions.csv")
     assert told.captions.init_args == {"model": f"{tmp_path}/blip2"} and told.captions.word_lists == ["colors.txt", f"{tmp_path}/own/words.txt"]

@@ -93,7 +93,7 @@ def cluster(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     folder = tempfile.mkdtemp(prefix="ray")  # short: the names of sockets have a limit
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2", "--port", address.partition(":")[2],
-               "--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--temp-dir", folder, "--disable-usage-stats"]  # fmt: skip
+               "--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--temp-dir", folder, "--disable-usage-stats"]
     with (tmp_path / "ray.log").open("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=WITHOUT_TOKEN)
         until = time.monotonic() + 120

@@ -35,7 +35,7 @@ def test_the_page_is_self_contained_and_its_numbers_are_the_manifests(built):
     for label, count in index.label.value_counts().items():
         assert re.search(rf"<span>{label}</span><i style=[^>]*></i><b>{count}</b>", page)
     for title, values, last in (("Area of the subject", index.area, 1), ("Length of the caption", index.caption.str.count(" ") + 1, 30),
-                                ("Longer side", index[["width", "height"]].max(axis=1), 1152)):  # fmt: skip
+                                ("Longer side", index[["width", "height"]].max(axis=1), 1152)):
         bars = re.findall(r"<span>(\S+) to (\S+)</span><i style=[^>]*></i><b>(\d+)</b>", page.partition(title)[2].partition("</section>")[0])
         assert float(bars[-1][1]) == last
         assert [int(count) for *_, count in bars] == [values.between(float(low), float(high), inclusive="left").sum() for low, high, _ in bars]

@@ -70,7 +70,7 @@ def change_index(folder: Path, change) -> None:
     (lambda i: i.drop(index=30), "train-00002.tar {30}: is not in train-index.parquet", 2),
     (lambda i: i.assign(key=i.key.where(i.index != 30, "nobody")), "train-00002.tar nobody: is in train-index.parquet, but not in the shard", 2),
     (lambda i: pd.concat([i, i.tail(1).assign(shard="train-00009.tar")]), "train-index.parquet: 41 rows, the manifest says 40", 1),
-])  # fmt: skip
+])
 def test_an_index_of_something_else_is_named(built, capsys, change, named, problems):
     keys = pd.read_parquet(built / "train-index.parquet").key
     change_index(built, change)

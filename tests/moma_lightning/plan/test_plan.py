@@ -30,9 +30,9 @@ FULL = Path(__file__).parents[3] / "experiments/sd15_llava7b"
 
 def experiment(
     stage: type, foundation: FoundationConfig, batch_size: int = 2, image_size: int = 32, decoder: DecoderConfig = DecoderConfig(), **training  # noqa: B008
-) -> Experiment:  # fmt: skip
+) -> Experiment:
     options = {"foundation": asdict(foundation), "optimizer": asdict(OptimizerConfig()), "training": asdict(TrainingOptions(**training)),
-               "decoder": asdict(decoder), "clip": None, "loss": "mse", "edits": asdict(EditConfig()), "stage2": asdict(Stage2Config())}  # fmt: skip
+               "decoder": asdict(decoder), "clip": None, "loss": "mse", "edits": asdict(EditConfig()), "stage2": asdict(Stage2Config())}
     return Experiment(stage, options, batch_size, image_size, 100, 1, False)
 
 
@@ -152,7 +152,7 @@ def test_parameters_of_stage_1_with_smolvlm():
     ("gigabytes", "chosen", "run"),
     [((10, 9, 8), "none", ["none"]), ((10, 9, 8), "all", ["none", "all"]), ((90, 60, 40), "none", ["none", "blocks"]),
      ((90, 85, 80), "blocks", ["none", "blocks", "all"])],
-)  # fmt: skip
+)
 def test_only_policies_that_decide_are_measured(foundation, gigabytes, chosen, run):
     peaks, asked = dict(zip(("none", "blocks", "all"), gigabytes, strict=True)), []
 
@@ -171,7 +171,7 @@ def measured(gigabytes: float) -> Measured:
 
 
 @pytest.mark.parametrize(("peaks", "advice"), [((10, 9, 8), "keep activation_checkpointing: none"), ((90, 60, 40), "training.activation_checkpointing: blocks"),
-                                               ((90, 80, 79), "nothing here fits")])  # fmt: skip
+                                               ((90, 80, 79), "nothing here fits")])
 def test_the_first_policy_that_fits_is_advised(foundation, peaks, advice):
     policies = dict(zip(("none", "blocks", "all"), map(measured, peaks), strict=True))
     assert advice in memory(policies, Gpu(80, 989, 0.35), experiment(Stage2, foundation))

@@ -91,7 +91,7 @@ def config(folder: Path, run: str, steps: int, processes: int, folders: bool, gp
         "data": {"class_path": "datamodules.triplets.TripletDataModule", "init_args": {"config": {
             "train": f"{shards}/train-*.tar", "val": f"{shards}/val-*.tar", "image_size": 32, "batch_size": 2, "steps_per_epoch": STEPS_PER_EPOCH,
             "val_batches": 1, "num_workers": WORKERS}}},
-    }))  # fmt: skip
+    }))
     return path
 
 

@@ -145,7 +145,7 @@ def build_variant(name: str, places: dict):
 
 
 def train(module, folder: Path, ranks: int, strategy, save=(), resume: Path | None = None, steps: int = STEPS, callbacks=(),
-          size: Size = Size(), **options) -> list[float]:  # fmt: skip  # noqa: B008
+          size: Size = Size(), **options) -> list[float]:  # noqa: B008
     """20 steps, or the few after a checkpoint's; clipped so that the norm matters."""
     done = STEPS // 2 if resume else 0
     recorder = Losses(*save, at=done + AFTER if resume else STEPS // 2)
@@ -202,7 +202,7 @@ def flat(stage: str, folder: Path, places: dict) -> dict[str, list[float]]:
         module.grid = GridConfig(pictures=1, num_inference_steps=2)
     callbacks = [EMA(0.9), RandomStates(), StopOnNonFinite()]
     losses = {f"flat-{stage}": train(module, home / "flat", 2, FlatShardedStrategy(), [home / "flat-2.ckpt"], callbacks=callbacks,
-                                     limit_val_batches=1, val_check_interval=5)}  # fmt: skip
+                                     limit_val_batches=1, val_check_interval=5)}
     for name in ("full-1.ckpt", "flat-2.ckpt"):
         module, again = build(stage, foundation, decoder), home / f"flat-{name}"
         losses[f"flat-{stage}/{name}"] = train(module, again, 2, FlatShardedStrategy(), [again / "later.ckpt"], resume=home / name, callbacks=[EMA(0.9)])

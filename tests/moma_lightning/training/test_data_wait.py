@@ -73,7 +73,7 @@ def clock(monkeypatch):
 def fit(clock, folder, loader, **options) -> Busy:
     module = Busy(clock)
     trainer = Trainer(accelerator="cpu", callbacks=[DataWait(), SlowSaver()], logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                      enable_model_summary=False, num_sanity_val_steps=1, default_root_dir=folder, val_check_interval=2, **options)  # fmt: skip
+                      enable_model_summary=False, num_sanity_val_steps=1, default_root_dir=folder, val_check_interval=2, **options)
     trainer.fit(module, loader, DataLoader(torch.zeros(1)))
     return module
 
@@ -97,7 +97,7 @@ def test_a_loader_that_begins_anew_does_not_count_backwards(clock, tmp_path):
     module = Busy(clock)
     module.train_dataloader = lambda: next(loaders)
     trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[DataWait()], logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                      enable_model_summary=False, default_root_dir=tmp_path, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1)  # fmt: skip
+                      enable_model_summary=False, default_root_dir=tmp_path, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1)
     trainer.fit(module)
     assert module.shares == pytest.approx([6 / 9, 6 / 9, 1 / 4, 1 / 4])
 

@@ -105,7 +105,7 @@ def fit(folder, steps: int = 12, told_at: int = 0, resume: bool = False, callbac
     saver = StepCheckpoint(folder / "saved", **({"save_top_k": 0, "every_n_train_steps": 100} | (checkpoint or {})))
     callbacks = [*callbacks, EpochEnds(), StopBehind(told_at, path), saver]
     trainer = Trainer(accelerator="cpu", max_steps=steps, logger=log, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
-                      num_sanity_val_steps=0, default_root_dir=folder, callbacks=callbacks, **options)  # fmt: skip
+                      num_sanity_val_steps=0, default_root_dir=folder, callbacks=callbacks, **options)
     try:
         trainer.fit(module, Data(), ckpt_path=path if resume else None)
         trainer.save_checkpoint(path)
@@ -115,7 +115,7 @@ def fit(folder, steps: int = 12, told_at: int = 0, resume: bool = False, callbac
 
 
 SCHEDULES = {"each epoch": {}, "every other": {"check_val_every_n_epoch": 2}, "twice an epoch": {"val_check_interval": 2},
-             "across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None}, "never": {"limit_val_batches": 0}}  # fmt: skip
+             "across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None}, "never": {"limit_val_batches": 0}}
 
 
 def at_every_step(test):
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path, on_train_
 
 @pytest.mark.parametrize("checkpoint, names", [
     ({"save_top_k": -1, "every_n_train_steps": 4}, {"step=4", "step=8"}), ({"save_top_k": 1, "every_n_train_steps": 4, "monitor": "val/score"}, {"step=8"}),
-])  # fmt: skip
+])
 def test_the_last_step_is_among_those_that_are_kept_with_its_own_score(tmp_path, checkpoint, names):
     fit(tmp_path, 8, checkpoint=checkpoint | {"filename": "{step}"})
     assert {path.stem for path in (tmp_path / "saved").iterdir()} == names

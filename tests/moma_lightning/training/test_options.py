@@ -62,7 +62,7 @@ def test_the_unet_compiles_and_computes_the_same(foundation, decoder_folder, dra
         "from moma_lightning.foundation import FoundationConfig",
         f"from {__name__} import compiled_like_plain",
         f"compiled_like_plain({foundation!r}, {decoder_folder!r}, {draws})",
-    ])  # fmt: skip
+    ])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -160,7 +160,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(run, tmp_path):
     ({"optimizer": {"lr_multipliers": {"a": 1, r"b\.": 2}}}, {"optimizer": {"lr_multipliers": {"a": 1}}},
      [r"optimizer.lr_multipliers {'a': 1}, it was {'a': 1, 'b\\.': 2}"]),
     ({"old": 1, "same": {"a": [1]}}, {"new": 2, "same": {"a": [1]}}, []),  # of an older version
-])  # fmt: skip
+])
 def test_sections_and_tables_of_settings_are_compared(tmp_path, before, now, told):
     run = Run(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": before}))

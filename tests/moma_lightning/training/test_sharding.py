@@ -33,7 +33,7 @@ def places(foundation, sdxl_foundation, decoder_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("idefics3")
     write("idefics3", folder)
     return {"foundation": asdict(foundation), "sdxl": asdict(sdxl_foundation), "idefics3": asdict(replace(foundation, mllm=str(folder))),
-            "decoder": decoder_folder}  # fmt: skip
+            "decoder": decoder_folder}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_fsdp1_shards_a_stage_once(foundation, decoder_folder, tmp_path, process
 @pytest.mark.parametrize(("one", "two"), [
     ("full-1.ckpt", "full-2.ckpt"), ("full-1.ckpt", "flat-2.ckpt"), ("resumed/later.ckpt", "flat-full-1.ckpt/later.ckpt"),
     ("resumed/later.ckpt", "flat-flat-2.ckpt/later.ckpt"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_one_file_holds_the_same_whichever_wrote_it(runs, stage, one, two):
     """Trained weights, their average, the sums of stage 1's targets and the optimizer's state, by the same names and numbers, also after a resume."""
@@ -183,7 +183,7 @@ def test_the_exported_adapter_is_whole(runs, foundation, decoder_folder, run):
 @pytest.mark.parametrize("run", ["two", "flat"])
 def test_the_exported_decoder_is_whole(runs, foundation, run):
     one, two = (dict(ImageFeatureDecoder.from_pretrained(folder / "image_feature_decoder", foundation).own_parameters())
-                for folder in (runs[0] / "stage1", runs[0] / "stage1" / run))  # fmt: skip
+                for folder in (runs[0] / "stage1", runs[0] / "stage1" / run))
     torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
 
 
