@@ -15,7 +15,7 @@ from moma_lightning.batch import TripletBatch
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations
-from moma_lightning.training.sharding import plain_name, shard, whole_like
+from moma_lightning.training.sharding import clip_by_norm, plain_name, shard, whole_like
 from moma_lightning.training.strategy import FlatShardedStrategy, shard_mesh
 
 logger = logging.getLogger(__name__)
@@ -106,11 +106,15 @@ class TrainedPartModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Lightning refuses the norm under FSDP1, whose own method is what knows it."""
-        if isinstance(self.trainer.strategy, FlatShardedStrategy) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            self.trainer.model.clip_grad_norm_(gradient_clip_val)
-        else:
+        """Logs `train/grad_norm`, the norm of all gradients before they are clipped by it, which Lightning's own clipping does not give away."""
+        if gradient_clip_val is None or gradient_clip_val <= 0 or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        if isinstance(self.trainer.strategy, FlatShardedStrategy):  # FSDP1's own method is what knows the norm
+            norm = self.trainer.model.clip_grad_norm_(gradient_clip_val)
+        else:
+            norm = clip_by_norm([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
+        self.log("train/grad_norm", norm, batch_size=1)
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module, by name."""

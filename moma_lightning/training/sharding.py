@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils import _pytree as pytree
 
 from moma_lightning.quantization import refuse_quantized
@@ -134,6 +135,14 @@ def local(tensor: Tensor | Piece) -> Tensor:
     if isinstance(tensor, Piece):
         return tensor.tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_by_norm(parameters: Collection[Tensor], limit: float) -> Tensor:
+    """torch's `clip_grad_norm_`, of FSDP2's parameters too. The norm from before, of all that was trained, on every rank; every rank must call it."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # as scaling would; asked for later it would be reduced once more
+    clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -224,6 +224,22 @@ def test_logged_lambda_is_that_of_the_logged_step(build_stage2, tmp_path):
     assert sorted(rows) == [1, 3] and [float(rows[step][name]) for step in (1, 3)] == pytest.approx([seen[1], seen[3]])
 
 
+@pytest.mark.parametrize("clipping", [{"gradient_clip_val": 0.05}, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}, {}])
+def test_the_norm_of_the_gradients_before_they_are_clipped_by_it_is_logged(build_stage2, tmp_path, clipping):
+    module, before, after = build_stage2(), [], []
+
+    def norm() -> float:
+        return sum(p.grad.double().square().sum().item() for p in module.parameters() if p.grad is not None) ** 0.5
+
+    module.on_before_optimizer_step = lambda _: before.append(norm())
+    module.on_train_batch_end = lambda *_: after.append(norm())
+    run = trainer(tmp_path, 1, **clipping)
+    run.fit(module, loader(0))
+    logged = {"train/grad_norm": pytest.approx(before[0])} if clipping.keys() == {"gradient_clip_val"} else {}
+    assert {name: float(value) for name, value in run.callback_metrics.items() if "norm" in name} == logged
+    assert before[0] > 0.06 and (after[0] == pytest.approx(0.05, rel=1e-4)) == bool(logged)
+
+
 def test_a_quarter_of_the_schedule_without_a_sample_is_logged_as_nan(build_stage2, tmp_path):
     """And not as what it was the last time."""
     module, drawn = build_stage2(), iter([[0, 300, 999], [100, 100, 600]])

@@ -108,6 +108,16 @@ class Accumulated(Callback):
             self.sizes = [flat.grad.numel(), flat.numel()]
 
 
+class Norms(Callback):
+    """What every step's gradients were before they were clipped, by the log."""
+
+    def __init__(self):
+        self.numbers = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.numbers.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
 class Losses(Callback):
     """The mean loss over ranks of every step, and checkpoints at step `at`: one for each path given."""
 
@@ -200,9 +210,11 @@ def flat(stage: str, folder: Path, places: dict) -> dict[str, list[float]]:
     module = build(stage, foundation, decoder)
     if stage == "stage2":
         module.grid = GridConfig(pictures=1, num_inference_steps=2)
-    callbacks = [EMA(0.9), RandomStates(), StopOnNonFinite()]
+    norms = Norms()
+    callbacks = [EMA(0.9), RandomStates(), StopOnNonFinite(), norms]
     losses = {f"flat-{stage}": train(module, home / "flat", 2, FlatShardedStrategy(), [home / "flat-2.ckpt"], callbacks=callbacks,
                                      limit_val_batches=1, val_check_interval=5)}
+    losses[f"flat-{stage}/norms"] = norms.numbers
     for name in ("full-1.ckpt", "flat-2.ckpt"):
         module, again = build(stage, foundation, decoder), home / f"flat-{name}"
         losses[f"flat-{stage}/{name}"] = train(module, again, 2, FlatShardedStrategy(), [again / "later.ckpt"], resume=home / name, callbacks=[EMA(0.9)])
@@ -259,10 +271,10 @@ def main(folder: Path) -> None:
     for stage in ("stage1", "stage2"):
         home = folder / stage
         saves = [home / "full-2.ckpt", home / "sharded-2.ckpt"]
-        held, drawn = Held(), Drawn()
-        callbacks = [EMA(0.9), RandomStates(), held, drawn]
+        held, drawn, norms = Held(), Drawn(), Norms()
+        callbacks = [EMA(0.9), RandomStates(), held, drawn, norms]
         results[stage] = train(build(stage, foundation, decoder), home / "two", 2, ShardedStrategy(), saves, callbacks=callbacks)
-        results[f"{stage}/held"], results[f"{stage}/drawn"] = held.bytes, drawn.numbers
+        results[f"{stage}/held"], results[f"{stage}/drawn"], results[f"{stage}/norms"] = held.bytes, drawn.numbers, norms.numbers
         for name in ("full-1.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
     for name in VARIANTS:

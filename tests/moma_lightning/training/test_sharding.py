@@ -20,7 +20,7 @@ from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import FlatShardedStrategy, ShardedStrategy
 from tests.forked import codes_of_two, on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
-from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, build, build_variant, train
+from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, Norms, build, build_variant, train
 from tests.tiny_mllms import write
 
 HALF = STEPS // 2
@@ -43,8 +43,9 @@ def runs(foundation, decoder_folder, places, tmp_path_factory):
     (folder / "foundation.json").write_text(json.dumps(places))
     losses = {}
     for stage in ("stage1", "stage2"):
-        module, save = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"]
-        losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9)])
+        module, save, norms = build(stage, foundation, decoder_folder), [folder / stage / "full-1.ckpt"], Norms()
+        losses[f"{stage}-alone"] = train(module, folder / stage, 1, "auto", save, callbacks=[EMA(0.9), norms])
+        losses[f"{stage}-alone/norms"] = norms.numbers
         module, later = build(stage, foundation, decoder_folder), folder / stage / "resumed"
         train(module, later, 1, "auto", [later / "later.ckpt"], resume=save[0], callbacks=[EMA(0.9)])
     module = build("stage2", foundation, decoder_folder)
@@ -63,6 +64,13 @@ def test_two_processes_lose_what_one_does(runs, stage):
     losses = runs[1]
     assert len(losses[f"{stage}-alone"]) == STEPS and losses[f"{stage}-alone"][-1] != losses[f"{stage}-alone"][0]
     assert losses[stage] == pytest.approx(losses[f"{stage}-alone"], abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["", "flat-"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_logged_norm_is_of_all_ranks_gradients(runs, stage, strategy):
+    norms, alone = runs[1][f"{strategy}{stage}/norms"], runs[1][f"{stage}-alone/norms"]
+    assert len(norms) == STEPS and norms == pytest.approx(alone, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
