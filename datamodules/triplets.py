@@ -147,7 +147,7 @@ class TrainLoader:
     """Gives an epoch's batches and notes in `progress` what was handed over; the first epoch of a resumed run is what was left of it.
 
     build: makes a loader that begins with the given batch of an epoch, its readers where `progress` says.
-    waited: seconds that batches were waited for, since this loader is there (`moma_lightning.training.data_wait` logs them).
+    waited: seconds that batches were waited for, since this loader is there (`moma_lightning.training.pace` logs them).
     """
 
     def __init__(self, build: Callable[[int], DataLoader], progress: Progress, steps: int):

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from moma_lightning.files import write_beside
 from moma_lightning.training.checkpoint_io import WholeCheckpointIO
-from moma_lightning.training.data_wait import DataWait
 from moma_lightning.training.epoch_ends import EpochEnds
 from moma_lightning.training.guards import StopOnNonFinite, StopOnSignal, ended_together
 from moma_lightning.training.loggers import run_loggers
+from moma_lightning.training.pace import Pace
 from moma_lightning.training.random_states import RandomStates
 from moma_lightning.training.run import BeganFrom, Run, checkpoints_under, ends
 from moma_lightning.training.step_checkpoint import StepCheckpoint
@@ -112,7 +112,7 @@ class MoMACLI(LightningCLI):
         if not config["fast_dev_run"]:
             callbacks.append(StopOnSignal(self.run.last_checkpoint))  # which saves what those before it have found
         if loggers:
-            callbacks += [DataWait()] if is_given(LearningRateMonitor) else [LearningRateMonitor("step"), DataWait()]
+            callbacks += [Pace()] if is_given(LearningRateMonitor) else [LearningRateMonitor("step"), Pace()]
         plugins = [*_as_list(config["plugins"]), WholeCheckpointIO()]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # torchrun inside a SLURM job numbers its own processes
             plugins.append(SLURMEnvironment(auto_requeue=False))  # StopOnSignal saves; experiments/cluster/slurm.sh requeues

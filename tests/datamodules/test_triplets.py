@@ -16,7 +16,7 @@ from datamodules.samples import BadSampleError, decode
 from datamodules.streams import TrainStream, ValStream
 from datamodules.triplets import TripletDataModule, require_the_same_shards
 from moma_lightning.batch import TripletBatch
-from moma_lightning.training.data_wait import DataWait
+from moma_lightning.training.pace import Pace
 
 ALL = [f"s{row:02d}" for row in range(12)]
 quiet = pytest.mark.filterwarnings("ignore:.*It is skipped")
@@ -293,7 +293,7 @@ def test_lightning_run_killed_and_resumed_sees_what_an_unbroken_one_sees(shards,
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_wait_for_its_batches_is_logged(shards, tools, tmp_path):
-    module = fit(tmp_path, Recorder(), tools.datamodule(shards, prepared=False), callback=DataWait())
+    module = fit(tmp_path, Recorder(), tools.datamodule(shards, prepared=False), callback=Pace())
     assert 0 < module.trainer.callback_metrics["train/data_wait"] < 1
 
 

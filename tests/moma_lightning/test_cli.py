@@ -9,16 +9,16 @@ import yaml
 
 from moma_lightning import __main__ as entry
 from moma_lightning.cli import MoMACLI
-from moma_lightning.training.data_wait import DataWait
 from moma_lightning.training.loggers import run_loggers
 from moma_lightning.training.run import Run
 from tests.forked import Forked
+from moma_lightning.training.pace import Pace
 from tests.moma_lightning.one_weight import config, early_stopping, last_step, logged_steps, validated_steps
 
 
 def test_a_run_leaves_config_metrics_and_the_last_step(run, tmp_path):
     trainer = run("--model.slope", "2.0").trainer
-    assert sum(isinstance(callback, DataWait) for callback in trainer.callbacks) == 1
+    assert sum(isinstance(callback, Pace) for callback in trainer.callbacks) == 1
     folder = tmp_path / "runs/tiny/stage1"
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["model"]["init_args"]["slope"] == 2.0 and str(saved["seed_everything"]) == "0", "False would seed nothing"
