@@ -1,8 +1,11 @@
 """Loggers that every run has: metrics.csv and wandb, both of which a run that goes on continues."""
 
+import csv
 import os
 from pathlib import Path
+from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -22,8 +25,21 @@ def run_loggers(run: Run) -> list[Logger]:
     # Parts of a run that were written offline would replace each other when they are sent.
     known = run.wandb_id() if mode == "online" and "WANDB_RUN_ID" not in os.environ else None
     name = os.environ.get("WANDB_NAME") or "/".join(folder.parts[-2:])
-    wandb = WandbLogger(project=wandb_project(), name=name, save_dir=folder, id=known)
-    return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), wandb]
+    shown = RunWandbLogger(project=wandb_project(), name=name, save_dir=folder, id=known)
+    return [ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=20), shown]
+
+
+class RunWandbLogger(WandbLogger):
+    """WandbLogger that, where the server cannot be reached, names the way without it."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        try:
+            return super().experiment
+        except wandb.errors.CommError as error:
+            raise ConnectionError(f"wandb's server did not begin the run ({error}). Where it cannot be reached set WANDB_MODE=offline, "
+                                  "and send the run's wandb folder later by `wandb sync`") from error
 
 
 class ContinuedWriter(ExperimentWriter):
@@ -32,7 +48,8 @@ class ContinuedWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.exists():
-            self.metrics_keys = path.read_text().split("\n", 1)[0].split(",")
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])  # a learning rate's name is a regex, which may hold commas
 
 
 class ContinuedCSVLogger(CSVLogger):

@@ -3,16 +3,18 @@
 import csv
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
+import wandb
 import yaml
 
 from moma_lightning import __main__ as entry
 from moma_lightning.cli import MoMACLI
 from moma_lightning.training.loggers import run_loggers
+from moma_lightning.training.pace import Pace
 from moma_lightning.training.run import Run
 from tests.forked import Forked
-from moma_lightning.training.pace import Pace
 from tests.moma_lightning.one_weight import config, early_stopping, last_step, logged_steps, validated_steps
 
 
@@ -144,6 +146,22 @@ def test_online_a_resumed_training_goes_on_with_its_wandb_run(tmp_path, monkeypa
     assert number() == anew
     monkeypatch.setattr("moma_lightning.training.loggers.wandb_mode", lambda: "offline")
     assert number() is None
+
+
+def test_where_wandbs_server_is_not_reached_the_way_without_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb, "init", Mock(side_effect=wandb.errors.CommError("connection refused")))
+    with pytest.raises(ConnectionError, match=r"did not begin the run \(connection refused\)\. .* set WANDB_MODE=offline"):
+        _ = run_loggers(Run(tmp_path))[1].experiment
+
+
+def test_columns_with_commas_are_gone_on_with(tmp_path):
+    """A learning rate is called by its regex."""
+    for step in range(2):
+        logger = run_loggers(Run(tmp_path))[0]
+        logger.log_metrics({"lr-AdamW/a{1,2}/vectors": 0.5, "train/loss": 1.0}, step)
+        logger.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"lr-AdamW/a{1,2}/vectors": "0.5", "step": str(step), "train/loss": "1.0"} for step in range(2)]
 
 
 def test_wandbs_own_variables_name_project_and_run(tmp_path, monkeypatch):
