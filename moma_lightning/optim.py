@@ -43,18 +43,19 @@ def configure(
     if config.schedule != "constant" and not math.isfinite(total_steps):
         raise ValueError(f"schedule {config.schedule!r} needs an end of training: set trainer.max_steps or max_epochs")
     optimizer.register_load_state_dict_pre_hook(require_same_groups)
+    optimizer.register_state_dict_post_hook(without_names)
     scheduler = ConfiguredLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class ConfiguredLR(torch.optim.lr_scheduler.LambdaLR):
-    """LambdaLR for a training that goes on by its config: learning rates, decay and betas are not the checkpoint's, where they have changed.
+    """LambdaLR for a training that goes on by its config: learning rates, decay, betas and groups' names are not the checkpoint's, where they have changed.
 
     Lightning reads it after the optimizer, whose groups it puts right.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
-        self.given = [{name: group[name] for name in ("lr", "betas", "weight_decay")} for group in optimizer.param_groups]
+        self.given = [{name: group[name] for name in ("lr", "betas", "weight_decay", "name")} for group in optimizer.param_groups]
         super().__init__(optimizer, factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,6 +69,11 @@ def require_same_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, 
     if sizes[0] != sizes[1]:
         raise ValueError("the checkpoint's optimizer has other groups of parameters: `optimizer.lr_multipliers` are not those that it was trained with "
                          "(or an older version wrote it, with a weight_decay of 0); give those, or train under another trainer.default_root_dir")
+
+
+def without_names(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Names are for logs: a sharded checkpoint, read by what is held now, would have to have them."""
+    return state_dict | {"param_groups": [{key: value for key, value in group.items() if key != "name"} for group in state_dict["param_groups"]]}
 
 
 def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -89,7 +95,7 @@ def adamw8bit(trained: list[tuple[str, nn.Parameter]]) -> type[torch.optim.Optim
 
 
 def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, in a fixed order: matrices and the rest, of each multiplier and of what has none."""
+    """AdamW's groups, in a fixed order, and the names that logs know them by: matrices and the rest, of each multiplier and of what has none."""
     for pattern in config.lr_multipliers:
         if not any(re.search(pattern, name) for name, _ in trained):
             raise ValueError(f"lr_multipliers: {pattern!r} is found in no trained parameter's name")
@@ -97,7 +103,8 @@ def parameter_groups(trained: list[tuple[str, nn.Parameter]], config: OptimizerC
     for name, parameter in trained:
         found = next((pattern for pattern in config.lr_multipliers if re.search(pattern, name)), None)
         groups.setdefault((found, len(whole_shape(parameter)) > 1), []).append(parameter)
-    return [{"params": p, "lr": config.lr * (1.0 if found is None else config.lr_multipliers[found]), "weight_decay": config.weight_decay if is_matrix else 0.0}
+    return [{"params": p, "lr": config.lr * (1.0 if found is None else config.lr_multipliers[found]), "weight_decay": config.weight_decay if is_matrix else 0.0,
+             "name": ("" if found is None else f"{found}/") + ("matrices" if is_matrix else "vectors")}
             for (found, is_matrix), p in groups.items()]
 
 

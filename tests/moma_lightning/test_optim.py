@@ -130,6 +130,16 @@ def test_a_training_that_goes_on_has_the_configs_options_and_the_checkpoints_mom
     assert [round(g["lr"], 9) for g in optimizer.param_groups] == [0.01, 0.01, 0.05, 0.05]
 
 
+def test_groups_have_names_for_logs_that_no_checkpoint_holds():
+    """So that one of before has what one of today has."""
+    config = OptimizerConfig(lr_multipliers={"^mllm": 0.1})
+    states, made = trained(config, 1)
+    assert all("name" not in group for group in states[0]["param_groups"])
+    _, again = trained(config, 0, states)
+    for groups in (made["optimizer"].param_groups, again["optimizer"].param_groups):
+        assert [group["name"] for group in groups] == ["^mllm/matrices", "^mllm/vectors", "matrices", "vectors"]
+
+
 def test_a_checkpoint_of_other_groups_is_refused():
     states, _ = trained(OptimizerConfig(lr_multipliers={"mllm": 0.5}), 1)
     with pytest.raises(ValueError, match="lr_multipliers` are not those that it was trained with"):
