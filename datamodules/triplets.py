@@ -114,6 +114,7 @@ class TripletDataModule(LightningDataModule):
             "sizes": self._sizes(),
             "positions": {reader: position for positions in ranks for reader, position in positions.items()},
             "given": self.progress.given % self.config.steps_per_epoch,
+            "samples_a_step": self._samples_a_step(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,6 +129,10 @@ class TripletDataModule(LightningDataModule):
             rank_zero_warn("the number of ranks or workers, the shards, the seed or the shuffling are not the checkpoint's: reading goes on with the next pass")
         elif self.train_shards and positions and state_dict.get("sizes", self._sizes()) != self._sizes():
             rank_zero_warn("shards of the same names are of other sizes than the checkpoint's: reading goes on at the same places of what is there now")
+        now = self._samples_a_step()
+        if self.train_shards and (before := state_dict.get("samples_a_step", now)) != now:
+            rank_zero_warn(f"a step has {now} samples from here on, the checkpoint's had {before} (ranks x batch_size x trainer.accumulate_grad_batches): "
+                           "set these so that it has as many, or optimizer.lr and trainer.max_steps by your own rule")
 
     def _order(self) -> str:
         """Digest of what decides which sample comes when, the number of readers apart."""
@@ -138,6 +143,9 @@ class TripletDataModule(LightningDataModule):
         """Digest of the local shards' sizes: others of the same names may be a cache of the same samples, or other samples."""
         sizes = [os.path.getsize(shard) if os.path.isfile(shard) else None for shard in self.train_shards]
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+
+    def _samples_a_step(self) -> int:
+        return self.rank_and_world_size[1] * self.config.batch_size * getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def _readers(self) -> list[int]:
         return [self.rank_and_world_size[1], max(1, self.config.num_workers)]

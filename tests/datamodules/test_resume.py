@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     killed = tools.datamodule(shards)
     epochs(killed, 2)
     state = killed.state_dict()
-    assert state == {"readers": [1, 1], "order": state["order"], "sizes": state["sizes"], "positions": {0: (1, 4)}, "given": 0}
+    assert state == {"readers": [1, 1], "order": state["order"], "sizes": state["sizes"], "positions": {0: (1, 4)}, "given": 0,
+                     "samples_a_step": 2}
     resumed = tools.datamodule(shards, num_workers=2)
     with pytest.warns(UserWarning, match="reading goes on with the next pass"):
         resumed.load_state_dict(killed.state_dict())
@@ -74,6 +76,19 @@ def test_resume_with_other_workers_starts_the_next_pass(shards, tools):
     with pytest.warns(UserWarning, match="reading goes on with the next pass"):
         resumed.load_state_dict(state | {"readers": [2, 1], "positions": {0: (1, 4), 1: (3, 2)}})
     assert resumed.progress.positions == {0: (4, 0), 1: (4, 0)}, "no reader reads what the fastest has read"
+
+
+@pytest.mark.parametrize(("ranks", "accumulated", "size", "told"), [(4, 1, 2, None), (1, 2, 4, None), (2, 1, 2, 4), (4, 2, 2, 16), (4, 1, 3, 12)])
+def test_a_step_of_another_number_of_samples_is_told_of(shards, tools, ranks, accumulated, size, told):
+    """Eight in the checkpoint. One from before that knows no number is no other."""
+    state = {"readers": [ranks, 1], "positions": {}, "samples_a_step": 8}
+    resumed = tools.datamodule(shards, batch_size=size)
+    resumed.trainer = SimpleNamespace(global_rank=0, world_size=ranks, accumulate_grad_batches=accumulated, default_root_dir="")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.load_state_dict(state)
+        resumed.load_state_dict({"readers": [ranks, 1], "positions": {}})
+    assert [str(each.message)[:64] for each in caught] == ([f"a step has {told} samples from here on, the checkpoint's had 8 (ranks"[:64]] if told else [])
 
 
 @pytest.mark.parametrize("changed", [{"seed": 3}, {"shuffle_buffer": 2}])
