@@ -149,5 +149,7 @@ class StopOnNonFinite(Callback):
     def _stop(self, trainer: Trainer, what: str, samples: list[str] | None, step: int) -> None:
         raise FloatingPointError(
             f"{what} after step {step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(samples or ['unknown'])}. "
-            "Nothing was saved since; the last checkpoint is as it was"
+            "Nothing was saved since; the last checkpoint is as it was. Started again as it was it comes to the same: lower --model.init_args.optimizer.lr, "
+            "read on in another order by another --data.init_args.config.seed, or begin from an earlier checkpoint by --ckpt_path, "
+            "where --checkpoint.save_top_k has kept one"
         )

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 from unittest.mock import Mock
 
@@ -58,8 +59,10 @@ def saved(folder) -> dict:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_nan_loss_stops_names_the_samples_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is nan after step 4 on rank 0. Samples of the batch: 3-0, 3-1, 3-2, 3-3\."):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan after step 4 on rank 0. Samples of the batch: 3-0, 3-1, 3-2, 3-3\.") as error:
         fit(tmp_path, Poisoned(nan_at=3), StopOnNonFinite())
+    ways = re.findall(r"--([\w.]+)", str(error.value))
+    assert ways == ["model.init_args.optimizer.lr", "data.init_args.config.seed", "ckpt_path", "checkpoint.save_top_k"]
     assert saved(tmp_path)["global_step"] == 3 and torch.isfinite(saved(tmp_path)["state_dict"]["weight"]).all()
 
 
