@@ -37,6 +37,7 @@ class Case:
 
 def seconds(run: Run, device: torch.device, by_the_clock: bool = False) -> float:
     """What one run takes: processor time on a CPU, which other programs hardly move, time on the clock on a GPU."""
+    gc.collect()  # before each, since a run after it finds the processor's caches cold
     if device.type == "cuda":
         torch.cuda.synchronize()
     clock = time.perf_counter if device.type == "cuda" or by_the_clock else time.process_time
@@ -74,7 +75,6 @@ def alternate(a: Run, b: Run, pairs: int, device: torch.device, by_the_clock: bo
     memory = {name: peak_mb(run, device) for name, run in (("a_mb", a), ("b_mb", b))}
     times = []
     for i in range(pairs):
-        gc.collect()
         first, second = (seconds(run, device, by_the_clock) for run in ((a, b) if i % 2 == 0 else (b, a)))
         times.append((first, second) if i % 2 == 0 else (second, first))
     ratios = [x / y for x, y in times]

@@ -70,6 +70,15 @@ def test_pairs_alternate_and_the_ratio_is_the_pairs_median(monkeypatch):
     assert (entry["a"], entry["b"]) == (3.0, 1.0)
 
 
+def test_garbage_is_collected_before_each_run_and_not_in_its_time(monkeypatch):
+    """After it the processor's caches are cold: the first of two would look slower."""
+    told, clock = [], iter([1.0, 3.0])
+    monkeypatch.setattr(timing.gc, "collect", lambda: told.append("collected"))
+    monkeypatch.setattr(timing.time, "process_time", lambda: told.append("clock") or next(clock))
+    assert timing.seconds(lambda: told.append("run"), torch.device("cpu")) == 2.0
+    assert told == ["collected", "clock", "run", "clock"]
+
+
 def test_peak_memory_is_of_the_run_alone():
     big, small = (timing.peak_mb(lambda n=n: torch.ones(n, 2**18).sum(), torch.device("cpu")) for n in (64, 1))
     if big is None or small is None:
