@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -130,7 +131,8 @@ class TripletDataModule(LightningDataModule):
         elif self.train_shards and positions and state_dict.get("sizes", self._sizes()) != self._sizes():
             rank_zero_warn("shards of the same names are of other sizes than the checkpoint's: reading goes on at the same places of what is there now")
         now = self._samples_a_step()
-        if self.train_shards and (before := state_dict.get("samples_a_step", now)) != now:
+        before = state_dict.get("samples_a_step")
+        if self.train_shards and None not in (before, now) and before != now:
             rank_zero_warn(f"a step has {now} samples from here on, the checkpoint's had {before} (ranks x batch_size x trainer.accumulate_grad_batches): "
                            "set these so that it has as many, or optimizer.lr and trainer.max_steps by your own rule")
 
@@ -144,7 +146,10 @@ class TripletDataModule(LightningDataModule):
         sizes = [os.path.getsize(shard) if os.path.isfile(shard) else None for shard in self.train_shards]
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
-    def _samples_a_step(self) -> int:
+    def _samples_a_step(self) -> int | None:
+        """None where a callback decides it anew in each epoch."""
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in getattr(self.trainer, "callbacks", [])):
+            return None
         return self.rank_and_world_size[1] * self.config.batch_size * getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def _readers(self) -> list[int]:

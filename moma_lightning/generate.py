@@ -62,7 +62,7 @@ def generate(
         width: The same.
         seed: Seed of the first picture's noise; the next ones count up.
         device: Where to compute.
-        dtype: Of the weights; 16 bits are for GPUs.
+        dtype: Of the weights; 16 bits are for GPUs, bfloat16 also for CPUs that have instructions for it.
     """
     if label is None and "{label}" in prompt_template:
         raise ValueError(f"the prompt template {prompt_template!r} asks for a label: give --label, the word for the subject")

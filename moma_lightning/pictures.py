@@ -20,9 +20,9 @@ def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
 
 
 def is_coloured(picture: Image.Image) -> bool:
-    """Whether more than one percent of the picture is far from grey: JPEG noise is not. Transparent parts are not looked at."""
+    """Whether more than one percent of the picture is not grey. Transparent parts are not looked at."""
     chroma = np.asarray(on_ground(scaled_to_bytes(picture), "black").convert("RGB").convert("YCbCr"), np.int16)[..., 1:] - 128
-    return bool((np.abs(chroma).max(-1) > 32).mean() > 0.01)
+    return bool((np.abs(chroma).max(-1) > 6).mean() > 0.01)
 
 
 def on_ground(picture: Image.Image, color: str) -> Image.Image:

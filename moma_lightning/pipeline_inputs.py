@@ -40,10 +40,10 @@ def check_conditions(prompts: int, image: Any, mask: Any, label: str | None, bet
         raise ValueError("mask and label are those of a picture: give it as image")
     if isinstance(image, Subject) and (mask is not None or label not in (None, image.label)):
         raise ValueError(f"the Subject was prepared with a mask and the label {image.label!r}: for others prepare the picture anew")
-    shapes = {"beta": (tuple(torch.as_tensor(beta).shape), 1), "image_embeds": (() if image_embeds is None else tuple(image_embeds.shape), 2)}
-    for name, (shape, dims) in shapes.items():
-        if shape != () and (len(shape) != dims or shape[0] not in (1, prompts)):
-            raise ValueError(f"{name} of shape {shape} for {prompts} prompts: give one, or one a prompt")
+    betas = torch.as_tensor(beta)
+    for name, given, dims in (("beta", betas if betas.dim() else None, 1), ("image_embeds", image_embeds, 2)):
+        if given is not None and (given.dim() != dims or given.shape[0] not in (1, prompts)):
+            raise ValueError(f"{name} of shape {tuple(given.shape)} for {prompts} prompts: give one, or one a prompt")
 
 
 def check_latents(latents: Tensor | None, pictures: int, channels: int) -> None:

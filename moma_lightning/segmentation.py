@@ -83,7 +83,8 @@ class SamMasker(nn.Module):
         if found is not None and found.suffix == ".pth":
             return cls(_load_checkpoint(found))
         raise FileNotFoundError(f"{path}: neither a folder with config.json and model.safetensors nor a sam_vit_*.pth checkpoint; "
-                                "official checkpoints are listed at https://github.com/facebookresearch/segment-anything")
+                                "official checkpoints are listed at https://github.com/facebookresearch/segment-anything; "
+                                "where every mask is given, set foundation.sam to null")
 
     @torch.no_grad()
     def forward(self, image: Image.Image | Float[Tensor, "3 height width"]) -> Float[Tensor, "1 height width"]:

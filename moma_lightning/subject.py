@@ -68,7 +68,7 @@ class Subject:
     label: str
     variant: Variant  # of the adapter that it was prepared for
     dtype: torch.dtype  # of the UNet that it was prepared by
-    loras: frozenset[tuple[str, float]] = frozenset()  # that acted in that UNet
+    loras: frozenset[tuple[str, float, float]] = frozenset()  # that acted in that UNet
     mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 
@@ -138,14 +138,21 @@ def _label_tokens(tokenizer: Any, prompts: Sequence[str], label: str) -> Float[T
     return find_label_tokens(token_ids(tokenizer, list(prompts)), spellings, prompts, label)
 
 
-def acting_loras(unet: nn.Module) -> frozenset[tuple[str, float]]:
-    """Name and scale of each LoRA that acts in the UNet; what is fused into its weights without a trace is not seen."""
+def acting_loras(unet: nn.Module) -> frozenset[tuple[str, float, float]]:
+    """Name, scale and a sum of the weights of each LoRA that acts in the UNet, layer by layer; diffusers gives the next one the name of one that went.
+
+    What is fused into the UNet's weights without a trace is not seen.
+    """
     if not getattr(unet, "peft_config", None):  # peft is an extra, and diffusers' sign of its layers
         return frozenset()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [module for module in unet.modules() if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
-    return frozenset((name, layer.scaling[name]) for layer in layers for name in layer.active_adapters if name in layer.scaling)
+
+    def total(layer: nn.Module, name: str) -> float:
+        return sum(float(weight.sum(dtype=torch.float64)) for key, weight in layer.named_parameters() if name in key.split("."))
+
+    return frozenset((name, layer.scaling[name], round(total(layer, name), 6)) for layer in layers for name in layer.active_adapters if name in layer.scaling)
 
 
 def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor, "1 3 height width"]:
@@ -175,7 +182,7 @@ def foreground(mask: Image.Image | Tensor, shown: tuple[int, int], size: Sequenc
     """
     if isinstance(mask, Image.Image):
         if is_coloured(mask):
-            raise ValueError("the mask is a picture in colours: give a mask, white on black; that of a cut-out is its alpha channel, getchannel('A')")
+            raise ValueError("the mask is a picture in colours: give one that is white on black; that of a cut-out is its alpha channel, getchannel('A')")
         mask = torch.from_numpy(np.array(to_grey(mask), dtype=np.float32) / 255)
     elif not isinstance(mask, Tensor):
         raise TypeError(f"a mask is a PIL image or a tensor, not {type(mask).__name__}")

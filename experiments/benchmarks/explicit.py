@@ -101,7 +101,7 @@ def written_out() -> Iterator[None]:
     def projected(attn: Attention, output: Tensor) -> Tensor:
         return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
 
-    changed = {"projected": projected, "attend": noted, "label_map": label_map, "by_columns": lambda query: False}
+    changed = {"projected": projected, "attend": noted, "label_map": label_map, "by_columns": lambda query, keys: False}
     with mock.patch.multiple(attention, **changed), mock.patch.object(attention.Conditioning, "once", once), \
             mock.patch.object(attention.kernels, "fit", return_value=False):
         yield

@@ -22,6 +22,8 @@ from moma_lightning.models.masks import MaskPyramid, keeps_all, kept_positions
 
 #: In sampling, so many or fewer are all computed, those of weight 0 too: picking the others out takes a CPU longer.
 FEW_QUERIES = 256
+#: Of so many probabilities or fewer (4 MB) a matrix is written out on a CPU; a larger one is memory that the system hands out and clears anew each time.
+FEW_PROBABILITIES = 2**20
 
 KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch positions channels"]]
 
@@ -196,7 +198,7 @@ class MoMAAttnProcessor:
             return tuple(split_heads(x.to(query.dtype), attn.heads) for x in tensors)
 
         asked, added = split_heads(query, attn.heads), None
-        if recorder is not None and labels is not None and attention_mask is None and by_columns(query):
+        if recorder is not None and labels is not None and attention_mask is None and by_columns(query, attn.heads * text.shape[1]):
             image = None if context is None else context.key_values[self.layer]
             columns = given.once(self.layer, "columns", lambda: Columns.of(split(attn.to_k(text), attn.to_v(text)), labels, image and split(*image)))
             output, recorder.label_maps[self.layer], added = columns.attend(asked)
@@ -309,9 +311,13 @@ def add_context_attention(
     return output.addcmul(added, context.generated_mask.weight(added.shape[1], output.dtype)[..., None], value=context.scale)
 
 
-def by_columns(query: Tensor) -> bool:
-    """Whether `Columns` serves: on a CPU, where it takes .3 to .9 of the time of three attentions. MOMA_KERNELS=0 leaves it out too."""
-    return query.device.type == "cpu" and kernels.wanted()
+def by_columns(query: Float[Tensor, "batch positions channels"], keys: int) -> bool:
+    """Whether `Columns` serves, for so many keys of all heads: on a CPU, where it takes .3 to .9 of three attentions' time.
+
+    MOMA_KERNELS=0 leaves it out too.
+    """
+    few = query.shape[0] * query.shape[1] * keys <= FEW_PROBABILITIES
+    return query.device.type == "cpu" and few and kernels.cpu_multiplies(query.dtype) and kernels.wanted()
 
 
 class Columns(NamedTuple):

@@ -43,6 +43,12 @@ def wanted() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of this type by instructions of its own; where it does not, they take ten times as long."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.compiler.assume_constant_result
 def usable(device: int, dtype: torch.dtype, heads: int, width: int) -> bool:
     """Whether both kernels have run there once, at their largest blocks; a warning says why not. To torch.compile it is a constant."""
     return _tried(device, dtype, heads, width)

@@ -37,6 +37,8 @@ class RunWandbLogger(WandbLogger):
     def experiment(self) -> Any:
         try:
             return super().experiment
+        except wandb.errors.AuthenticationError:
+            raise
         except wandb.errors.CommError as error:
             raise ConnectionError(f"wandb's server did not begin the run ({error}). Where it cannot be reached set WANDB_MODE=offline, "
                                   "and send the run's wandb folder later by `wandb sync`") from error

@@ -275,7 +275,15 @@ def test_context_attention(mask):
 @pytest.fixture(params=["columns", "attentions"])
 def of_text(request, monkeypatch):
     """The text, the label's map and the image tokens of one matrix, as on a CPU, and of an attention each."""
-    monkeypatch.setattr(attention, "by_columns", lambda query: request.param == "columns")
+    monkeypatch.setattr(attention, "by_columns", lambda query, keys: request.param == "columns")
+
+
+def test_a_matrix_serves_where_it_is_small_and_its_type_is_multiplied_quickly(monkeypatch):
+    query = torch.zeros(2, 64, CHANNELS)
+    assert attention.by_columns(query, 96) and not attention.by_columns(query.to(torch.float16), 96) and not attention.by_columns(query.to("meta"), 96)
+    assert attention.by_columns(query, 2**13) and not attention.by_columns(query, 2**13 + 1), "128 rows of a million probabilities"
+    monkeypatch.setenv("MOMA_KERNELS", "0")
+    assert not attention.by_columns(query, 96)
 
 
 @pytest.mark.usefixtures("way", "of_text")

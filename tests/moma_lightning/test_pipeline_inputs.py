@@ -93,6 +93,8 @@ def test_a_subject_is_of_the_loras_that_acted_when_it_was_prepared(base):
     assert fitting() == ["none"]
     pipe.unet.unload_lora()
     assert fitting() == ["none"]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    assert fitting() == [], "another of the same name and scale"
 
 
 def test_pictures_that_are_not_finite_are_refused(base):
