@@ -3,7 +3,7 @@
 Everything it adds comes in through `cross_attention_kwargs={"conditioning": ...}`: keys and values made once by
 `MoMAAdapter`, masks, beta, and a place for what the steps of a sampling share. Without conditioning it computes what diffusers'
 AttnProcessor2_0 computes, bit for bit. On a GPU in 16 bits, without gradients, the kernels of `kernels.py` compute the same to rounding;
-on a CPU `Columns` does, where the label's map is asked for.
+on a CPU `columns.py` does, where the label's map is asked for.
 """
 
 import inspect
@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moma_lightning.models import kernels
+from moma_lightning.models.columns import Columns, by_columns
 from moma_lightning.models.masks import MaskPyramid, keeps_all, kept_positions
 
 #: In sampling, so many or fewer are all computed, those of weight 0 too: picking the others out takes a CPU longer.
 FEW_QUERIES = 256
-#: Of so many probabilities or fewer (4 MB) a matrix is written out on a CPU; a larger one is memory that the system hands out and clears anew each time.
-FEW_PROBABILITIES = 2**20
 
 KeyValue = tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "batch positions channels"]]
 
@@ -309,50 +308,6 @@ def add_context_attention(
     if context.generated_mask is None:  # in the operations of diffusers' IP-Adapter, so that the bits are its own (where no kernel serves)
         return output + (added if context.scale == 1 else context.scale * added)
     return output.addcmul(added, context.generated_mask.weight(added.shape[1], output.dtype)[..., None], value=context.scale)
-
-
-def by_columns(query: Float[Tensor, "batch positions channels"], keys: int) -> bool:
-    """Whether `Columns` serves, for so many keys of all heads: on a CPU, where it takes .3 to .9 of three attentions' time.
-
-    MOMA_KERNELS=0 leaves it out too.
-    """
-    few = query.shape[0] * query.shape[1] * keys <= FEW_PROBABILITIES
-    return query.device.type == "cpu" and few and kernels.cpu_multiplies(query.dtype) and kernels.wanted()
-
-
-class Columns(NamedTuple):
-    """The text, the label's map and the image tokens, read off one matrix of probabilities with a row a key.
-
-    A position's probabilities are a column then, and all positions' are exponentiated and summed side by side, in the order they have in memory.
-
-    key: the text's and the image tokens', over sqrt(dim). label: 1 / heads at the label's tokens; under guidance of the conditional, last rows alone.
-    """
-
-    key: Float[Tensor, "batch heads keys dim"]
-    value: Float[Tensor, "batch heads text dim"]
-    label: Float[Tensor, "rows 1 1 text"]
-    image_value: Float[Tensor, "batch heads tokens dim"] | None
-
-    @classmethod
-    def of(cls, text: Sequence[Tensor], label_tokens: Float[Tensor, "rows text"], image: Sequence[Tensor] | None) -> "Columns":
-        """text, image: keys and values [batch, heads, keys, dim]."""
-        (key, value), keys = text, [text[0]] if image is None else [text[0], image[0]]
-        label = (label_tokens[:, None, None] / key.shape[1]).to(value.dtype)
-        return cls(torch.cat(keys, 2) / key.shape[-1] ** 0.5, value.contiguous(), label, None if image is None else image[1].contiguous())
-
-    def attend(
-        self, query: Float[Tensor, "batch heads positions dim"]
-    ) -> tuple[Float[Tensor, "batch positions channels"], Float[Tensor, "rows positions"], Float[Tensor, "batch positions channels"] | None]:
-        """`attend` to the text, `label_map`, and `attend` to the image tokens (None without them)."""
-        scores, tokens = self.key @ query.transpose(2, 3), self.value.shape[2]
-        probability = scores[:, :, :tokens].softmax(2)
-        label_map = (self.label @ probability[-len(self.label) :]).sum((1, 2), dtype=torch.float32)
-        added = None if self.image_value is None else merged(scores[:, :, tokens:].softmax(2), self.image_value)
-        return merged(probability, self.value), label_map, added
-
-
-def merged(probability: Float[Tensor, "batch heads keys positions"], value: Float[Tensor, "batch heads keys dim"]) -> Float[Tensor, "batch positions channels"]:
-    return (probability.transpose(2, 3) @ value).transpose(1, 2).flatten(2)
 
 
 def label_key_value(
