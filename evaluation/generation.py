@@ -96,7 +96,7 @@ class PictureMaker(Share):
     def drawn(self, name: str, method: Method, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         """The tasks' pictures, `at_once` a call; where the device's memory does not hold them, half as many from then on for this method.
 
-        Raises ValueError for a method that returns anything but as many pictures as it was given tasks.
+        Raises ValueError for a method that returns anything but as many pictures as it was given tasks, and for a picture that is all black.
         """
         images: list[Image.Image] = []
         while len(images) < len(tasks):
@@ -119,6 +119,9 @@ class PictureMaker(Share):
                 raise ValueError(f"{name}: generate has to return a list of PIL pictures, one a task, not {made!r:.80}")
             if len(made) != len(part):
                 raise ValueError(f"{name}: {len(made)} pictures of {subject.name} for {len(part)} tasks")
+            if black := [task for task, picture in zip(part, made, strict=True) if is_black(picture)]:
+                raise ValueError(f"{name}: {len(black)} of {len(part)} pictures of {subject.name} are all black, the first of {black[0].prompt!r}: hidden by a "
+                                 "safety checker, or not finite in 16 bits, which is none of the method's; draw them without the checker, or in bfloat16")
             images += made
         return images
 
@@ -139,6 +142,10 @@ class PictureMaker(Share):
         if self.method is not None:
             self.method.teardown()
             self.method = None
+
+
+def is_black(picture: Image.Image) -> bool:
+    return picture.convert("RGB").getbbox() is None
 
 
 def shared(method: Method, plans: list[Planned]) -> list[list[Planned]]:

@@ -10,21 +10,27 @@ import wandb
 
 from evaluation.config import EvalConfig
 from evaluation.figures.ablations import read_ablations
-from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_summary
+from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_about, read_scores, read_summary
 from evaluation.names import methods_of, metric_name
+from evaluation.report.page import all_warnings
 from moma_lightning.wandb_mode import wandb_mode, wandb_project
 
 
 def log_evaluation(config: EvalConfig, figures: Sequence[Path]) -> None:
-    """Log `eval/<method>/<metric>`, the tables of the last scoring and ablations, those of `figures` that are PNGs, and the report's grid."""
+    """Log `eval/<method>/<metric>`, the tables of the last scoring and ablations, those of `figures` that are PNGs, and the report's grid.
+
+    The run's config is what that scoring was made with, and the page's warnings: the files may hold other weights and settings by now.
+    """
     if not config.wandb.enabled:
         return
-    with wandb_run(config, config.eval_folder, "evaluation", config.wandb.name, {"adapter": config.adapter, "decoder": config.decoder}) as run:
+    about = read_about(config)
+    about |= {"adapter": config.adapter, "decoder": config.decoder, "warnings": all_warnings(config, about, read_scores(config))}
+    with wandb_run(config, config.eval_folder, "evaluation", config.wandb.name, about) as run:
         run.log({**means(config), **tables(config), **images(config, figures)})
 
 
 def wandb_run(config: EvalConfig, folder: Path, job_type: str, name: str | None, about: Mapping[str, Any]) -> wandb.Run:
-    """A run in `<folder>/wandb` that is told the protocol and `about`."""
+    """A run in `<folder>/wandb` that is told the config's protocol, where `about` has no other, and `about`."""
     folder = folder / "wandb"
     folder.mkdir(parents=True, exist_ok=True)  # wandb falls back to a temporary folder where it is missing
     return wandb.init(

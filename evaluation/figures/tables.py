@@ -21,6 +21,11 @@ def read_scores(config: EvalConfig) -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
+def read_about(config: EvalConfig) -> dict[str, Any]:
+    """What the last scoring was made with and warned of: its protocol, methods, weights, revision (`dreambooth.write_tables`)."""
+    return json.loads((config.eval_folder / "protocol.json").read_text())
+
+
 def read_summary(config: EvalConfig) -> dict[str, Any]:
     return json.loads((config.eval_folder / "summary.json").read_text())
 

@@ -1,6 +1,5 @@
 """report/index.html: tables with intervals, figures, breakdowns, training curves and ablations in one file."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from evaluation.figures.charts import curve, figure_7, interval_figure, subject_
 from evaluation.figures.grids import Grid, draw_grid
 from evaluation.figures.scored import comparison, shown
 from evaluation.figures.style import colors_of, encoded, svg_address
-from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_scores, read_summary
+from evaluation.figures.tables import Cells, difference_rows, metrics_in, named_rows, read_about, read_scores, read_summary
 from evaluation.figures.write import COMMUNITY, MADE, draws_moma, read_grid, scored_grids
 from evaluation.made_with import changed_since, options_of
 from evaluation.names import method_name, metric_name
@@ -63,12 +62,12 @@ def render(values: dict[str, Any]) -> str:
 
 
 def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> dict[str, Any]:
-    about = json.loads((config.eval_folder / "protocol.json").read_text())
+    about = read_about(config)
     return {
         "title": config.report.title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "about": about,
-        "warnings": [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]] + stale(config, about, scores),
+        "warnings": all_warnings(config, about, scores),
         "subjects": scores["subject"].nunique(),
         "pictures": len(scores),
         "level": f"{LEVEL:.0%}",
@@ -83,6 +82,11 @@ def context(config: EvalConfig, scores: pd.DataFrame, compared: Grid | None) -> 
         "published": tables.published_table("Method", published.TABLE_1),
         "published_note": published.NOTE,
     }
+
+
+def all_warnings(config: EvalConfig, about: dict[str, Any], scores: pd.DataFrame) -> list[str]:
+    """What the scoring warned of, and what has changed since."""
+    return [in_words(sentence, list(dict.fromkeys(scores["method"]))) for sentence in about["warnings"]] + stale(config, about, scores)
 
 
 def stale(config: EvalConfig, about: dict[str, Any], scores: pd.DataFrame) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
 
 from evaluation.generation import PictureMaker, batches, generate, shared
 from evaluation.methods import RealImages, TextualInversion
@@ -124,6 +125,18 @@ def test_what_is_no_list_of_pictures_is_an_error(tmp_path, monkeypatch, returned
     monkeypatch.setattr(Painter, "generate", lambda *_: returned)
     with pytest.raises(ValueError, match="a: generate has to return a list of PIL pictures"):
         generate(config)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_black_picture_is_told_and_not_scored(tmp_path, monkeypatch, mode):
+    """As diffusers' safety checkers leave them, and values that are no numbers."""
+    black, speck = Image.new(mode, (8, 8)), Image.new("RGB", (8, 8))
+    speck.putpixel((3, 3), (1, 0, 0))
+    config = fake_config(tmp_path, {"a": Painter(0.3)})
+    monkeypatch.setattr(Painter, "generate", lambda *_: [speck, black])
+    with pytest.raises(ValueError, match=r"a: 1 of 2 pictures of red_mug are all black, the first of 'a mug in the jungle'"):
+        generate(config)
+    assert not list(config.pictures.rglob("*.png"))
 
 
 def test_nothing_is_made_twice(tmp_path, log):

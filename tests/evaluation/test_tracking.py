@@ -36,12 +36,15 @@ def test_an_offline_run_holds_config_metrics_tables_and_images(config, monkeypat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     config.wandb.enabled, config.wandb.group, config.wandb.tags = True, "some group", ["a tag"]
+    monkeypatch.setattr(config.methods["moma_beta1"], "noise", 0.8)  # since the scoring, which the run tells of
     log_evaluation(config, sorted((Path(config.run) / "figures").iterdir()))
     wandb.teardown()  # its service writes the file behind our back; this waits for it
     (path,) = config.eval_folder.rglob("run-*.wandb")
     run = offline_run(path)
     assert (run["project"], run["group"], run["tags"]) == ("mine", "some group", ["a tag"])
     assert run["config"]["protocol"]["name"] == config.resolved_protocol().name
+    assert run["config"]["methods"]["moma_beta1"]["noise"] == 0.9
+    assert run["config"]["warnings"][-1] == "The scores were made with another moma_beta1 than there is now: score again"
     summary = json.loads((config.eval_folder / "summary.json").read_text())
     assert run["metrics"]["eval/moma_beta1/dino"] == pytest.approx(summary["moma_beta1"]["dino"]["mean"])
     logged = {key.removesuffix("/_type"): value for key, value in run["metrics"].items() if key.endswith("/_type")}
