@@ -6,7 +6,7 @@ A reader is one loading process of one rank. What it reads is a function of the 
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ class TripletConfig:
     steps_per_epoch: training batches a rank and epoch.
     val_batches: validation batches a rank; None is all there are. More than one rank needs the number: every rank then gives
         exactly as many, from its beginning again when its part is short, and another rank's where there are fewer batches than ranks.
+        What is given again counts in no score (`TripletBatch.repeated`).
     flip: flip picture and mask together, half of the time, in training.
     on_error: "skip" names bad samples in the log and goes on; "raise" stops at the first.
     bad_samples: the log; None is `bad_samples.log` in the trainer's root folder.
@@ -118,7 +119,8 @@ class TrainStream(IterableDataset):
 class ValStream(IterableDataset):
     """Every sample once, in batches cut from the shards' order: whatever the number of workers, batches are the same.
 
-    Batch k goes to rank k mod world size. A bad sample leaves its batch smaller.
+    Batch k goes to rank k mod world size. A bad sample leaves its batch smaller. A batch without a good one is left out; on several ranks,
+    which would go out of step, the split's first is given again in its place.
     """
 
     def __init__(self, config: TripletConfig, shards: list[str], bad: BadSamples, rank: int, world_size: int):
@@ -128,28 +130,36 @@ class ValStream(IterableDataset):
         worker, workers = _worker()
         groups = itertools.islice(self._groups(), self.config.val_batches)
         empty = True
-        for group in itertools.islice(groups, worker, None, workers):
-            drawn = [_decode_or_report(sample, self.config, self.bad) for sample in group]
-            triplets = [triplet for triplet in drawn if triplet is not None]
-            if triplets:
+        for group, repeated in itertools.islice(groups, worker, None, workers):
+            if triplets := self._good(group):
                 empty = False
-                yield collate(triplets)
+                yield replace(collate(triplets), repeated=repeated)
             elif self.world_size > 1:
-                raise BadSampleError(f"a validation batch has no good sample, ranks would go out of step: see {self.bad.path}")
+                yield replace(self._first(), repeated=True)
         if empty and worker == 0:
             _require_a_good_sample(self.shards, self.config, self.bad)
 
-    def _groups(self) -> Iterator[list[dict[str, Any]]]:
-        """This rank's undecoded batches; over and over with several ranks, where the number of batches is fixed."""
-        rank = self.rank
+    def _good(self, group: list[dict[str, Any]]) -> list[Triplet | cached.CachedTriplet]:
+        decoded = [_decode_or_report(sample, self.config, self.bad) for sample in group]
+        return [triplet for triplet in decoded if triplet is not None]
+
+    def _first(self) -> Batch:
+        """The split's first batch that has a good sample."""
+        _require_a_good_sample(self.shards, self.config, self.bad)
+        return next(collate(good) for group in batched(read_shards(self.shards, self.bad), self.config.batch_size) if (good := self._good(group)))
+
+    def _groups(self) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+        """This rank's undecoded batches, and whether they were given before: over and over with several ranks, where the number of batches is fixed."""
+        rank, repeated = self.rank, False
         while True:
             count = 0
             for group in batched(read_shards(self.shards, self.bad), self.config.batch_size):
                 if count % self.world_size == rank:
-                    yield group
+                    yield group, repeated
                 count += 1
             if self.world_size == 1 or not count:
                 return
+            repeated = True
             rank %= count  # fewer batches than ranks: this rank gives another's again
 
 

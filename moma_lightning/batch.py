@@ -20,6 +20,7 @@ class TripletBatch:
     label: the subject word(s), e.g. "cat" or "toy robot".
     key: the sample's key in its shard.
     full_caption: the caption before those words were taken out, where the shards keep it; else the caption.
+    repeated: its samples were validated before, and count no more (`counted`): a rank whose part is short goes on with batches that were given.
     """
 
     pixel_values: Float[Tensor, "batch 3 height width"]
@@ -28,6 +29,7 @@ class TripletBatch:
     label: list[str]
     key: list[str]
     full_caption: list[str] = field(default_factory=list)
+    repeated: bool = False
 
     def __post_init__(self) -> None:
         self.full_caption = self.full_caption or self.caption
@@ -50,12 +52,18 @@ class CachedBatch:
     label: list[str]
     key: list[str]
     full_caption: list[str]
+    repeated: bool = False
 
     def __len__(self) -> int:
         return len(self.key)
 
     def without_reference(self) -> "CachedBatch":
         return replace(self, features={name: feature for name, feature in self.features.items() if not name.startswith(OF_THE_SUBJECT)})
+
+
+def counted(batch: TripletBatch | CachedBatch) -> int:
+    """How many of a batch's samples a mean over the whole validation counts."""
+    return 0 if batch.repeated else len(batch)
 
 
 def white_background(

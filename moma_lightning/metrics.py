@@ -1,4 +1,4 @@
-"""How well predicted image embeddings match the true ones."""
+"""Validation's scores over all ranks: a mean of which each sample is one part, and how well predicted image embeddings match the true ones."""
 
 import torch
 from jaxtyping import Float, Int
@@ -8,30 +8,56 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 
+class SampleMean(Metric):
+    """Mean over samples, of batches' means. Lists, since torchmetrics' MeanMetric cannot be built by the planner, whose tensors hold nothing."""
+
+    full_state_update = False
+    mean: list[Tensor]
+    count: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("mean", default=[], dist_reduce_fx="cat")
+        self.add_state("count", default=[], dist_reduce_fx="cat")
+
+    def update(self, mean: Float[Tensor, ""], count: int) -> None:
+        self.mean.append(mean.detach().float())
+        self.count.append(torch.tensor(count, device=mean.device))
+
+    def compute(self) -> Tensor:
+        mean, count = dim_zero_cat(self.mean), dim_zero_cat(self.count)
+        return (mean * count).sum() / count.sum()
+
+
 class EmbeddingMatch(Metric):
     """Mean cosine similarity, and retrieval R@1: how often an embedding's nearest among `pool` true ones is its own.
 
-    The cosine is in [-1, 1], R@1 in [0, 1], over all ranks. R@1 is the mean over whole pools of consecutive samples of different true embeddings,
-    the first of each: a rank whose validation is short gives its batches again, which would make pools smaller than they say. With fewer than one
-    pool, all of them are the pool. A prediction of zeros, as near to all, is never the nearest to its own.
+    The cosine is in [-1, 1], R@1 in [0, 1], over all ranks, and the same on any number of them. R@1 is the mean over whole pools of consecutive
+    samples of different true embeddings, the first of each, since several subjects may share a picture. With fewer than one pool, all of them are
+    the pool. A prediction of zeros, as near to all, is never the nearest to its own.
     """
 
     full_state_update = False
     predicted: list[Tensor]
     target: list[Tensor]
+    number: list[Tensor]
 
     def __init__(self, pool: int = 256):
         super().__init__()
         self.pool = pool
         self.add_state("predicted", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
+        self.add_state("number", default=[], dist_reduce_fx="cat")
 
-    def update(self, predicted: Float[Tensor, "batch embed_dim"], target: Float[Tensor, "batch embed_dim"]) -> None:
+    def update(self, predicted: Float[Tensor, "batch embed_dim"], target: Float[Tensor, "batch embed_dim"], number: int) -> None:
+        """number: the batch's, over all ranks, which puts samples into an order."""
         self.predicted.append(F.normalize(predicted.detach().float(), dim=-1))
         self.target.append(F.normalize(target.detach().float(), dim=-1))
+        self.number.append(torch.full((len(target),), number, device=target.device))
 
     def compute(self) -> dict[str, Tensor]:
-        predicted, target = dim_zero_cat(self.predicted), dim_zero_cat(self.target)
+        order = dim_zero_cat(self.number).argsort(stable=True)
+        predicted, target = dim_zero_cat(self.predicted)[order], dim_zero_cat(self.target)[order]
         return {"cosine": (predicted * target).sum(-1).mean(), "r_at_1": self._recall(predicted, target)}
 
     def _recall(self, predicted: Tensor, target: Tensor) -> Tensor:

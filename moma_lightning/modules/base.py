@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from moma_lightning import optim
-from moma_lightning.batch import TripletBatch
+from moma_lightning.batch import CachedBatch, TripletBatch, counted
+from moma_lightning.metrics import SampleMean
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.ema import EMA
 from moma_lightning.training.options import TrainingOptions, checkpoint_activations
@@ -34,6 +35,7 @@ class TrainedPartModule(LightningModule):
         self.strict_loading = False  # the frozen weights are not in checkpoints; on_load_checkpoint checks the others
         self.optimizer_config, self.training_options = optimizer, training
         self._is_configured = False
+        self.val_loss = SampleMean()
 
     def units(self) -> list[nn.Module]:
         """What is gathered as one in sharded training (`sharding.shard`), and compiled as one: inner modules first."""
@@ -115,6 +117,15 @@ class TrainedPartModule(LightningModule):
         else:
             norm = clip_by_norm([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
         self.log("train/grad_norm", norm, batch_size=1)
+
+    def log_val_loss(self, loss: Tensor, batch: TripletBatch | CachedBatch) -> None:
+        """`val/loss`, the mean over the samples of all ranks, each counted once; Lightning's own mean over ranks rounds their numbers of samples down."""
+        self.val_loss.update(loss, counted(batch))
+        self.log("val/loss", self.val_loss, prog_bar=True)
+
+    def number_of(self, batch_idx: int) -> int:
+        """A validation batch's number in the split, whichever rank reads it."""
+        return batch_idx * self.trainer.world_size + self.trainer.global_rank
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the module, by name."""

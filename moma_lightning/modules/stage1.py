@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from moma_lightning import losses, optim
-from moma_lightning.batch import CachedBatch, TripletBatch, white_background
+from moma_lightning.batch import CachedBatch, TripletBatch, counted, white_background
 from moma_lightning.digests import identity
 from moma_lightning.foundation import FoundationConfig, ImageEncoder, image_embed_dim, load_image_encoder
 from moma_lightning.metrics import EmbeddingMatch
@@ -137,10 +137,10 @@ class Stage1(TrainedPartModule):
 
     def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
         predicted, target = self.predicted_and_target(batch)
-        loss = self.loss(predicted, target)
-        self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
+        self.log_val_loss(self.loss(predicted, target), batch)
+        count = counted(batch)  # none: every rank updates all the same, so that all have something to gather
         for name, embeds in {"decoder": predicted, **self.baselines(batch)}.items():
-            self.matches[name].update(embeds, target)
+            self.matches[name].update(embeds[:count], target[:count], self.number_of(batch_idx))
 
     @torch.no_grad()
     def baselines(self, batch: TripletBatch | CachedBatch) -> dict[str, Float[Tensor, "batch embed_dim"]]:

@@ -235,10 +235,9 @@ class Stage2(TrainedPartModule):
         return loss
 
     def validation_step(self, batch: TripletBatch | CachedBatch, batch_idx: int) -> None:
-        seed = batch_idx * self.trainer.world_size + self.trainer.global_rank  # the batch's number in the split, whoever reads it
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(self.number_of(batch_idx))
         values, _ = self.sample_losses(batch, generator, drop=False, draws=1)
-        self.log("val/loss", values.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log_val_loss(values.mean(), batch)
         if batch_idx == 0:
             self.grid_samples = batch if isinstance(batch, TripletBatch) else batch.without_reference()
 

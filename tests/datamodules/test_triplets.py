@@ -173,13 +173,19 @@ def test_validation_is_each_sample_once_in_the_same_batches(shards, tools, worke
 
 
 def test_validation_over_ranks(shards, tools):
-    def of_rank(rank, ranks, batches):
+    def batches_of(rank, ranks, batches):
         module = tools.datamodule(shards, batch_size=3, val_batches=batches)
-        return [batch.key for batch in ValStream(module.config, module.val_shards, module.bad_samples, rank, ranks)]
+        return list(ValStream(module.config, module.val_shards, module.bad_samples, rank, ranks))
+
+    def of_rank(*args):
+        return [batch.key for batch in batches_of(*args)]
 
     assert [of_rank(rank, 2, 2) for rank in (0, 1)] == [[ALL[:3], ALL[6:9]], [ALL[3:6], ALL[9:]]]
     assert of_rank(2, 3, 2) == [ALL[6:9], ALL[6:9]] and of_rank(0, 3, 2) == [ALL[:3], ALL[9:]]
     assert of_rank(4, 5, 1) == [ALL[:3]] and of_rank(6, 7, 2) == [ALL[6:9], ALL[6:9]]  # four batches: ranks beyond them give those again
+    for ranks in (2, 3, 7):
+        counted = [batch.key for rank in range(ranks) for batch in batches_of(rank, ranks, 4) if not batch.repeated]
+        assert sorted(counted) == [ALL[:3], ALL[3:6], ALL[6:9], ALL[9:]], "each counts once, however many ranks and batches there are"
 
 
 OTHER = json.dumps({"caption": "a dog", "label": "cat"}).encode()
@@ -217,6 +223,22 @@ def test_bad_samples_are_skipped_counted_and_named(shards_with_bad, tools, worke
 def test_bad_samples_in_validation_leave_batches_smaller(shards_with_bad, tools):
     loader = tools.datamodule(shards_with_bad, batch_size=4).val_dataloader()
     assert tools.keys(loader)[:2] == [["s00"], ["s01", "s02", "s03"]] and tools.keys(loader) == tools.keys(loader)
+
+
+@quiet
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("bad", "given"), [
+    ([2], [(ALL[:3], False), (ALL[:3], True)]),
+    ([0], [(ALL[3:6], True), (ALL[6:9], False)]),
+    ([0, 2], [(ALL[3:6], True), (ALL[3:6], True)]),
+])
+def test_a_rank_with_a_validation_batch_of_bad_samples_alone_keeps_step(shards, tools, workers, bad, given):
+    """Shards and batches of three; of two ranks the first has the first batch and the third."""
+    for number in bad:
+        tools.write_tar(shards / f"train-{number:05d}.tar", {f"b{i}": tools.sample(0, json=b"") for i in range(3)})
+    module = tools.datamodule(shards, batch_size=3, num_workers=workers, val_batches=2)
+    module.trainer = Mock(global_rank=0, world_size=2, default_root_dir=str(shards))
+    assert [(batch.key, batch.repeated) for batch in module.val_dataloader()] == given
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from moma_lightning.metrics import EmbeddingMatch
+from moma_lightning.metrics import EmbeddingMatch, SampleMean
 
 
 def measured(predicted, target, batch=7, **options):
     metric = EmbeddingMatch(**options)
-    for start in range(0, len(target), batch):
-        metric.update(predicted[start : start + batch], target[start : start + batch])
+    for number, start in enumerate(range(0, len(target), batch)):
+        metric.update(predicted[start : start + batch], target[start : start + batch], number)
     return {name: value.item() for name, value in metric.compute().items()}
 
 
@@ -44,7 +44,7 @@ def test_a_prediction_of_nothing_finds_nothing():
 
 @pytest.mark.parametrize("times", [1, 2, 8])
 def test_samples_given_again_do_not_make_pools_smaller(times):
-    """As by ranks that validate longer than there are samples: 40 in pools of 32, whatever is repeated, and in whichever order."""
+    """As several subjects of a picture: 40 in pools of 32, whatever is repeated, and in whichever order."""
     torch.manual_seed(0)
     target = torch.randn(40, 4)
     predicted = target + torch.randn(40, 4)
@@ -54,9 +54,32 @@ def test_samples_given_again_do_not_make_pools_smaller(times):
     assert measured(predicted[side_by_side], target[side_by_side], pool=32)["r_at_1"] == measured(predicted, target, pool=32)["r_at_1"]
 
 
+def test_pools_are_of_the_batches_numbers_whichever_rank_has_them():
+    """Ranks' batches come one rank after the other, and one without samples from a rank that has none to add."""
+    torch.manual_seed(0)
+    target = torch.randn(40, 4)
+    predicted, of_ranks = target + torch.randn(40, 4), EmbeddingMatch(pool=16)
+    for number in (0, 2, 4, 1, 3):
+        part = slice(8 * number, 8 * number + 8)
+        of_ranks.update(predicted[part], target[part], number)
+    of_ranks.update(predicted[:0], target[:0], 5)
+    scores = {name: value.item() for name, value in of_ranks.compute().items()}
+    assert scores == pytest.approx(measured(predicted, target, batch=8, pool=16))
+    assert scores["r_at_1"] != measured(predicted.roll(8, 0), target.roll(8, 0), batch=8, pool=16)["r_at_1"], "another order would show"
+
+
+def test_a_mean_counts_samples_and_keeps_what_is_no_number():
+    mean = SampleMean()
+    for value, count in ((1.0, 4), (4.0, 2), (9.0, 0)):
+        mean.update(torch.tensor(value), count)
+    assert mean.compute().item() == 2.0
+    mean.update(torch.tensor(float("nan")), 1)
+    assert mean.compute().isnan()
+
+
 def test_reset_forgets():
     metric = EmbeddingMatch()
-    metric.update(torch.randn(4, 3), torch.randn(4, 3))
+    metric.update(torch.randn(4, 3), torch.randn(4, 3), 0)
     metric.reset()
-    metric.update(torch.ones(4, 3), torch.ones(4, 3))
+    metric.update(torch.ones(4, 3), torch.ones(4, 3), 0)
     assert metric.compute()["cosine"].item() == pytest.approx(1.0)

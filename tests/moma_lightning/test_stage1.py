@@ -204,9 +204,9 @@ def test_writes_the_decoder_at_the_end(build, tiny_foundation, tmp_path):
     assert torch.equal(loaded(*inputs), module.decoder(*inputs))
 
 
-def validated(module, folder) -> dict[str, float]:
+def validated(module, folder, batches=None) -> dict[str, float]:
     run = trainer(folder, 2)
-    run.fit(module, loader(0, 1), DataLoader([full(2), full(3)], batch_size=None))
+    run.fit(module, loader(0, 1), DataLoader(batches or [full(2), full(3)], batch_size=None))
     return {name: float(value) for name, value in run.callback_metrics.items()}
 
 
@@ -226,6 +226,13 @@ def test_validation_measures_the_decoder_beside_the_baselines(build, tmp_path, c
     assert not any(match.predicted for match in module.matches.values()), "the next validation begins anew"
     printed = capsys.readouterr().out
     assert "R@1" in printed and "CLIP text embedding of the caption" in printed
+
+
+def test_what_a_rank_validates_again_counts_in_no_score(build, tmp_path):
+    scores = validated(build(), tmp_path)
+    data = [full(2), full(3), replace(full(4), repeated=True), replace(full(2), repeated=True)]
+    again = validated(build(), tmp_path, data)
+    assert again == pytest.approx(scores, abs=1e-6) and {"val/loss", "val/cosine_mean"} <= set(again)
 
 
 def test_the_mean_target_counts_each_sample_alike(build):

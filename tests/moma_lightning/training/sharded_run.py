@@ -8,7 +8,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,22 @@ class Rest(LightningDataModule):
         return DataLoader([global_batch(99, self.trainer.global_rank, self.trainer.world_size, self.size)], batch_size=None)
 
 
+class Uneven(LightningDataModule):
+    """Three batches to validate, of 4, 3 and 2 samples; the second of two ranks has one alone and gives it again."""
+
+    def val_dataloader(self):
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        batches = [global_batch(pictures, 0, 1, Size(pictures)) for pictures in (4, 3, 2)][rank::ranks]
+        again = [replace(batches[-1], repeated=True)] if ranks > 1 and len(batches) < 2 else []
+        return DataLoader(batches + again, batch_size=None)
+
+
+def scores(module, folder: Path, ranks: int, strategy) -> dict[str, float]:
+    trainer = Trainer(devices=ranks, strategy=strategy, accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False,
+                      enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False)
+    return trainer.validate(module, Uneven(), verbose=False)[0]
+
+
 class Sized(list):
     """A list that is as long as the epoch, as Lightning expects of a loader that goes on within one."""
 
@@ -277,6 +293,8 @@ def main(folder: Path) -> None:
         results[f"{stage}/held"], results[f"{stage}/drawn"], results[f"{stage}/norms"] = held.bytes, drawn.numbers, norms.numbers
         for name in ("full-1.ckpt", "sharded-2.ckpt"):
             results[f"{stage}/{name}"] = train(build(stage, foundation, decoder), home / "again", 2, ShardedStrategy(), resume=home / name)
+    results["scores"] = scores(build("stage1", foundation, decoder), folder / "scores", 2, ShardedStrategy())
+    results["flat-scores"] = scores(build("stage1", foundation, decoder), folder / "flat-scores", 2, FlatShardedStrategy())
     for name in VARIANTS:
         held = Held()
         results[name] = train(build_variant(name, places), folder / name / "two", 2, ShardedStrategy(), steps=VARIANT_STEPS, callbacks=[held])

@@ -20,7 +20,17 @@ from moma_lightning.training.ema import EMA
 from moma_lightning.training.strategy import FlatShardedStrategy, ShardedStrategy
 from tests.forked import codes_of_two, on_two_processes
 from tests.moma_lightning.plan.test_plan import experiment
-from tests.moma_lightning.training.sharded_run import AFTER, STEPS, VARIANT_STEPS, VARIANTS, Norms, build, build_variant, train
+from tests.moma_lightning.training.sharded_run import (
+    AFTER,
+    STEPS,
+    VARIANT_STEPS,
+    VARIANTS,
+    Norms,
+    build,
+    build_variant,
+    scores,
+    train,
+)
 from tests.tiny_mllms import write
 
 HALF = STEPS // 2
@@ -53,6 +63,7 @@ def runs(foundation, decoder_folder, places, tmp_path_factory):
     train(module, folder / "stage2/drawn", 1, "auto", callbacks=[EMA(0.9)], limit_val_batches=1, val_check_interval=5)
     for name in VARIANTS:
         losses[f"{name}-alone"] = train(build_variant(name, places), folder / name, 1, "auto", steps=VARIANT_STEPS)
+    losses["scores-alone"] = scores(build("stage1", foundation, decoder_folder), folder / "scores", 1, "auto")
     module = build("stage2", foundation, decoder_folder)
     losses["accumulated-alone"] = train(module, folder / "alone", 1, "auto", steps=3, accumulate_grad_batches=2)
     on_two_processes("tests.moma_lightning.training.sharded_run", str(folder), log=folder / "log")
@@ -71,6 +82,13 @@ def test_two_processes_lose_what_one_does(runs, stage):
 def test_the_logged_norm_is_of_all_ranks_gradients(runs, stage, strategy):
     norms, alone = runs[1][f"{strategy}{stage}/norms"], runs[1][f"{stage}-alone/norms"]
     assert len(norms) == STEPS and norms == pytest.approx(alone, rel=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["", "flat-"])
+def test_two_processes_validate_as_one_does_where_one_gives_a_batch_again(runs, strategy):
+    """Nine samples, which two ranks do not share evenly: a mean over ranks of their means, or of a number rounded down, is another."""
+    alone = runs[1]["scores-alone"]
+    assert runs[1][f"{strategy}scores"] == pytest.approx(alone, abs=1e-5) and {"val/loss", "val/cosine", "val/r_at_1"} <= set(alone)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
