@@ -24,6 +24,10 @@ class BasePipelineSD(StableDiffusionPipeline):
     def tokenizers(self) -> list:
         return [self.tokenizer]
 
+    @property
+    def text_encoders(self) -> list:
+        return [self.text_encoder]
+
     def encode_text(self, prompts: list[str], size: Sequence[int], repeats: int = 1, guided: bool = False,
                     negative: list[str] | None = None) -> TextConditioning:
         """diffusers' `encode_prompt`, each prompt `repeats` times, for pictures of `size`; where guided, the unconditional half comes first."""
@@ -47,6 +51,10 @@ class BasePipelineSDXL(StableDiffusionXLPipeline):
     def tokenizers(self) -> list:
         return [self.tokenizer, self.tokenizer_2]
 
+    @property
+    def text_encoders(self) -> list:
+        return [self.text_encoder, self.text_encoder_2]
+
     def encode_text(self, prompts: list[str], size: Sequence[int], repeats: int = 1, guided: bool = False,
                     negative: list[str] | None = None) -> TextConditioning:
         """The same bits as `encode_prompt`, which cannot read with an encoder that FSDP has wrapped.
@@ -64,7 +72,7 @@ class BasePipelineSDXL(StableDiffusionXLPipeline):
     def _read(self, texts: list[str]) -> tuple[Tensor, ...]:
         """Hidden states and pooled embedding; a loaded textual inversion of several tokens is spelled out, as in `encode_prompt`."""
         texts = self.maybe_convert_prompt(texts, self.tokenizer)
-        return read_twice(texts, self.tokenizers, [self.text_encoder, self.text_encoder_2], self._execution_device)
+        return read_twice(texts, self.tokenizers, self.text_encoders, self._execution_device)
 
     @contextmanager
     def vae_in_range(self) -> Iterator[None]:

@@ -20,9 +20,11 @@ def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
 
 
 def is_coloured(picture: Image.Image) -> bool:
-    """Whether more than one percent of the picture is not grey. Transparent parts are not looked at."""
-    chroma = np.asarray(on_ground(scaled_to_bytes(picture), "black").convert("RGB").convert("YCbCr"), np.int16)[..., 1:] - 128
-    return bool((np.abs(chroma).max(-1) > 6).mean() > 0.01)
+    """Whether more than one percent of what is not transparent is not grey."""
+    picture = scaled_to_bytes(picture)
+    chroma = np.asarray(on_ground(picture, "black").convert("RGB").convert("YCbCr"), np.int16)[..., 1:] - 128
+    seen = np.count_nonzero(np.asarray(picture.convert("RGBA").getchannel("A"))) if picture.has_transparency_data else chroma[..., 0].size
+    return bool(np.count_nonzero(np.abs(chroma).max(-1) > 6) > 0.01 * seen)
 
 
 def on_ground(picture: Image.Image, color: str) -> Image.Image:

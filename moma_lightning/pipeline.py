@@ -221,7 +221,7 @@ class MoMAPipeline(DiffusionPipeline):
         encoded = self._encode(seen)
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for, and its features would outlive a CUDA graph's memory
             features = self.adapter.reference_features(self.unet, encoded, *self.encode_text([label], pixels.shape[-2:]))
-        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant, self.unet.dtype, acting_loras(self.unet))
+        return Subject(pixels, white, features, found, tuple(encoded.shape[-2:]), label, self.adapter.variant, self.unet.dtype, self._acting_loras())
 
     def default_size(self) -> int:
         """Sides of the pictures that the UNet was made for. Raises ValueError where they are not squares."""
@@ -243,10 +243,13 @@ class MoMAPipeline(DiffusionPipeline):
             raise ValueError(f"image_embeds of shape {tuple(image_embeds.shape)}: the adapter reads rows of {width}")
         if isinstance(image, Subject) and image.dtype != self.unet.dtype:
             raise ValueError(f"the Subject was prepared in {image.dtype}, the UNet is in {self.unet.dtype} now: prepare it anew")
-        if isinstance(image, Subject) and image.loras != acting_loras(self.unet):
-            raise ValueError("LoRAs of the UNet were loaded, let go or scaled since the Subject was prepared: prepare it anew")
+        if isinstance(image, Subject) and image.loras != self._acting_loras():
+            raise ValueError("LoRAs were loaded, let go or scaled since the Subject was prepared: prepare it anew")
         if image is not None or image_embeds is not None:
             self._require_processors()
+
+    def _acting_loras(self) -> frozenset[tuple[str, float, float]]:
+        return acting_loras(self.unet, *self.text_encoders)
 
     def _require_processors(self) -> None:
         if not all(isinstance(processor, MoMAAttnProcessor) for processor in self.unet.attn_processors.values()):

@@ -68,7 +68,7 @@ class Subject:
     label: str
     variant: Variant  # of the adapter that it was prepared for
     dtype: torch.dtype  # of the UNet that it was prepared by
-    loras: frozenset[tuple[str, float, float]] = frozenset()  # that acted in that UNet
+    loras: frozenset[tuple[str, float, float]] = frozenset()  # that acted in that UNet and the text encoders
     mllm_cache: DynamicCache | None = None  # of the picture as the MLLM has read it, once a prompt asks for it
 
 
@@ -138,21 +138,29 @@ def _label_tokens(tokenizer: Any, prompts: Sequence[str], label: str) -> Float[T
     return find_label_tokens(token_ids(tokenizer, list(prompts)), spellings, prompts, label)
 
 
-def acting_loras(unet: nn.Module) -> frozenset[tuple[str, float, float]]:
-    """Name, scale and a sum of the weights of each LoRA that acts in the UNet, layer by layer; diffusers gives the next one the name of one that went.
+@torch.no_grad()
+def acting_loras(*models: nn.Module) -> frozenset[tuple[str, float, float]]:
+    """Name, scale and a sum of the weights of each LoRA (or other adapter of peft) that acts in the models, layer by layer; diffusers gives the next
+    one the name of one that went.
 
-    What is fused into the UNet's weights without a trace is not seen.
+    What is fused into the models' weights without a trace is not seen.
     """
-    if not getattr(unet, "peft_config", None):  # peft is an extra, and diffusers' sign of its layers
+    if not any(getattr(model, "peft_config", None) for model in models):  # peft is an extra, and this its sign
         return frozenset()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: list[Any] = [module for module in unet.modules() if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
+    layers: list[Any] = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
 
-    def total(layer: nn.Module, name: str) -> float:
-        return sum(float(weight.sum(dtype=torch.float64)) for key, weight in layer.named_parameters() if name in key.split("."))
+    def weights(layer: nn.Module, name: str) -> list[Tensor]:
+        return [weight for key, weight in layer.named_parameters() if name in key.split(".")]
 
-    return frozenset((name, layer.scaling[name], round(total(layer, name), 6)) for layer in layers for name in layer.active_adapters if name in layer.scaling)
+    def scale(layer: Any, name: str) -> float:
+        return getattr(layer, "scaling", {}).get(name, 1.0)  # not every adapter has one
+
+    return frozenset(
+        (name, scale(layer, name), round(sum(float(weight.sum(dtype=torch.float64)) for weight in own), 6))
+        for layer in layers for name in layer.active_adapters if (own := weights(layer, name))
+    )
 
 
 def picture_pixels(image: Image.Image, area: int, multiple: int) -> Float[Tensor, "1 3 height width"]:

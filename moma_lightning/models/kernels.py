@@ -45,7 +45,9 @@ def wanted() -> bool:
 @torch.compiler.assume_constant_result
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of this type by instructions of its own; where it does not, they take ten times as long."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # of builds with oneDNN; macOS' are without
+    return dtype == torch.float32
 
 
 @torch.compiler.assume_constant_result

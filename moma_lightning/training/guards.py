@@ -150,6 +150,6 @@ class StopOnNonFinite(Callback):
         raise FloatingPointError(
             f"{what} after step {step} on rank {trainer.global_rank}. Samples of the batch: {', '.join(samples or ['unknown'])}. "
             "Nothing was saved since; the last checkpoint is as it was. Started again as it was it comes to the same: lower --model.init_args.optimizer.lr, "
-            "read on in another order by another --data.init_args.config.seed, or begin from an earlier checkpoint by --ckpt_path, "
+            "or read on in another order by another --data.init_args.config.seed, from there or, by --ckpt_path, from an earlier checkpoint, "
             "where --checkpoint.save_top_k has kept one"
         )

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig, inject_adapter_in_model
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from moma_lightning.foundation import ImageEncoder
@@ -82,9 +82,9 @@ def test_a_subject_is_of_the_loras_that_acted_when_it_was_prepared(base):
     subjects["style"] = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
 
     def fitting():
-        return [name for name, subject in subjects.items() if subject.loras == acting_loras(pipe.unet)]
+        return [name for name, subject in subjects.items() if subject.loras == acting_loras(pipe.unet, pipe.text_encoder)]
 
-    with pytest.raises(ValueError, match="LoRAs of the UNet were loaded, let go or scaled .* prepare it anew"):
+    with pytest.raises(ValueError, match="LoRAs were loaded, let go or scaled .* prepare it anew"):
         run(pipe, image=subjects["none"])
     assert len(run(pipe, image=subjects["style"]).images) == 2 and fitting() == ["style"]
     pipe.unet.set_adapters("style", 0.5)
@@ -95,6 +95,21 @@ def test_a_subject_is_of_the_loras_that_acted_when_it_was_prepared(base):
     assert fitting() == ["none"]
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False), "style")
     assert fitting() == [], "another of the same name and scale"
+
+
+def test_a_subject_is_of_the_text_encoders_loras_and_of_other_adapters_too(base):
+    """The label is read by the text encoder; OFT has no scale."""
+    pipe = MoMAPipeline.from_base(copy.deepcopy(base), tiny_adapter(base))
+    before = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=False), pipe.text_encoder, "style")
+    with pytest.raises(ValueError, match="LoRAs were loaded"):
+        run(pipe, image=before)
+    pipe.unet.add_adapter(OFTConfig(oft_block_size=4, target_modules=["to_q"]), "turned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of weights that a loaded adapter leaves with gradients
+        subject = pipe.prepare_subject(picture(), square_mask(), "cat", 64 * 64)
+    assert {(name, scale) for name, scale, _ in subject.loras} == {("style", 1.0), ("turned", 1.0)}
+    assert len(run(pipe, image=subject).images) == 2
 
 
 def test_pictures_that_are_not_finite_are_refused(base):

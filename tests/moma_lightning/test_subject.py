@@ -132,6 +132,14 @@ def test_a_cut_out_is_no_mask(ground, colour):
         assert torch.equal(foreground(cut_out.getchannel("A"), (64, 64), (64, 64)), square_mask()[None])
 
 
+def test_a_small_cut_out_is_no_mask_either():
+    """Half a percent of the picture; all of what is not transparent."""
+    cut_out = Image.new("RGBA", (64, 64))
+    cut_out.paste((200, 40, 40, 255), (16, 16, 20, 21))
+    with pytest.raises(ValueError, match="picture in colours"):
+        foreground(cut_out, (64, 64), (64, 64))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "JPEG"])
 def test_a_mask_may_be_of_any_mode(mode):
     mask, file = Image.fromarray((square_mask()[0].numpy() * 255).astype(np.uint8)), io.BytesIO()
