@@ -1,14 +1,13 @@
 """Tables of settings over the same noise: the paper's Tables 3 and 4 and further axes, one YAML each (experiments/ablations)."""
 
 import logging
-from dataclasses import asdict
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation import published
 from evaluation.config import EvalConfig
 from evaluation.generation import generate
-from evaluation.made_with import made_with, options_of
+from evaluation.made_with import about_table
 from evaluation.plan import Evaluation
 from evaluation.protocols import preset
 from evaluation.scoring import score
@@ -25,9 +24,6 @@ def run_ablation(config: EvalConfig) -> dict:
     ablation = config.ablation
     if ablation.name is None or not ablation.methods:
         raise ValueError("no ablation is configured: add --config experiments/ablations/<axis>.yaml after the evaluation's own")
-    for name, method in ablation.methods.items():
-        if config.methods.get(name, method) != method:
-            raise ValueError(f"{name!r} is set otherwise in the main evaluation, whose pictures it would replace: give it a name of its own")
     generate(config, ablation.methods)
     fill_caches(config, ablation.methods)
     if rank_zero_only.rank:
@@ -40,8 +36,7 @@ def run_ablation(config: EvalConfig) -> dict:
         page.append(difference_table(summary))
     if ablation.published is not None:
         page += [f"## The paper's numbers\n\n*{published.NOTE}.*\n", published_table(published.ABLATIONS[ablation.published], ablation.published)]
-    about = {"title": title, "made_with": made_with(config, ablation.methods.values()), "methods": options_of(ablation.methods),
-             "published": ablation.published, "sampler": asdict(evaluation.protocol.sampler)}
+    about = about_table(config, title, ablation.methods) | {"published": ablation.published}
     write_json(config.ablations_folder / f"{ablation.name}.json", about | summary)
     write_bytes(config.ablations_folder / f"{ablation.name}.md", "\n".join(page).encode())
     logger.info("%s\n%s", title, method_table(summary))

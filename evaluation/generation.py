@@ -28,10 +28,15 @@ def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> No
 
     Started by hand there are `config.num_processes` of them. Under torchrun (`torchrun --nproc_per_node 8 -m evaluation generate ...`) or
     srun there are those that it started, on any number of nodes that share `run`'s folder.
+
+    methods: of a table beside the main evaluation, None for its own. Raises ValueError where one is called as one of its own and set otherwise.
     """
     methods = config.methods if methods is None else methods
     if not methods:
         raise ValueError("the config names no methods to evaluate")
+    for name, method in methods.items():
+        if config.methods.get(name, method) != method:
+            raise ValueError(f"{name!r} is set otherwise in the main evaluation, whose pictures it would replace: rename one of the two")
     evaluation = Evaluation.open(config)
     for method in methods.values():
         method.require(evaluation.models)

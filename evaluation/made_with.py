@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,12 @@ from evaluation.metrics.configs import name_of
 from evaluation.protocols import Protocol
 from moma_lightning.digests import content_digest, identity
 from moma_lightning.hub import cached_commit, local_path
+
+
+def about_table(config: EvalConfig, title: str, methods: Mapping[str, Method]) -> dict[str, Any]:
+    """What a table's JSON file says beside its numbers: `made_with`, and the options of what drew."""
+    return {"title": title, "made_with": made_with(config, methods.values()), "methods": options_of(methods),
+            "sampler": asdict(config.resolved_protocol().sampler)}
 
 
 def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, Any]:
@@ -56,13 +63,16 @@ def known_identity(path: str | None) -> str | None:
 
 
 def weights_of(protocol: Protocol) -> dict[str, str]:
-    """The judges: the digest of a local folder's files, or the hub's name and commit; of a branch, the one that is in the cache."""
+    """The judges, each as `weights_at` tells it."""
     models = {name: name_of(config) for name, config in protocol.encoders.items()}
     if not NEEDS_MASKS.isdisjoint(protocol.extra_scores):
         models["segmenter"] = protocol.segmenter
-    return {name: content_digest(found) if (found := local_path(model)) else at_commit(model) for name, model in models.items()}
+    return {name: weights_at(model) for name, model in models.items()}
 
 
-def at_commit(model: str) -> str:
+def weights_at(model: str) -> str:
+    """The digest of a local folder's files, or the hub's name and commit; of a branch, the one that is in the cache."""
+    if found := local_path(model):
+        return content_digest(found)
     commit = cached_commit(model)
     return model if commit is None else f"{model} ({commit})"

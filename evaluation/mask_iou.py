@@ -12,13 +12,15 @@ from PIL import Image
 
 from evaluation.config import EvalConfig
 from evaluation.extra_scores import Judges
+from evaluation.made_with import about_table, weights_at
 from evaluation.methods import Moma
 from evaluation.metrics import Masker
 from evaluation.plan import Evaluation
+from evaluation.protocols import preset
 from evaluation.stamps import load_picture
 from evaluation.statistics import draws, interval
 from evaluation.studio import STRENGTHS, Studio, mask_path
-from evaluation.tables import markdown, signed_interval, with_interval
+from evaluation.tables import markdown, protocol_line, signed_interval, with_interval
 from moma_lightning.files import write_bytes, write_json
 from moma_lightning.models.masks import resize_mask
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_mask_iou(config: EvalConfig) -> dict[str, Any]:
-    """Write and return `<run>/ablations/mask_iou.{json,md}`: mean IoU over subjects at each mask strength, one picture of each context prompt.
+    """Write `<run>/ablations/mask_iou.{json,md}` and return the summary: mean IoU over subjects at each mask strength, one picture of each context prompt.
 
     With paired differences, and how often SAM finds nothing.
     """
@@ -34,22 +36,28 @@ def run_mask_iou(config: EvalConfig) -> dict[str, Any]:
     protocol = evaluation.protocol
     judges = Judges(protocol, {}, Masker.from_pretrained(protocol.segmenter, config.eval_folder / "cache", config.resolved_device()))
     studio = Studio(evaluation, config.ablations_folder / "mask_iou")
-    values = {f"mask {strength:g}": subject_ious(studio, judges, strength) for strength in STRENGTHS}
+    methods = {f"mask {strength:g}": Moma(mask_strength=strength) for strength in STRENGTHS}
+    values = {name: subject_ious(studio, judges, method) for name, method in methods.items()}
     summary = summarise_ious(values)
+    about = about_table(config, "Is M_gen where the subject is?", methods)
+    about["made_with"]["judges"] = {"segmenter": weights_at(protocol.segmenter)}
     rows = [[name, with_interval(summary[name]), str(summary[name]["without_subject"])] for name in values]
     lines = markdown(["Masking", "IoU of M_gen(0) with SAM's subject", "pictures without a subject"], rows)
     pairs = [[f"{row['a']} - {row['b']}", signed_interval(row)] for row in summary["differences"]]
-    write_json(config.ablations_folder / "mask_iou.json", summary)
-    write_bytes(config.ablations_folder / "mask_iou.md", f"{lines}\n{markdown(['Difference', 'IoU'], pairs)}".encode())
+    page = [f"# {about['title']}\n", protocol_line(protocol, preset(config.protocol), len(evaluation.subjects)) + "\n",
+            f"Here one picture of each context prompt, of the first reference; `{protocol.segmenter}` alone judges.\n",
+            lines, markdown(["Difference", "IoU"], pairs)]
+    write_json(config.ablations_folder / "mask_iou.json", about | summary)
+    write_bytes(config.ablations_folder / "mask_iou.md", "\n".join(page).encode())
     logger.info("%s", lines)
     return summary
 
 
-def subject_ious(studio: Studio, judges: Judges, strength: float) -> list[list[float]]:
+def subject_ious(studio: Studio, judges: Judges, method: Moma) -> list[list[float]]:
     """IoUs of each subject's pictures."""
-    method, found = Moma(mask_strength=strength), []
+    found = []
     for subject in studio.evaluation.subjects:
-        plans = [plan for plan in studio.plans(f"strength{strength:g}", method, subject) if plan.task.kind == "context"]
+        plans = [plan for plan in studio.plans(f"strength{method.mask_strength:g}", method, subject) if plan.task.kind == "context"]
         studio.make(method, subject, plans, with_masks=True)
         found.append([mask_iou(Image.open(mask_path(plan.path)), judges.mask(load_picture(plan.path))) for plan in plans])
     return found

@@ -11,6 +11,7 @@ from evaluation.config import EvalConfig
 from evaluation.figures.grids import draw_grid
 from evaluation.figures.scored import comparison
 from evaluation.generation import generate
+from evaluation.made_with import about_table
 from evaluation.methods import Method, Moma
 from evaluation.plan import Evaluation
 from evaluation.scoring import score
@@ -42,7 +43,7 @@ def run_point(config: EvalConfig) -> dict:
         return {}
     scores = score(Evaluation.open(config), methods)
     summary = summarise(scores)
-    write_json(config.sweeps_folder / f"{name}.json", summary)
+    write_json(config.sweeps_folder / f"{name}.json", about_table(config, name, methods) | summary)
     if config.wandb.enabled:
         with wandb_run(config, config.sweeps_folder, "sweep", config.wandb.name or name, {"moma": asdict(config.moma)}) as run:
             run.log({metric: summary[name][metric]["mean"] for metric in METRICS if metric in summary[name]})

@@ -3,16 +3,19 @@
 `python -m experiments.seeds --exp mini --seeds 0 1 2` trains both stages, and stage 1 anew with each YAML of experiments/<exp>/seeds over its own
 (mini's stage1-plain.yaml is the paper's stage 1), evaluates once a seed in runs/<exp>-seed<k>, and pools the scores: every method's mean is over all
 seeds' pictures, intervals are over subjects. What trainings differ by is not in these: the last table has each seed's own means. Each step goes on
-where it stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}. Options that are not its own go to every `fit`.
+where it stopped. Writes runs/<exp>/seeds/{table.md, summary.json, seed<k>.json}; the JSONs say what their scores were made with, the
+summary of each seed. Options that are not its own go to every `fit`.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -73,18 +76,27 @@ def pool(folders: list[Path]) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(folder / "eval" / "scores.parquet") for folder in folders], ignore_index=True)
 
 
+def about_run(folder: Path, title: str) -> dict[str, Any]:
+    """`about_table` of a run's main evaluation, as that has written it beside its scores."""
+    about = json.loads((folder / "eval" / "protocol.json").read_text())
+    return {"title": title, "made_with": about["made_with"], "methods": about["methods"], "sampler": about["protocol"]["sampler"]}
+
+
 def write_pooled(out: Path, folders: dict[int, Path]) -> None:
     each = {seed: summarise(pool([folder])) for seed, folder in folders.items()}
+    told = {seed: about_run(folder, f"Training seed {seed}") for seed, folder in folders.items()}
     for seed, summary in each.items():
-        write_json(out / f"seed{seed}.json", summary)
+        write_json(out / f"seed{seed}.json", told[seed] | summary)
     scores = pool(list(folders.values()))
     summary = summarise(scores)
     warnings = [f"**{sentence}**\n" for sentence in above_oracle(scores, summary)]
     protocol = ", ".join(f"`{name}` ({digest})" for digest, name in protocols_of(scores).items()) or "unknown"
     about = f"Protocol {protocol}. Brackets: {LEVEL:.0%} bootstrap interval over subjects, in which the trainings' own spread is not: see the last table.\n"
-    page = [f"# Training seeds {', '.join(map(str, folders))}, pooled\n", about, *warnings, method_table(summary), difference_table(summary)]
+    title = f"Training seeds {', '.join(map(str, folders))}, pooled"
+    page = [f"# {title}\n", about, *warnings, method_table(summary), difference_table(summary)]
     page += ["## Each seed's means\n", seed_table(each)]
-    write_json(out / "summary.json", summary)
+    of_each = {key: {seed: told[seed][key] for seed in told} for key in ("made_with", "methods", "sampler")}
+    write_json(out / "summary.json", {"title": title} | of_each | summary)
     write_bytes(out / "table.md", "\n".join(page).encode())
     print("\n".join(page))
 

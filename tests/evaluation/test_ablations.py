@@ -3,20 +3,21 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation import ablations
+from evaluation import ablations, sweeps
 from evaluation.ablations import run_ablation
 from evaluation.config import AblationConfig
 from evaluation.figures.ablations import read_ablations
 from evaluation.made_with import made_with
 from evaluation.methods import Moma
-from evaluation.sweeps import point_name
+from evaluation.scoring import score
+from evaluation.sweeps import point_name, run_point
 from tests.evaluation.fakes import Painter, fake_config, fake_judges
 
 
 @pytest.fixture(autouse=True)
 def arithmetic_encoders(monkeypatch):
-    plain = ablations.score
-    monkeypatch.setattr(ablations, "score", lambda evaluation, methods: plain(evaluation, methods, fake_judges(evaluation)))
+    for module in (ablations, sweeps):
+        monkeypatch.setattr(module, "score", lambda evaluation, methods: score(evaluation, methods, fake_judges(evaluation)))
 
 
 @pytest.mark.parametrize(("name", "row"), [("masking", "| 0.5 | 0.603 | 0.322 | 0.797 | 0.231 |"), ("beta", "| 0.0 | 0.583 | 0.349 | 0.782 | 0.319 |")])
@@ -31,6 +32,18 @@ def test_tables_are_written_beside_the_papers(tmp_path, name, row):
     assert list(summary) == ["full", "none", "differences"] and summary["full"]["dino"]["mean"] > summary["none"]["dino"]["mean"]
     page = (config.ablations_folder / f"{name}.md").read_text()
     assert page.startswith("# A title") and "| full |" in page and row in page and "not comparable with mini" in page
+
+
+def test_a_sweeps_point_says_what_it_was_made_by(tmp_path, monkeypatch):
+    for name in ("weights", "setup", "generate"):
+        monkeypatch.setattr(Moma, name, lambda self, *given, name=name: getattr(Painter(0.2), name)(*given))
+    config = fake_config(tmp_path, {})
+    config.moma = Moma(beta=0.5)
+    summary = run_point(config)
+    written = json.loads((config.sweeps_folder / "moma_beta0.5.json").read_text())
+    assert written["methods"]["moma_beta0.5"]["beta"] == 0.5 and written["sampler"]["num_inference_steps"] == 8
+    told = {"title": "moma_beta0.5", "made_with": made_with(config)}
+    assert {key: value for key, value in written.items() if key not in ("methods", "sampler")} == told | summary
 
 
 def test_the_report_calls_it_what_the_yaml_does(tmp_path):
@@ -72,6 +85,15 @@ def test_settings_of_the_main_evaluation_share_its_pictures_or_are_refused(tmp_p
     config.ablation = AblationConfig("beta", methods={"ours": Painter(0.3, log)})
     with pytest.raises(ValueError, match="'ours' is set otherwise in the main evaluation"):
         run_ablation(config)
+
+
+def test_a_sweeps_point_that_a_row_of_the_main_evaluation_is_called_as_is_refused(tmp_path):
+    """As experiments/mini/seeds.yaml with a grid whose first value is the default."""
+    config = fake_config(tmp_path, {"moma": Moma(texture_beta=0.4)})
+    assert point_name(config.moma) == "moma"
+    with pytest.raises(ValueError, match="'moma' is set otherwise in the main evaluation"):
+        run_point(config)
+    assert not config.pictures.exists()
 
 
 def test_an_ablation_has_to_be_named(tmp_path):

@@ -45,6 +45,9 @@ def test_the_command_measures_the_shipped_model_and_makes_no_picture_twice(tmp_p
     main(arguments)
     summary = json.loads((tmp_path / "run/ablations/mask_iou.json").read_text())
     assert 0.3 < summary["mask 1"]["mean"] <= 1
+    assert summary["made_with"]["judges"].keys() == {"segmenter"} and summary["sampler"]["num_inference_steps"] == 4
+    assert {name: options["mask_strength"] for name, options in summary["methods"].items()} == {"mask 1": 1.0, "mask 0.5": 0.5, "mask 0": 0.0}
+    assert f"digest `{summary['made_with']['protocol']}`: 2 subjects" in (tmp_path / "run/ablations/mask_iou.md").read_text()
     pictures = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/ablations/mask_iou").rglob("*.png")}
     assert len(pictures) == 3 * 2 * 3 * 2  # strengths, subjects, prompts, picture and mask
     main(arguments)

@@ -26,6 +26,8 @@ def folders(tmp_path):
     for seed, folder in made.items():
         (folder / "eval").mkdir(parents=True)
         scores(0.4 + 0.1 * seed).to_parquet(folder / "eval" / "scores.parquet")
+        about = {"made_with": {"adapter": f"of {seed}"}, "methods": {"ours": {"beta": 1.0}}, "protocol": {"sampler": {"seed": 0}}}
+        (folder / "eval" / "protocol.json").write_text(json.dumps(about))
     return made
 
 
@@ -34,7 +36,11 @@ def test_the_pooled_mean_is_the_mean_over_seeds_and_pictures(folders, tmp_path, 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["ours"]["dino"]["mean"] == pytest.approx(0.5 + 0.005)
     assert summary["text_only"]["dino"]["mean"] == pytest.approx(0.105)
-    assert json.loads((tmp_path / "out" / "seed2.json").read_text())["ours"]["dino"]["mean"] == pytest.approx(0.605)
+    assert summary["title"] == "Training seeds 0, 1, 2, pooled" and summary["made_with"] == {f"{seed}": {"adapter": f"of {seed}"} for seed in folders}
+    second = json.loads((tmp_path / "out" / "seed2.json").read_text())
+    assert second["ours"]["dino"]["mean"] == pytest.approx(0.605)
+    told = {"title": "Training seed 2", "made_with": {"adapter": "of 2"}, "methods": {"ours": {"beta": 1.0}}, "sampler": {"seed": 0}}
+    assert {key: second[key] for key in told} == told
     page = (tmp_path / "out" / "table.md").read_text()
     assert "| ours | 0.405 / 0.505 / 0.605 | 0.500 / 0.500 / 0.500 |" in page and "| text_only | 0.105 / 0.105 / 0.105 |" in page
     assert "Training seeds 0, 1, 2" in capsys.readouterr().out
