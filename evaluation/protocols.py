@@ -33,7 +33,7 @@ DINOV3 = DinoConfig("vit_small_patch16_dinov3.lvd1689m")
 class Sampler:
     """How pictures are drawn, the same for every method.
 
-    scheduler: a diffusers scheduler class, configured by the base model's own, or None for the base model's own class.
+    scheduler: a diffusers scheduler class, configured by the base model's own, or None for that one itself.
     beta, mask_strength: what methods use that do not say their own. height, width: pixels, None for the base's own size.
     prompt_template: what the base reads, the MLLM reads the prompt itself; holds `{prompt}` and may hold `{label}`.
     masks: reference masks from the data set where it has them, or always estimated by SAM.

@@ -81,6 +81,7 @@ class FoundationConfig:
 class Base:
     """The frozen text-to-image model, with MoMA's attention processors installed.
 
+    scheduler: the paper's DDIM by the noise schedule of own_scheduler, which the model came with.
     What has a second text encoder is SDXL; force_zeros_for_empty_prompt is its word on what no text is: zeros, or an encoded "".
     """
 
@@ -92,6 +93,7 @@ class Base:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
     force_zeros_for_empty_prompt: bool = True
+    own_scheduler: SchedulerMixin | None = None
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -133,7 +135,7 @@ def load_base(config: FoundationConfig) -> Base:
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise ValueError(f"{config.base} has a {type(pipe.scheduler).__name__}: flow matching and EDM are other formulations than MoMA's base is of")
     install_processors(pipe.unet)
-    base = Base(frozen(pipe.unet), frozen(pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config))
+    base = Base(frozen(pipe.unet), frozen(pipe.vae), frozen(pipe.text_encoder), pipe.tokenizer, ddim(pipe.scheduler.config), own_scheduler=pipe.scheduler)
     if "text_encoder_2" in pipe.components:
         base = replace(base, text_encoder_2=frozen(pipe.text_encoder_2), tokenizer_2=pipe.tokenizer_2,
                        force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)

@@ -50,13 +50,15 @@ class MoMAPipeline(DiffusionPipeline):
     What `from_base` returns is a StableDiffusionPipeline or a StableDiffusionXLPipeline as well, as the base is; the sampler is this.
 
     adapter: subject and context attention. decoder: the MLLM that predicts the context embedding. clip: CLIP's image embedding,
-    IP-Adapter's context, used where there is no decoder. masker: finds M_ref when no mask is given.
+    IP-Adapter's context, used where there is no decoder. masker: finds M_ref when no mask is given. own_scheduler: the
+    one that the base came with, in whose place is DDIM.
     """
 
     adapter: MoMAAdapter | None = None
     decoder: ImageFeatureDecoder | None = None
     clip: ImageEncoder | None = None
     masker: SamMasker | None = None
+    own_scheduler: Any = None
 
     @classmethod
     def from_base(cls, base: Base, adapter: MoMAAdapter | None = None, decoder: ImageFeatureDecoder | None = None,
@@ -67,7 +69,7 @@ class MoMAPipeline(DiffusionPipeline):
             if part is not None and wanted not in (None, part.embed_dim):
                 raise ValueError(f"the {name} makes embeddings of {part.embed_dim}, the adapter's projector reads {wanted}: they do not belong together")
         pipe = (MoMAPipelineSD if base.text_encoder_2 is None else MoMAPipelineSDXL).of(base)
-        pipe.adapter, pipe.decoder, pipe.clip, pipe.masker = adapter, decoder, clip, masker
+        pipe.adapter, pipe.decoder, pipe.clip, pipe.masker, pipe.own_scheduler = adapter, decoder, clip, masker, base.own_scheduler
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

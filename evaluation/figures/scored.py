@@ -89,5 +89,5 @@ def settings_of(picture: Path) -> list[str]:
     own = {key: value for key, value in method.items() if value is not None}
     scheduler, steps, guidance = (own.pop(key, sampler.get(key)) for key in ("scheduler", "num_inference_steps", "guidance_scale"))
     options = ", ".join(f"{key} {value}" for key, value in own.items() if key != "kind")
-    drawn = f"{scheduler}, {steps} steps, guidance {guidance}, seed {seed.get('seed')}"
+    drawn = f"{scheduler or 'own scheduler'}, {steps} steps, guidance {guidance}, seed {seed.get('seed')}"
     return [f"{method.get('kind')} ({options})" if options else str(method.get("kind")), drawn]

@@ -147,11 +147,12 @@ def source_digest(kind: type) -> str:
 
 
 def use_scheduler(pipeline: Any, sampler: Sampler) -> None:
-    """Give the pipeline the protocol's scheduler, configured by its own, where that leaves something out as Stable Diffusion's.
+    """Give the pipeline the protocol's scheduler, configured by its own, where that leaves something out as Stable Diffusion's; of None its base's own.
 
     Raises ValueError for a name that diffusers lacks, and for a pipeline of another formulation (flow matching, EDM), which no such scheduler fits.
     """
     if sampler.scheduler is None:
+        pipeline.scheduler = getattr(pipeline, "own_scheduler", None) or pipeline.scheduler  # MoMA's comes with DDIM
         return
     scheduler = getattr(diffusers, sampler.scheduler, None)
     if scheduler is None:

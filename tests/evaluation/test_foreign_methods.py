@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import diffusers
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from datamodules.dreambooth import Subject
@@ -105,17 +105,38 @@ def test_a_foreign_scheduler_that_leaves_things_unsaid_does_not_clip_latents(tmp
     assert drawn[0] == drawn[1] and not foreign.pipeline.scheduler.config.clip_sample
 
 
+def base_with(scheduler, folder: Path) -> str:
+    """The mini world's base with another scheduler."""
+    shutil.copytree(f"{MINI}/base", folder / "base")
+    scheduler.save_pretrained(folder / "base/scheduler")
+    index = json.loads((folder / "base/model_index.json").read_text())
+    (folder / "base/model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", type(scheduler).__name__]}))
+    return str(folder / "base")
+
+
+def test_under_no_scheduler_a_foreign_row_and_ours_have_the_bases_own(tmp_path, reference):
+    """As SDXL's Euler; and the next one has the protocol's again."""
+    own = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+    base = base_with(own, tmp_path)
+    models, foreign, ours = Models(mini_foundation(base=base, vae=None, sam=None)), Pipeline(base, "diffusers.StableDiffusionPipeline"), TextOnly()
+    drawn = []
+    for method in (foreign, ours):
+        method.setup(models, replace(SAMPLER, scheduler=None))
+        assert type(method.pipeline.scheduler) is EulerDiscreteScheduler
+        drawn.append([image.tobytes() for image in method.generate(SUBJECT, reference, TASKS)])
+    assert drawn[0] == drawn[1]
+    ours.setup(models, replace(SAMPLER, scheduler="DDIMScheduler"))
+    assert type(ours.pipeline.scheduler) is DDIMScheduler
+
+
 def test_a_pipeline_of_another_formulation_keeps_its_scheduler_or_is_refused(tmp_path):
-    shutil.copytree(f"{MINI}/base", tmp_path / "base")
-    EDMEulerScheduler().save_pretrained(tmp_path / "base/scheduler")
-    index = json.loads((tmp_path / "base/model_index.json").read_text())
-    (tmp_path / "base/model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
-    models, method = Models(mini_foundation(sam=None)), Pipeline(str(tmp_path / "base"), "diffusers.StableDiffusionPipeline")
+    base = base_with(EDMEulerScheduler(), tmp_path)
+    models, method = Models(mini_foundation(sam=None)), Pipeline(base, "diffusers.StableDiffusionPipeline")
     with pytest.raises(ValueError, match="EDMEulerScheduler has no diffusion's noise schedule, .* own_scheduler: true"):
         method.setup(models, replace(SAMPLER, scheduler="DDIMScheduler"))
     replace(method, own_scheduler=True).setup(models, SAMPLER)
     with pytest.raises(ValueError, match="has a EDMEulerScheduler: flow matching and EDM are other formulations"):
-        load_base(mini_foundation(base=str(tmp_path / "base")))
+        load_base(mini_foundation(base=base))
 
 
 def test_arguments_are_mapped(monkeypatch, reference):
