@@ -10,7 +10,7 @@ from evaluation.config import EvalConfig
 from evaluation.methods import Method, Models, Reference
 from evaluation.protocols import Protocol
 from evaluation.stamps import is_current
-from evaluation.tasks import PictureTask, chosen_subjects, tasks_of
+from evaluation.tasks import PictureTask, chosen_subjects, references_of, tasks_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ class Evaluation:
     def planned(self, name: str, method: Method, subjects: Iterable[Subject] | None = None) -> list[Planned]:
         """A method's pictures, subject by subject and reference by reference."""
         shared = {"sampler": asdict(self.protocol.sampler), "method": method.options(), "weights": method.weights(self.models)}
+        chosen = list(self.subjects if subjects is None else subjects)
+        method.require_references({subject.name: len(references_of(self.protocol, subject)) for subject in chosen})
         plans = []
-        for subject in self.subjects if subjects is None else subjects:
+        for subject in chosen:
             for task in tasks_of(self.protocol, self.data, subject):
                 reference = self.reference(subject, task.reference)
                 settings = shared | {"task": asdict(task), "input": self._input(method, subject, reference)}

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,6 +117,9 @@ class Method(ABC):
 
     def require(self, models: Models) -> None:  # noqa: B027 - not every method has conditions
         """Raises ValueError for models that the method cannot work with; asked of all methods before the first one draws."""
+
+    def require_references(self, counts: Mapping[str, int]) -> None:  # noqa: B027 - as above
+        """Raises ValueError where a method cannot tell a subject's input pictures apart. counts: how many of them each subject is drawn from."""
 
     def weights(self, models: Models) -> dict[str, str | None]:
         """Digests of everything read from disk that the pictures depend on."""

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -32,8 +33,9 @@ class RealImages(Method):
 
 @dataclass
 class Folder(Method):
-    """Pictures named by a CSV with the columns subject, prompt and path; where references differ also reference (a file name), and kind (context,
-    texture, ...) where a prompt that is of two kinds has other pictures for each.
+    """Pictures named by a CSV with the columns subject, prompt and path; where a subject has several references also reference (a file name, or * for
+    pictures made without any: by text alone, by a tuned model), and kind (context, texture, ...) where a prompt that is of two kinds has other
+    pictures for each.
 
     Paths are relative to the CSV. Several rows of one prompt are its pictures, in order.
     """
@@ -58,6 +60,14 @@ class Folder(Method):
             rows.append(row)
         return rows
 
+    def require_references(self, counts: Mapping[str, int]) -> None:
+        """A picture made from one reference and scored under another would be compared to its own input where that is to be left out."""
+        for row in self.rows():
+            if counts.get(row["subject"], 1) > 1 and not row.get("reference"):
+                raise ValueError(f"{self.table}: {row['subject']!r} is drawn from {counts[row['subject']]} references, and the row of {row['prompt']!r} does "
+                                 "not say from which: add the column reference (the file's name, or \"*\" for pictures made without any: text only, tuned "
+                                 "models)")
+
     def weights(self, models: Models) -> dict[str, str | None]:
         name = f"{self.table} and its pictures"
         if name not in models.digests:
@@ -72,13 +82,13 @@ class Folder(Method):
         for row in self.rows():
             if row.get("kind") and row["kind"] not in get_args(PromptKind):
                 raise ValueError(f"{self.table}: the kind {row['kind']!r} is none of {', '.join(get_args(PromptKind))}; leave it empty for all")
-            self.pictures[row["subject"], row.get("reference") or "", row.get("kind") or "", row["prompt"]].append(self._path(row))
+            self.pictures[row["subject"], row.get("reference") or "*", row.get("kind") or "", row["prompt"]].append(self._path(row))
 
     def generate(self, subject: Subject, reference: Reference, tasks: list[PictureTask]) -> list[Image.Image]:
         return [load_picture(self._find(task, reference.path.name)) for task in tasks]
 
     def _find(self, task: PictureTask, reference: str) -> Path:
-        for name, kind in product((reference, ""), (task.kind, "")):
+        for name, kind in product((reference, "*"), (task.kind, "")):
             paths = self.pictures.get((task.subject, name, kind, task.prompt), [])
             if task.picture < len(paths):
                 return paths[task.picture]

@@ -235,16 +235,16 @@ def test_missing_checkpoints_are_named():
         TextOnly().weights(Models(mini_foundation(base="no/such/base")))
 
 
-def write_folder(folder: Path, evaluation: Evaluation, skip: int = 0) -> str:
-    """A CSV and pictures for every task of the evaluation, each of a colour of its own."""
+def write_folder(folder: Path, evaluation: Evaluation, skip: int = 0, **same: str) -> str:
+    """A CSV and pictures for every task of the evaluation, each of a colour of its own. same: further columns."""
     folder.mkdir()
     tasks = [task for subject in evaluation.subjects for task in tasks_of(evaluation.protocol, evaluation.data, subject)]
     with (folder / "made.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["subject", "prompt", "path"])
+        writer.writerow(["subject", "prompt", "path", *same])
         for i, task in enumerate(tasks[: len(tasks) - skip]):
             random_picture(100 + i).save(folder / f"{i}.png")
-            writer.writerow([task.subject, task.prompt, f"{i}.png"])
+            writer.writerow([task.subject, task.prompt, f"{i}.png", *same.values()])
     return str(folder / "made.csv")
 
 
@@ -255,6 +255,22 @@ def test_folder_brings_each_picture_to_its_place(tmp_path):
     plans = Evaluation.open(config).planned("theirs", config.methods["theirs"])
     for i, plan in enumerate(plans):
         assert Image.open(plan.path).tobytes() == random_picture(100 + i).tobytes()
+
+
+@pytest.mark.parametrize(("column", "told"), [
+    ({}, r"made.csv: 'red_mug' is drawn from 3 references, .* add the column reference"), ({"reference": ""}, "made.csv: 'red_mug' is drawn from 3"),
+    ({"reference": "00.png"}, "names no picture number 1 of subject 'red_mug', reference '01.png'"), ({"reference": "*"}, None),
+])
+def test_a_folder_says_from_which_of_several_references_its_pictures_are(tmp_path, column, told):
+    """Else one made from 00.png would be scored against it, as against another picture of the subject, under 01.png."""
+    config = fake_config(tmp_path, {}, {"references": "every", "comparison": "others"})
+    config.methods["theirs"] = Folder(write_folder(tmp_path / "theirs", Evaluation.open(config), **column))
+    if told is None:
+        generate(config)
+        assert len(list((config.pictures / "theirs").rglob("*.png"))) == 3 * 3 * 3
+    else:
+        with pytest.raises(ValueError, match=told):
+            generate(config)
 
 
 def test_a_folders_prompt_of_two_kinds_may_have_pictures_for_each(tmp_path):
