@@ -1,6 +1,7 @@
 """What a model is, in a few letters: the digest of its files, or its name on the hub."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from moma_lightning.hub import hub_name, local_path
@@ -10,14 +11,25 @@ def content_digest(path: Path) -> str:
     """Digest of a file, or of all files of a folder with their names, but hidden ones (`.git`, `.DS_Store`). Raises FileNotFoundError."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    inside = (p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    files = sorted(inside) if path.is_dir() else [path]
+    files = sorted(files_below(path)) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Without hidden ones. Linked folders are entered, which `Path.rglob` passes over, but for one that leads back to a folder that it lies in."""
+    above |= {folder.resolve()}
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
+            yield from files_below(path, above)
 
 
 def identity(name: str) -> str:

@@ -1,0 +1,42 @@
+"""What a model is known by: the content of its files, also behind links."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments.mini.models import MINI
+from moma_lightning.digests import content_digest
+
+
+def test_the_shipped_base_has_the_digest_of_its_manifest():
+    """Names and sha256 in order: what stamps, caches and tables of before say of a folder without links holds."""
+    files = json.loads(Path(MINI, "manifest.json").read_text())["files"]
+    inside = sorted(Path(name).relative_to("base") for name in files if name.startswith("base/"))
+    digest = hashlib.sha256(b"".join(str(name).encode() + bytes.fromhex(files[f"base/{name}"]["sha256"]) for name in inside))
+    assert content_digest(Path(MINI, "base")) == digest.hexdigest()[:16]
+
+
+@pytest.fixture
+def linked(tmp_path) -> Path:
+    """A base whose UNet lies elsewhere, with links that lead back into it and to nothing, and a hidden one."""
+    base, unet = tmp_path / "base", tmp_path / "shared/unet_v1"
+    for folder in (base, unet / "deep"):
+        folder.mkdir(parents=True)
+    (base / "model_index.json").write_text("{}")
+    (unet / "deep/weights").write_text("v1")
+    for link, target in ((base / "unet", unet), (base / ".git", unet), (unet / "self", unet), (unet / "deep/up", base), (base / "gone", tmp_path / "gone")):
+        link.symlink_to(target)
+    return base
+
+
+def test_what_lies_behind_a_linked_folder_counts_as_if_it_lay_there(linked, tmp_path):
+    plain = tmp_path / "plain"
+    (plain / "unet/deep").mkdir(parents=True)
+    shutil.copy(linked / "model_index.json", plain)
+    shutil.copy(linked / "unet/deep/weights", plain / "unet/deep")
+    assert content_digest(linked) == content_digest(plain)
+    (linked / "unet/deep/weights").write_text("v2")
+    assert content_digest(linked) != content_digest(plain)
