@@ -11,7 +11,7 @@ from evaluation.extra_scores import NEEDS_MASKS
 from evaluation.methods import Method
 from evaluation.metrics.configs import name_of
 from evaluation.protocols import Protocol
-from moma_lightning.digests import content_digest, identity
+from moma_lightning.digests import at_commit, content_digest, identity, same_identity
 from moma_lightning.hub import cached_commit, local_path
 
 
@@ -22,9 +22,9 @@ def about_table(config: EvalConfig, title: str, methods: Mapping[str, Method]) -
 
 
 def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, Any]:
-    """Digests of the protocol, of the data, of what judges and of what draws; a model of the hub is its name and revision, one that is not there None.
+    """Digests of the protocol, of the data, of what judges and of what draws (`identity`); None for a model that is not there.
 
-    Judges are told apart further (`weights_of`).
+    Of judges it is `weights_of`.
 
     methods: `others` holds what they read beside the config's own, by path.
     """
@@ -40,12 +40,14 @@ def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, A
 def changed_since(before: Mapping[str, Any], config: EvalConfig) -> list[str]:
     """Names of what is another now than `made_with` said it was."""
     now = made_with(config) | {"others": {path: known_identity(path) for path in before.get("others", {})}}
-    return [name for name in now if before.get(name) != now[name] and not (name == "judges" and same_judges(before.get(name, {}), now[name]))]
+    return [name for name in now if not same(before.get(name), now[name])]
 
 
-def same_judges(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """A commit counts where it is known now: scores are looked at on machines without the judges, too."""
-    return before.keys() == now.keys() and all(now[name] in (then, then.partition(" (")[0]) for name, then in before.items())
+def same(before: Any, now: Any) -> bool:
+    """By `same_identity`, throughout what is nested by name."""
+    if isinstance(now, Mapping):
+        return isinstance(before, Mapping) and before.keys() == now.keys() and all(same(before[name], now[name]) for name in now)
+    return same_identity(before, now)
 
 
 def options_of(methods: Mapping[str, Method]) -> dict[str, Any]:
@@ -72,7 +74,4 @@ def weights_of(protocol: Protocol) -> dict[str, str]:
 
 def weights_at(model: str) -> str:
     """The digest of a local folder's files, or the hub's name and commit; of a branch, the one that is in the cache."""
-    if found := local_path(model):
-        return content_digest(found)
-    commit = cached_commit(model)
-    return model if commit is None else f"{model} ({commit})"
+    return content_digest(found) if (found := local_path(model)) else at_commit(model, cached_commit(model))

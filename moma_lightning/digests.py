@@ -1,10 +1,10 @@
-"""What a model is, in a few letters: the digest of its files, or its name on the hub."""
+"""What a model is, in a few letters: the digest of its files, or its name and commit on the hub."""
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from moma_lightning.hub import hub_name, local_path
+from moma_lightning.hub import hub_name, loaded_commit, local_path
 
 
 def content_digest(path: Path) -> str:
@@ -33,6 +33,19 @@ def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[
 
 
 def identity(name: str) -> str:
-    """A folder's or file's content digest; `owner/name@revision` stands for itself. Raises FileNotFoundError for a path that is not there."""
+    """A folder's or file's content digest; of the hub `owner/name@<commit>` stands for itself, and any other name for the commit that it is loaded at.
+
+    Raises FileNotFoundError for a path that is not there.
+    """
     found = local_path(name)
-    return content_digest(found) if found is not None else str(hub_name(name))
+    return content_digest(found) if found is not None else at_commit(str(hub_name(name)), loaded_commit(name))
+
+
+def at_commit(name: str, commit: str | None) -> str:
+    """`owner/name@branch (commit)`; without a commit the name alone."""
+    return name if commit is None else f"{name} ({commit})"
+
+
+def same_identity(then: str | None, now: str | None) -> bool:
+    """A commit counts where it is known now: what was made elsewhere is looked at on machines without the weights, too."""
+    return now == then or (then is not None and now == then.partition(" (")[0])

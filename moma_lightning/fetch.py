@@ -12,7 +12,7 @@ from huggingface_hub.hf_api import RepoFile
 from omegaconf import OmegaConf
 
 from moma_lightning.files import write_json
-from moma_lightning.hub import HubName, hub_name, loading, local_path
+from moma_lightning.hub import HubName, hub_commit, hub_name, loading, local_path
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 #: What the libraries read besides weights; everything else in a repository (pictures, other frameworks' weights) is left there.
@@ -78,7 +78,7 @@ def fetch_model(name: str) -> list[Fetched]:
     """
     hub = hub_name(name)
     with loading(name):
-        commit = str(HfApi().model_info(hub.repo_id, revision=hub.revision).sha)
+        commit = hub_commit(hub)
         listed = [f for f in HfApi().list_repo_tree(hub.repo_id, revision=commit, recursive=True) if isinstance(f, RepoFile)]
         sizes = {file.path: file for file in listed}
         chosen = wanted(list(sizes), hub.path)

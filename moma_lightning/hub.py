@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
@@ -110,6 +111,26 @@ def cached_commit(name: str) -> str | None:
         return None
     reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo_id, repo_type="model") / "refs" / (hub.revision or "main")
     return reference.read_text().strip() if reference.is_file() else None
+
+
+def hub_commit(hub: HubName) -> str:
+    """The commit that the hub itself says a branch or tag points to."""
+    return str(HfApi().model_info(hub.repo_id, revision=hub.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha)
+
+
+@cache
+def loaded_commit(name: str) -> str | None:
+    """The commit that a name's branch or tag is loaded at: the hub's, or where it does not answer the cache's, as its client has it.
+
+    None for a commit's own name and where neither knows one. Asked once in a process, so that all of a command means the same by a name.
+    """
+    hub = hub_name(name)
+    if hub.revision is not None and REGEX_COMMIT_HASH.fullmatch(hub.revision):
+        return None
+    try:
+        return hub_commit(hub)
+    except (OSError, HFValidationError, httpx.TransportError):
+        return cached_commit(name)
 
 
 def require_cached(name: str) -> None:

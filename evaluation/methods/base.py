@@ -82,7 +82,7 @@ class Models:
         return replace(self, foundation=replace(own, base=base, base_config=configs))
 
     def digest(self, path_or_id: str | None) -> str | None:
-        """Digest of a file's or folder's content; a hub id stands for itself. Raises FileNotFoundError for a missing path."""
+        """`identity`, found once. Raises FileNotFoundError for a missing path."""
         if path_or_id is None:
             return None
         if path_or_id not in self.digests:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moma_lightning import optim
 from moma_lightning.batch import CachedBatch, TripletBatch, counted
+from moma_lightning.digests import same_identity
 from moma_lightning.metrics import SampleMean
 from moma_lightning.models.trained_weights import check_fit
 from moma_lightning.training.ema import EMA
@@ -70,7 +71,7 @@ class TrainedPartModule(LightningModule):
         raise NotImplementedError
 
     def cache_identity(self) -> dict[str, str]:
-        """What `features` depends on: digests of local models, names of the hub's, options that are set (`stated`).
+        """What `features` depends on: models (`digests.identity`), options that are set (`stated`).
 
         Raises ValueError where options do not allow a cache.
         """
@@ -93,7 +94,7 @@ class TrainedPartModule(LightningModule):
         made_by: dict[str, dict[str, str]] = getattr(getattr(self.trainer, "datamodule", None), "made_by", {})
         own = self.cache_identity() if made_by else {}
         for path, other in made_by.items():
-            names = [name for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
+            names = [name for name in sorted(own.keys() | other.keys()) if not same_identity(other.get(name), own.get(name))]
             differing = [f"{name} ({other.get(name, 'none')}, not {own.get(name, 'none')})" for name in names]
             if differing:
                 raise ValueError(f"{path} was made with another {', '.join(differing)}: make the cache again, or train on the pictures")

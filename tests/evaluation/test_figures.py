@@ -18,7 +18,7 @@ from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
 from evaluation.figures.write import charts, made_grids, read_grid, scored_grids
 from evaluation.generation import generate
-from evaluation.made_with import changed_since, known_identity, made_with, options_of, same_judges
+from evaluation.made_with import changed_since, known_identity, made_with, options_of, same
 from evaluation.methods import Moma, RealImages
 from evaluation.names import method_name, methods_of
 from evaluation.plan import Evaluation
@@ -156,13 +156,31 @@ def test_whatever_draws_or_is_judged_counts(evaluated, change, tmp_path):
     assert changed_since(before, replace(evaluated, **changed)) == [change] and changed_since(before, evaluated) == []
 
 
-@pytest.mark.parametrize(("then", "now", "same"), [
+@pytest.mark.parametrize(("then", "now", "is_same"), [
     ("o/m@main (abc)", "o/m@main (abc)", True), ("o/m@main (abc)", "o/m@main", True), ("o/m@main (abc)", "o/m@main (def)", False),
     ("o/m@main", "o/m@main (def)", False), ("o/m@main (abc)", "o/n@main", False),
 ])
-def test_a_judges_commit_counts_where_it_is_known(then, now, same):
-    assert same_judges({"dino": then, "clip": "c"}, {"dino": now, "clip": "c"}) is same
-    assert not same_judges({"dino": then}, {"dino": now, "clip": "c"})
+def test_a_commit_counts_where_it_is_known(then, now, is_same):
+    assert same(then, now) is is_same
+    assert same({"dino": then, "clip": "c"}, {"dino": now, "clip": "c"}) is is_same
+    assert not same({"dino": then}, {"dino": now, "clip": "c"})
+
+
+def test_a_branch_that_has_moved_on_is_other_weights(evaluated, monkeypatch):
+    config = replace(evaluated, adapter="o/adapter@main")
+
+    def at(commit):
+        monkeypatch.setattr("moma_lightning.digests.loaded_commit", lambda name: commit)
+        known_identity.cache_clear()
+
+    at("abc")
+    before = made_with(config)
+    assert before["adapter"] == "o/adapter@main (abc)" and changed_since(before, config) == []
+    at("def")
+    assert changed_since(before, config) == ["adapter"]
+    at(None)  # on a machine without the weights
+    assert changed_since(before, config) == []
+    known_identity.cache_clear()
 
 
 def test_a_judge_that_is_gone_makes_scores_stale_and_is_no_error(evaluated, tmp_path):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from huggingface_hub.utils import httpx
 
 from evaluation.cli import main as evaluation
 from evaluation.made_with import weights_of
+from evaluation.methods import Models
 from evaluation.metrics.configs import hub_name_of
 from evaluation.protocols import named
 from experiments.mini.models import MINI, mini_foundation
 from moma_lightning.__main__ import main
 from moma_lightning.checkpoints import read_adapter_file
+from moma_lightning.digests import identity
 from moma_lightning.fetch import fetch, fetch_model, git_digest, named_models, wanted
 from moma_lightning.foundation import load_base, load_image_encoder, load_mllm
+from moma_lightning.hub import find_file, loaded_commit
 from tests.fake_hub import fake_hub
 
 FOUNDATION = Path(__file__).parents[2] / MINI
@@ -97,6 +101,29 @@ def test_scores_tell_which_commit_of_a_branch_judged(hub):
         told.append(weights_of(protocol))
         assert told[-1]["dino"] == f"timm/vit_small_patch16_224.dino@main ({hub.commit('timm/vit_small_patch16_224.dino')})"
     assert told[0]["dino"] != told[1]["dino"] and told[0]["clip"] == told[1]["clip"] == hub_name_of(protocol.clip)
+
+
+def test_a_branch_is_known_by_the_commit_that_is_loaded(hub, monkeypatch):
+    """The hub's, also where the cache holds an older one; where the hub does not answer the cache's."""
+    for weights in (b"one", b"two"):
+        hub.repositories["o/adapter"] = {"model.safetensors": weights}
+        loaded_commit.cache_clear()  # of this process: a command asks once
+        known = [identity(name) for name in ("o/adapter", "o/adapter@main", "o/adapter@main/model.safetensors")]
+        loaded = find_file("o/adapter@main/model.safetensors")
+        assert loaded.read_bytes() == weights
+        assert known == [f"{name} ({loaded.parent.name})" for name in ("o/adapter", "o/adapter@main", "o/adapter@main/model.safetensors")]
+    asked = len(hub.requests)
+    assert Models(mini_foundation()).digest(f"o/adapter@{loaded.parent.name}") == f"o/adapter@{loaded.parent.name}" and len(hub.requests) == asked
+    hub.repositories["o/adapter"] = {"model.safetensors": b"three"}
+    assert identity("o/adapter") == known[0], "asked once: what was drawn and scored in a process is of one commit"
+    loaded_commit.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("moma_lightning.hub.HfApi.model_info", Mock(side_effect=httpx.ConnectError("no route to it")))
+        assert identity("o/adapter") == known[0]
+    loaded_commit.cache_clear()
+    offline(monkeypatch)
+    assert find_file("o/adapter@main/model.safetensors") == loaded
+    assert [identity("o/adapter"), identity("o/other@v1")] == [known[0], "o/other@v1"]
 
 
 def test_of_each_folders_weights_one_format_is_fetched():

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -29,8 +31,10 @@ from moma_lightning.foundation import load_image_encoder
 from moma_lightning.models.image_feature_decoder import DecoderConfig, ImageFeatureDecoder
 from moma_lightning.models.latents import scaled
 from moma_lightning.models.masks import MaskPyramid
+from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.training.options import TrainingOptions
 from tests.datamodules.caches.running import config, copied, losses, make, opened
 
 
@@ -177,6 +181,16 @@ def other_decoder(tmp_path: Path, decoder: str) -> Stage2:
 def test_a_cache_of_other_models_is_refused(cache, decoder, tmp_path, other, named):
     with pytest.raises(ValueError, match=rf"00000.tar was made with {named}"):
         losses(other(tmp_path, decoder), cache, tmp_path)
+
+
+@pytest.mark.parametrize(("now", "is_refused"), [("o/m@main (abc)", False), ("o/m@main (def)", True), ("o/m@main", False)])
+def test_a_cache_of_a_branch_that_has_moved_on_is_refused(now, is_refused):
+    """Not where the commit is unknown: training from a cache does without the model, and so may the machine."""
+    module = TrainedPartModule(OptimizerConfig(), TrainingOptions())
+    module.cache_identity = lambda: {"mllm": now}
+    module._trainer = SimpleNamespace(precision="32-true", strategy=None, datamodule=SimpleNamespace(made_by={"a.tar": {"mllm": "o/m@main (abc)"}}))
+    with pytest.raises(ValueError, match=r"a.tar was made with another mllm \(o/m@main \(abc\), not o/m@main \(def\)\)") if is_refused else nullcontext():
+        module.setup("fit")
 
 
 def test_what_moves_the_embedding_is_in_the_stamp(decoder):
