@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
@@ -81,8 +80,7 @@ class PictureMaker(Share):
     def predict_step(self, position: int, batch_idx: int) -> int:
         """Make a batch; it is written while the next one is drawn. Returns its number of pictures: Lightning warns of steps that return nothing."""
         try:
-            if self.trainer.received_sigterm:  # another process has died, or the cluster wants its node back; the rest is for the next run
-                raise SIGTERMException
+            self.end_if_told()
             return self.make(*self.work[position])
         except BaseException:
             self.writer.finish()  # what was drawn before counts
@@ -132,6 +130,7 @@ class PictureMaker(Share):
 
     def on_predict_end(self) -> None:
         self.writer.finish()
+        self.end_if_told()
 
     def ready(self, name: str) -> Method:
         """The method, set up; the one before it lets go of its models."""

@@ -15,17 +15,28 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch.multiprocessing import ProcessExitedException
+
+from moma_lightning.training.guards import Preempted
 
 logger = logging.getLogger(__name__)
 
+#: The exit code after a SIGTERM, which training has too.
+TOLD_TO_END = 128 + signal.SIGTERM
+
 
 def run_processes(module: LightningModule, device: str, num_processes: int) -> None:
-    """`Trainer.predict` of `module` on every process; returns when all of them have done their share."""
+    """`Trainer.predict` of `module` on every process; returns when all of them have done their share. Raises Preempted where one was told to end."""
     with lightning_quiet(), environment_kept():
         trainer = build_trainer(device, num_processes)
         if trainer.world_size < num_processes and trainer.is_global_zero:
             logger.warning("%d of the %d processes asked for: torchrun or the SLURM job (--ntasks) has no more", trainer.world_size, num_processes)
-        trainer.predict(module, return_predictions=False)
+        try:
+            trainer.predict(module, return_predictions=False)
+        except ProcessExitedException as error:  # one of those started here
+            if error.exit_code == TOLD_TO_END:
+                raise Preempted(TOLD_TO_END) from None
+            raise
         trainer.strategy.barrier("every process has made its share")
 
 

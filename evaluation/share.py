@@ -1,5 +1,8 @@
 """One process of several that make pictures or scores: its share is every `world_size`-th subject."""
 
+import logging
+import signal
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +13,10 @@ from datamodules.dreambooth import Subject
 from evaluation.config import EvalConfig
 from evaluation.methods import Method
 from evaluation.plan import Evaluation
-from evaluation.processes import begin_process
+from evaluation.processes import TOLD_TO_END, Progress, begin_process
+from moma_lightning.training.guards import Preempted
+
+logger = logging.getLogger(__name__)
 
 
 class Share(LightningModule):
@@ -18,6 +24,8 @@ class Share(LightningModule):
 
     The share is a list cut here, not a sampler's: DistributedSampler would pad it with what others make.
     """
+
+    progress: Progress
 
     def __init__(self, config: EvalConfig, methods: Mapping[str, Method], digests: dict[str, str]):
         super().__init__()
@@ -31,6 +39,20 @@ class Share(LightningModule):
         self.config, self.methods, digests = self.trainer.strategy.broadcast(self.told)
         self.evaluation = Evaluation.open(self.config, str(self.trainer.strategy.root_device))
         self.evaluation.models.digests.update(digests)
+
+    def on_predict_start(self) -> None:
+        """Lightning's own handler waits, within it, for all processes to be told, of which one may have made its share."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.note_sigterm)  # Lightning puts back what was there before `predict`
+
+    def note_sigterm(self, number: int, frame: Any) -> None:
+        self.trainer._signal_connector.received_sigterm = True
+
+    def end_if_told(self) -> None:
+        """Raises Preempted after a SIGTERM: the cluster wants its node back, or another process has died."""
+        if self.trainer.received_sigterm:
+            logger.info("%stold to end: what is made is kept, and the same command goes on from there", self.progress.process)
+            raise Preempted(TOLD_TO_END)
 
     def subjects(self) -> list[Subject]:
         return self.evaluation.subjects[self.trainer.global_rank :: self.trainer.world_size]

@@ -4,7 +4,6 @@ What costs time in scoring is encoders and SAM. Their answers are cached by the 
 nothing else, and a killed run goes on from what it had written.
 """
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from datamodules.dreambooth import Subject
@@ -51,7 +50,7 @@ class CacheFiller(Share):
     def predict_step(self, position: int, batch_idx: int) -> int:
         if self.trainer.received_sigterm:
             self.judges.save()
-            raise SIGTERMException
+        self.end_if_told()
         name, subject = self.work[position]
         rows = subject_rows(self.evaluation, name, self.methods[name], subject, self.judges)
         self.judges.save_when_due()
@@ -60,3 +59,4 @@ class CacheFiller(Share):
 
     def on_predict_end(self) -> None:
         self.judges.save()
+        self.end_if_told()

@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(SystemExit):
-    """Raised after the checkpoint is written. The exit code is 128 + the signal, as shells report it: 143 or 138 (0 of what Lightning's launcher started)."""
+    """Raised when what was made is written. The exit code is 128 + the signal, as shells report it: 143 or 138 (0 of what Lightning's launcher started)."""
 
 
 class StopOnSignal(Callback):

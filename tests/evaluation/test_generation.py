@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 from itertools import groupby
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from PIL import Image
 
 from evaluation.generation import PictureMaker, batches, generate, shared
 from evaluation.methods import RealImages, TextualInversion
 from evaluation.plan import Evaluation
 from evaluation.stamps import read_stamp, stamp_path
+from moma_lightning.training.guards import Preempted
 from tests.evaluation.fakes import BlindPainter, Painter, fake_config, made
 
 PICTURES = 3 * (2 + 1)
@@ -215,7 +217,7 @@ def share(config, rank: int, count: int) -> PictureMaker:
     """What one of `count` processes would make, without starting it."""
     maker = PictureMaker(config, config.methods, {})
     strategy = SimpleNamespace(broadcast=lambda told: told, root_device=torch.device("cpu"))
-    maker._trainer = SimpleNamespace(global_rank=rank, world_size=count, strategy=strategy, received_sigterm=False)
+    maker._trainer = SimpleNamespace(global_rank=rank, world_size=count, strategy=strategy)
     maker.setup("predict")
     assert list(maker.predict_dataloader()) == list(range(len(maker.work)))
     return maker
@@ -231,13 +233,25 @@ def test_shares_are_all_pictures_once(tmp_path, count):
     assert [len({path.parent.name for path in one}) for one in shares] == {1: [3], 2: [2, 1], 3: [1] * 3, 5: [1, 1, 1, 0, 0]}[count]
 
 
-def test_a_process_that_is_told_to_end_stops_after_its_batch(tmp_path, log):
-    maker = share(fake_config(tmp_path, {"a": Painter(0.3, log)}), 0, 1)
-    assert maker.predict_step(0, 0) == 2
-    maker._trainer.received_sigterm = True
-    with pytest.raises(SIGTERMException):
-        maker.predict_step(1, 1)
-    assert len(made(log)) == 2
+@pytest.mark.parametrize(("batch", "pictures"), [(1, 2), (6, PICTURES)])
+def test_a_sigterm_ends_it_after_its_batch_with_trainings_exit_code(tmp_path, log, monkeypatch, caplog, batch, pictures):
+    """Also where no batch is left: what comes next, in this process or in a Makefile, is not begun."""
+    config, calls, draw = fake_config(tmp_path, {"a": Painter(0.3, log)}), [], Painter.generate
+
+    def told(*given):
+        calls.append(given)
+        if len(calls) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*given)
+
+    monkeypatch.setattr(Painter, "generate", told)
+    monkeypatch.setattr(_SignalConnector, "_sigterm_notifier_fn", lambda *_: pytest.fail("Lightning's own waits for the other processes"))
+    before = signal.getsignal(signal.SIGTERM)
+    with caplog.at_level("INFO"), pytest.raises(Preempted) as stop:
+        generate(config)
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert len(made(log)) == len(list(config.pictures.rglob("*.png"))) == pictures
+    assert "told to end: what is made is kept, and the same command goes on from there" in caplog.messages
 
 
 def test_nothing_is_left_beside_the_pictures(tmp_path):

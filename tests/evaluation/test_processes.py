@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from torch.multiprocessing import ProcessExitedException
 
 from evaluation import processes as evaluation_processes
 from evaluation.plan import Evaluation
 from evaluation.processes import Progress, launch
+from moma_lightning.training.guards import Preempted
 from tests.evaluation import processes
 from tests.evaluation.fakes import made
 from tests.forked import on_two_processes
@@ -115,6 +117,17 @@ def test_fewer_processes_than_asked_for_are_told(monkeypatch, caplog):
     assert not caplog.records
     evaluation_processes.run_processes(LightningModule(), "cpu", 8)
     assert "2 of the 8 processes asked for: torchrun or the SLURM job (--ntasks) has no more" in caplog.text
+
+
+@pytest.mark.parametrize(("code", "error"), [(143, Preempted), (1, ProcessExitedException)])
+def test_where_a_process_started_here_was_told_to_end_this_one_ends_like_it(monkeypatch, code, error):
+    def predict(*given, **options):
+        raise ProcessExitedException(f"process 1 terminated with exit code {code}", error_index=1, error_pid=2, exit_code=code)
+
+    monkeypatch.setattr(evaluation_processes, "build_trainer", lambda device, count: SimpleNamespace(world_size=2, predict=predict))
+    with pytest.raises(error) as stop:
+        evaluation_processes.run_processes(LightningModule(), "cpu", 2)
+    assert getattr(stop.value, "code", code) == code
 
 
 def test_progress_tells_rate_and_time_left():

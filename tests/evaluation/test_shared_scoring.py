@@ -1,5 +1,7 @@
 import os
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -11,8 +13,10 @@ from evaluation.generation import generate
 from evaluation.methods import RealImages
 from evaluation.metrics import CachedEncoder
 from evaluation.plan import Evaluation
+from evaluation.processes import Progress
 from evaluation.scoring import open_judges, score
-from evaluation.shared_scoring import fill_caches
+from evaluation.shared_scoring import CacheFiller, fill_caches
+from moma_lightning.training.guards import Preempted
 from tests.evaluation.fakes import ColorEncoder, Painter, fake_config, random_picture
 
 METHODS = {"real_images": RealImages(), "a": Painter(0.3)}
@@ -88,3 +92,13 @@ def test_a_part_writes_what_it_found_and_the_whole_takes_the_parts_in(tmp_path):
     assert whole.encoder.seen == 0
     whole.save()
     assert [path.name for path in tmp_path.iterdir()] == ["dino.npz"]
+
+
+def test_a_process_that_is_told_to_end_keeps_what_its_judges_said(config):
+    filler = CacheFiller(config, METHODS, {})
+    filler._trainer, filler.judges, filler.progress = SimpleNamespace(received_sigterm=True), Mock(), Progress(2)
+    for end in (lambda: filler.predict_step(0, 0), filler.on_predict_end):
+        with pytest.raises(Preempted) as stop:
+            end()
+        assert stop.value.code == 143
+    assert filler.judges.save.call_count == 2
