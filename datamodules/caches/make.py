@@ -1,6 +1,7 @@
 """Run a stage's frozen models over shards once: a cached shard beside its stamp for each, the shards shared out among processes."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from typing import Any, Literal
 import torch
 import webdataset as wds
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,6 +21,7 @@ from datamodules.shards import expand_shards
 from datamodules.streams import TripletConfig, batched, of_pictures
 from moma_lightning.files import write_beside, write_json
 from moma_lightning.modules.base import TrainedPartModule
+from moma_lightning.training.guards import Preempted, is_anothers_child
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,9 @@ class CacheMaker(LightningModule):
 
     def predict_step(self, number: int, batch_idx: int) -> int:
         """Make one shard, unless it is there already. Returns its number of samples."""
-        if self.trainer.received_sigterm:  # what is there is found by the next run
-            raise SIGTERMException
+        if self.trainer.received_sigterm:
+            logger.info("told to end: the shards that are made are kept, and the same command goes on from there")
+            raise Preempted(0 if is_anothers_child(self.trainer) else 128 + signal.SIGTERM)
         source = self.shards[number]
         shard = self.out / source.name
         there = CacheStamp.read(shard)

@@ -62,12 +62,7 @@ class StopOnSignal(Callback):
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()  # this step's row, which Lightning would write behind this hook
             rank_zero_info(f"told to end: saved {self.last} at step {self._step}; the same command goes on from there")
-            raise Preempted(0 if self._is_anothers_child(trainer) else 128 + (self.requested or signal.SIGTERM))
-
-    @staticmethod
-    def _is_anothers_child(trainer: Trainer) -> bool:
-        """Whether Lightning's launcher, in the first process, kills that one for an exit code of this one's."""
-        return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank > 0
+            raise Preempted(0 if is_anothers_child(trainer) else 128 + (self.requested or signal.SIGTERM))
 
     def _is_agreed(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
@@ -80,6 +75,11 @@ class StopOnSignal(Callback):
         agreed = int(before.read())
         self.requested = max(self.requested, agreed)  # so that all exit alike
         return agreed > 0
+
+
+def is_anothers_child(trainer: Trainer) -> bool:
+    """Whether Lightning's launcher, in the first process, kills that one for an exit code of this one's."""
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank > 0
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from datamodules.caches import __main__ as command
 from datamodules.caches import stamp
@@ -34,6 +36,7 @@ from moma_lightning.models.masks import MaskPyramid
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.modules.stage2 import GridConfig, Stage2, Stage2Config
 from moma_lightning.optim import OptimizerConfig
+from moma_lightning.training.guards import Preempted
 from moma_lightning.training.options import TrainingOptions
 from tests.datamodules.caches.running import config, copied, losses, make, opened
 
@@ -162,6 +165,16 @@ def test_processes_share_the_shards(data, decoder, tmp_path):
         maker._trainer.global_rank = rank
         seen += list(maker.predict_dataloader())
     assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, 143), (1, 0)])
+def test_who_is_told_to_end_exits_as_training_does(data, decoder, tmp_path, rank, code):
+    """Lightning's launcher, which started rank 1, would kill rank 0 for another code of it."""
+    maker = CacheMaker(stage2(decoder, cached=True), config(data), CacheConfig(), tmp_path)
+    maker._trainer = Mock(spec=Trainer, received_sigterm=True, local_rank=rank, strategy=Mock(cluster_environment=LightningEnvironment()))
+    with pytest.raises(Preempted) as stop:
+        maker.predict_step(0, 0)
+    assert stop.value.code == code
 
 
 def other_decoder(tmp_path: Path, decoder: str) -> Stage2:
