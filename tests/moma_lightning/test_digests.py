@@ -21,13 +21,13 @@ def test_the_shipped_base_has_the_digest_of_its_manifest():
 
 @pytest.fixture
 def linked(tmp_path) -> Path:
-    """A base whose UNet lies elsewhere, with links that lead back into it and to nothing, and a hidden one."""
+    """A base whose UNet lies elsewhere, with a link that leads back, one to nothing and a hidden one."""
     base, unet = tmp_path / "base", tmp_path / "shared/unet_v1"
     for folder in (base, unet / "deep"):
         folder.mkdir(parents=True)
     (base / "model_index.json").write_text("{}")
     (unet / "deep/weights").write_text("v1")
-    for link, target in ((base / "unet", unet), (base / ".git", unet), (unet / "self", unet), (unet / "deep/up", base), (base / "gone", tmp_path / "gone")):
+    for link, target in ((base / "unet", unet), (base / ".git", unet), (unet / "deep/up", base), (base / "gone", tmp_path / "gone")):
         link.symlink_to(target)
     return base
 

@@ -114,6 +114,7 @@ def test_a_branch_is_known_by_the_commit_that_is_loaded(hub, monkeypatch):
         assert known == [f"{name} ({loaded.parent.name})" for name in ("o/adapter", "o/adapter@main", "o/adapter@main/model.safetensors")]
     asked = len(hub.requests)
     assert Models(mini_foundation()).digest(f"o/adapter@{loaded.parent.name}") == f"o/adapter@{loaded.parent.name}" and len(hub.requests) == asked
+    assert identity("o/adapter@gone") == "o/adapter@gone"
     hub.repositories["o/adapter"] = {"model.safetensors": b"three"}
     assert identity("o/adapter") == known[0], "asked once: what was drawn and scored in a process is of one commit"
     loaded_commit.cache_clear()
