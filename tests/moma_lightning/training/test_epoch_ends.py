@@ -1,11 +1,14 @@
 """Trainings that are stopped anywhere and go on: the same epochs, validations and log as of one that was not."""
 
+import shutil
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, model_checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
@@ -105,7 +108,7 @@ def fit(folder, steps: int = 12, told_at: int = 0, resume: bool = False, callbac
     saver = StepCheckpoint(folder / "saved", **({"save_top_k": 0, "every_n_train_steps": 100} | (checkpoint or {})))
     callbacks = [*callbacks, EpochEnds(), StopBehind(told_at, path), saver]
     trainer = Trainer(accelerator="cpu", max_steps=steps, logger=log, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
-                      num_sanity_val_steps=0, default_root_dir=folder, callbacks=callbacks, **options)
+                      default_root_dir=folder, callbacks=callbacks, **({"num_sanity_val_steps": 0} | options))
     try:
         trainer.fit(module, Data(), ckpt_path=path if resume else None)
         trainer.save_checkpoint(path)
@@ -167,13 +170,60 @@ def test_a_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path, on_train_
 
 @pytest.mark.parametrize("checkpoint, names", [
     ({"save_top_k": -1, "every_n_train_steps": 4}, {"step=4", "step=8"}), ({"save_top_k": 1, "every_n_train_steps": 4, "monitor": "val/score"}, {"step=8"}),
+    ({"save_top_k": -1, "every_n_train_steps": 0, "every_n_epochs": 2, "monitor": "val/score"}, {"step=8"}),
 ])
 def test_the_last_step_is_among_those_that_are_kept_with_its_own_score(tmp_path, checkpoint, names):
     fit(tmp_path, 8, checkpoint=checkpoint | {"filename": "{step}"})
     assert {path.stem for path in (tmp_path / "saved").iterdir()} == names
 
 
-def test_nothing_is_saved_at_a_validation_between_two_micro_batches(tmp_path):
-    kept = {"every_n_train_steps": 0, "every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
-    fit(tmp_path, 2, accumulate_grad_batches=2, val_check_interval=3, limit_val_batches=1, checkpoint=kept)
+JUDGED = {"monitor": "val/score", "save_top_k": -1, "every_n_train_steps": 2, "save_last": True, "filename": "{step}", "enable_version_counter": False}
+
+
+def loaded(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("options, validated", [({}, [4, 8, 12]), ({"val_check_interval": 3}, [3, 7, 11]), ({"val_check_interval": 1}, range(1, 13))])
+def test_each_validation_judges_its_own_weights_and_they_go_on(tmp_path, options, validated):
+    whole = fit(tmp_path, checkpoint=JUDGED, **options)
+    saver = next(state for name, state in loaded(tmp_path / "last.ckpt")["callbacks"].items() if name.startswith("StepCheckpoint"))
+    scores = {int(loaded(path)["state_dict"]["weight"]): (path, float(score)) for path, score in saver["best_k_models"].items()}
+    assert {step: score for step, (_, score) in scores.items()} == {step: (step - 9) ** 2 for step in validated}
+    for step, (path, _) in scores.items():
+        Path(path).replace(tmp_path / "last.ckpt")
+        then = fit(tmp_path, resume=True, **options)
+        assert [event for event in then.events if event[2] > step] == [event for event in whole.events if event[2] > step] and then.weight == 12
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.parametrize("often, steps", [({"every_n_train_steps": 2}, [2, 4, 6, 12]),
+                                          ({"every_n_train_steps": 0, "train_time_interval": timedelta(0)}, [3, 5, 7, 12])])
+def test_steps_between_validations_save_the_last_alone_and_it_goes_on(tmp_path, often, steps, save_last):
+    """Killed before a first validation, behind one that ended an epoch, before the first of a run that goes on, and not any more."""
+    found, last = [], tmp_path / "saved/last.ckpt"
+    for told_at in (4, 6, 8, 13):
+        fit(tmp_path, told_at=told_at, resume=told_at > 4, callbacks=[stop_early()], checkpoint=JUDGED | often | {"save_last": save_last})
+        shutil.copy(last, tmp_path / "last.ckpt")  # in place of what a signal has saved
+        found.append((loaded(last)["global_step"], {path.stem for path in last.parent.iterdir()} - {"last"}))
+    assert found == list(zip(steps, [set(), {"step=4"}, {"step=4"}, {"step=4", "step=8", "step=12"}], strict=True))
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2, "val_check_interval": 3, "limit_val_batches": 1}, {"num_sanity_val_steps": 1},
+                                     {"fast_dev_run": True}])
+@pytest.mark.parametrize("kept", [{"every_n_train_steps": 0, "every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": False},
+                                  JUDGED | {"save_last": False}])
+def test_nothing_is_saved_at_a_validation_between_two_micro_batches_nor_in_a_check(tmp_path, kept, options):
+    fit(tmp_path, 2, checkpoint=kept, **options)
     assert not list((tmp_path / "saved").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("monitor", [None, "val/score"])
+def test_an_interval_that_ends_between_two_micro_batches_is_waited_for(tmp_path, monkeypatch, monitor):
+    saved, seconds = [], []  # a batch takes one
+    monkeypatch.setattr(Counter, "on_train_batch_start", lambda *_: seconds.append(1))
+    monkeypatch.setattr(model_checkpoint, "time", SimpleNamespace(monotonic=lambda: len(seconds)))
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *_: saved.append(len(seconds)))
+    interval = {"every_n_train_steps": 0, "train_time_interval": timedelta(seconds=3), "save_last": True, "monitor": monitor}
+    fit(tmp_path, 4, accumulate_grad_batches=2, checkpoint=interval)
+    assert saved == [4, 8, 8]
