@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -83,10 +84,15 @@ class TrainedPartModule(LightningModule):
         return {} if kind.__module__.startswith("moma_lightning.") else {"class": f"{kind.__module__}.{kind.__qualname__}"}
 
     def setup(self, stage: str) -> None:
-        """Refuses a precision that small steps vanish in, a strategy that saves what is frozen, and, by name, cached shards made by other models or options."""
+        """Refuses a precision that small steps vanish in, validations by the clocks of several ranks, a strategy that saves what is frozen, and, by name,
+        cached shards made by other models or options.
+        """
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(f"trainer.precision {self.trainer.precision}: the optimizer's small steps vanish in trained weights of 16 bits; "
                              "use bf16-mixed, which holds what is frozen in bfloat16")
+        if stage == "fit" and getattr(self.trainer, "_val_check_time_interval", None) is not None and self.trainer.world_size > 1:
+            raise ValueError("trainer.val_check_interval is a time, which each rank takes from its own clock: one would validate where another trains on, and "
+                             "both wait for each other. With several ranks set it to a number of batches, or to a fraction of an epoch")
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FlatShardedStrategy):
             raise ValueError("trainer.strategy: Lightning's own FSDPStrategy would gather the frozen models to save; "
@@ -151,4 +157,10 @@ class TrainedPartModule(LightningModule):
             rank_zero_warn(f"{source} holds an average of the weights (EMA), which is left out: no EMA is among trainer.callbacks")
 
     def configure_optimizers(self) -> Any:
+        """Raises ValueError as `optim.configure`, and for a falling schedule whose last step Lightning does not know."""
+        trainer, schedule = self.trainer, self.optimizer_config.schedule
+        is_scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+        if schedule != "constant" and is_scheduled and trainer.max_epochs != -1 and not trainer.fast_dev_run:
+            raise ValueError(f"optimizer.schedule {schedule!r} would not fall to its end: how many steps trainer.max_epochs are, Lightning tells before "
+                             "GradientAccumulationScheduler has said how many batches a step has. Set trainer.max_steps, and trainer.max_epochs to -1")
         return optim.configure(self.named_parameters(), self.optimizer_config, self.trainer.estimated_stepping_batches)

@@ -1,10 +1,11 @@
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from moma_lightning.batch import TripletBatch, white_background
@@ -150,6 +151,20 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(build, tmp_path, acc
     assert resumed.global_step == 8 // accumulate
     for name, value in unbroken.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("schedule, steps, options", [
+    ("linear", 3, {}), ("linear", -1, {"max_epochs": 2}), ("linear", 9, {"max_epochs": 2}), ("linear", 3, {"fast_dev_run": 1}),
+    ("constant", -1, {"max_epochs": 2}),
+])
+def test_with_scheduled_accumulation_a_falling_schedule_ends_by_steps(build, tmp_path, schedule, steps, options):
+    module, run = build(), trainer(tmp_path, steps, callbacks=[GradientAccumulationScheduler({0: 2})], **options)
+    module.optimizer_config.schedule = schedule
+    is_refused = schedule == "linear" and "max_epochs" in options
+    message = "'linear' would not .* Set trainer.max_steps, and trainer.max_epochs to -1"
+    with pytest.raises(ValueError, match=message) if is_refused else nullcontext():
+        run.fit(module, loader(0, 1, 2, 3))
+        assert options or max(run.lr_scheduler_configs[0].scheduler.get_last_lr()) == 0
 
 
 def save_checkpoint(build, folder, change):

@@ -262,6 +262,14 @@ def test_trained_weights_of_16_bits_are_refused(build_stage2, tmp_path, precisio
         trainer(tmp_path, 1, precision=precision).fit(build_stage2(context="image_encoder"), loader(0))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validations_by_each_ranks_own_clock_are_refused(build_stage2, ranks):
+    module = build_stage2(context="image_encoder")
+    module.trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp", logger=False, enable_checkpointing=False, val_check_interval="00:00:30:00")
+    with nullcontext() if ranks == 1 else pytest.raises(ValueError, match="trainer.val_check_interval is a time.* set it to a number of batches"):
+        module.setup("fit")
+
+
 def test_lightnings_own_fsdp_strategy_is_refused(build_stage2):
     module = build_stage2(context="image_encoder")
     module.trainer = Mock(spec=Trainer, strategy=Mock(spec=FSDPStrategy))
