@@ -13,7 +13,7 @@ from evaluation.figures import write_figures
 from evaluation.figures.ablations import read_ablation, read_ablations, varying
 from evaluation.figures.charts import interval_figure, subject_lines, sweep_figure
 from evaluation.figures.grids import GAP, Cell, Grid, Row, draw_grid, from_json, head_of, spread, to_json
-from evaluation.figures.scored import comparison, one_method, own_method
+from evaluation.figures.scored import comparison, one_method, own_method, settings_of
 from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
 from evaluation.figures.write import charts, made_grids, read_grid, scored_grids
@@ -22,9 +22,10 @@ from evaluation.made_with import changed_since, known_identity, made_with, optio
 from evaluation.methods import Moma, RealImages
 from evaluation.names import method_name, methods_of
 from evaluation.plan import Evaluation
+from evaluation.stamps import write_picture
 from evaluation.statistics import by_subject, subject_means
 from moma_lightning.digests import content_digest
-from tests.evaluation.fakes import Painter, fake_config, fake_score, write_data
+from tests.evaluation.fakes import Painter, fake_config, fake_score, random_picture, write_data
 
 
 @pytest.fixture(scope="module")
@@ -329,3 +330,9 @@ def test_differences_are_named_by_both_methods():
 def test_spread():
     assert spread(list(range(10)), 3) == [0, 4, 9]
     assert spread([1, 2], 5) == [1, 2]
+
+
+def test_a_picture_under_no_scheduler_tells_of_its_own(tmp_path):
+    settings = {"method": {"kind": "TextOnly"}, "task": {"seed": 7}, "sampler": {"scheduler": None, "num_inference_steps": 8, "guidance_scale": 3.0}}
+    write_picture(tmp_path / "0.png", random_picture(1), settings, {})
+    assert settings_of(tmp_path / "0.png") == ["TextOnly", "own scheduler, 8 steps, guidance 3.0, seed 7"]

@@ -17,7 +17,6 @@ from evaluation.dreambooth import write_tables
 from evaluation.figures import write_figures
 from evaluation.figures.ablations import read_ablation
 from evaluation.figures.grids import GAP, Cell, Grid, Row, to_json
-from evaluation.figures.scored import settings_of
 from evaluation.figures.style import DPI
 from evaluation.figures.tables import difference_rows, read_scores
 from evaluation.figures.write import figures_folder, read_grid
@@ -29,7 +28,7 @@ from evaluation.report import write_report
 from evaluation.report.page import ablation_section, grids, stage_charts, stale
 from evaluation.report.pictures import as_data, narrow
 from evaluation.report.tables import difference_tables, published_table, score_tables, short, value_of
-from evaluation.stamps import stamp_path, write_picture
+from evaluation.stamps import stamp_path
 from evaluation.statistics import METRICS, by_chance
 from tests.evaluation.fakes import Painter, fake_config, fake_score, random_picture
 
@@ -171,12 +170,6 @@ def test_each_picture_tells_how_it_was_made(page):
     assert len(own) == 6 + 3 + 9
     facts = re.compile(r"CLIP-T -?\d\.\d{3}.*\nPainter \(noise 0.4\)\nUniPCMultistepScheduler, 8 steps, guidance 3.0, seed \d+")
     assert all(facts.search(button["data-facts"]) for button in own)
-
-
-def test_a_picture_under_no_scheduler_tells_of_its_own(tmp_path):
-    settings = {"method": {"kind": "TextOnly"}, "task": {"seed": 7}, "sampler": {"scheduler": None, "num_inference_steps": 8, "guidance_scale": 3.0}}
-    write_picture(tmp_path / "0.png", random_picture(1), settings, {})
-    assert settings_of(tmp_path / "0.png") == ["TextOnly", "own scheduler, 8 steps, guidance 3.0, seed 7"]
 
 
 def test_page_shows_scores_protocol_curves_and_the_paper(evaluated, text, page):
