@@ -1,8 +1,6 @@
 """One process of several that make pictures or scores: its share is every `world_size`-th subject."""
 
 import logging
-import signal
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +12,7 @@ from evaluation.config import EvalConfig
 from evaluation.methods import Method
 from evaluation.plan import Evaluation
 from evaluation.processes import TOLD_TO_END, Progress, begin_process
-from moma_lightning.training.guards import Preempted
+from moma_lightning.training.guards import Preempted, only_note_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +39,7 @@ class Share(LightningModule):
         self.evaluation.models.digests.update(digests)
 
     def on_predict_start(self) -> None:
-        """Lightning's own handler waits, within it, for all processes to be told, of which one may have made its share."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.note_sigterm)  # Lightning puts back what was there before `predict`
-
-    def note_sigterm(self, number: int, frame: Any) -> None:
-        self.trainer._signal_connector.received_sigterm = True
+        only_note_sigterm(self.trainer)
 
     def end_if_told(self) -> None:
         """Raises Preempted after a SIGTERM: the cluster wants its node back, or another process has died."""

@@ -26,6 +26,7 @@ class SampleMean(Metric):
 
     def compute(self) -> Tensor:
         mean, count = dim_zero_cat(self.mean), dim_zero_cat(self.count)
+        require_samples(int(count.sum()))
         return (mean * count).sum() / count.sum()
 
 
@@ -58,6 +59,7 @@ class EmbeddingMatch(Metric):
     def compute(self) -> dict[str, Tensor]:
         order = dim_zero_cat(self.number).argsort(stable=True)
         predicted, target = dim_zero_cat(self.predicted)[order], dim_zero_cat(self.target)[order]
+        require_samples(len(target))
         return {"cosine": (predicted * target).sum(-1).mean(), "r_at_1": self._recall(predicted, target)}
 
     def _recall(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -69,6 +71,12 @@ class EmbeddingMatch(Metric):
             similarity = predicted[start : start + pool] @ target[start : start + pool].T
             hits.append((similarity.diagonal() >= similarity.max(1).values - 1e-6) & predicted[start : start + pool].any(1))
         return torch.cat(hits).float().mean()
+
+
+def require_samples(count: int) -> None:
+    if not count:
+        raise ValueError("no sample of the validation counts, since all that its batches hold are bad: the log of bad samples (data.config.bad_samples) names "
+                         "them; mend these shards, or let data.config.val_batches reach others")
 
 
 def first_of_each(rows: Float[Tensor, "rows dim"]) -> Int[Tensor, " different_rows"]:

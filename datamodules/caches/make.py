@@ -21,7 +21,7 @@ from datamodules.shards import expand_shards
 from datamodules.streams import TripletConfig, batched, of_pictures
 from moma_lightning.files import write_beside, write_json
 from moma_lightning.modules.base import TrainedPartModule
-from moma_lightning.training.guards import Preempted, is_anothers_child
+from moma_lightning.training.guards import Preempted, is_anothers_child, only_note_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,9 @@ class CacheMaker(LightningModule):
             if shard.name not in names and CacheStamp.path(shard).is_file():
                 CacheStamp.path(shard).unlink()
                 shard.unlink()
+
+    def on_predict_start(self) -> None:
+        only_note_sigterm(self.trainer)
 
     def predict_step(self, number: int, batch_idx: int) -> int:
         """Make one shard, unless it is there already. Returns its number of samples."""

@@ -21,6 +21,7 @@ class EpochEnds(Callback):
 
     def __init__(self) -> None:
         self.owed = self.is_epochs = False
+        self._uncounted = 0  # epochs that are over, while their end is made up for
 
     def state_dict(self) -> dict[str, Any]:
         return {"owed": self.owed, "is_epochs": self.is_epochs}
@@ -56,11 +57,16 @@ class EpochEnds(Callback):
         if not trainer.sanity_checking:
             self.owed = False
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._uncounted:  # by a validation that is made up for
+            checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] += self._uncounted
+
     def _make_up(self, trainer: Trainer) -> None:
         """As `_TrainingEpochLoop.on_advance_end` validates and, where the epoch was over, `_FitLoop.on_advance_end` ends it."""
         loop, connector, epoch = trainer.fit_loop, trainer._logger_connector, trainer.fit_loop.epoch_progress.current
         first, loop.epoch_loop.val_loop.restarting = connector._first_loop_iter, False
-        epoch.completed -= self.is_epochs  # Lightning has counted it
+        self._uncounted = int(self.is_epochs)
+        epoch.completed -= self._uncounted  # Lightning has counted it
         if self.owed:
             trainer.validating = True
             loop.epoch_loop.val_loop.run()
@@ -72,4 +78,5 @@ class EpochEnds(Callback):
             call._call_lightning_module_hook(trainer, "on_train_epoch_end")
             call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
             connector.on_epoch_end()
-        epoch.completed += self.is_epochs
+        epoch.completed += self._uncounted
+        self._uncounted = 0

@@ -77,6 +77,16 @@ class StopOnSignal(Callback):
         return agreed > 0
 
 
+def only_note_sigterm(trainer: Trainer) -> None:
+    """Let a SIGTERM be noted in `trainer.received_sigterm`: Lightning's own handler waits, within it, for all processes to be told, of which one may be
+    through. Lightning puts back what was there before."""
+    def note(number: int, frame: Any) -> None:
+        trainer._signal_connector.received_sigterm = True
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, note)
+
+
 def is_anothers_child(trainer: Trainer) -> bool:
     """Whether Lightning's launcher, in the first process, kills that one for an exit code of this one's."""
     return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank > 0

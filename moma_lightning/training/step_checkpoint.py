@@ -44,6 +44,10 @@ class StepCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_between_steps(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_judged_by_validation:  # what a validation left alone is not linked to as the last
+            super().on_train_epoch_end(trainer, pl_module)
+
     @property
     def _is_judged_by_validation(self) -> bool:
         return (self.monitor or "").startswith("val/") and not self._every_n_epochs

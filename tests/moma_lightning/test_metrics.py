@@ -77,6 +77,15 @@ def test_a_mean_counts_samples_and_keeps_what_is_no_number():
     assert mean.compute().isnan()
 
 
+def test_a_validation_of_nothing_is_an_error():
+    mean, match = SampleMean(), EmbeddingMatch()
+    mean.update(torch.tensor(1.0), 0)
+    match.update(torch.ones(0, 3), torch.ones(0, 3), 0)
+    for metric in (mean, match):
+        with pytest.raises(ValueError, match=r"no sample of the validation counts.*bad_samples"):
+            metric.compute()
+
+
 def test_reset_forgets():
     metric = EmbeddingMatch()
     metric.update(torch.randn(4, 3), torch.randn(4, 3), 0)

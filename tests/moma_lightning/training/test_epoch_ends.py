@@ -184,6 +184,23 @@ def loaded(path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_best_of_a_validation_that_was_made_up_for_goes_on_as_any(tmp_path, step):
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path, told_at=step, checkpoint=JUDGED)
+    then = fit(tmp_path, resume=True, checkpoint=JUDGED)
+    assert then.events == whole.events[-len(then.events) :]
+    (tmp_path / f"saved/step={step}.ckpt").replace(tmp_path / "last.ckpt")
+    again = fit(tmp_path, resume=True)
+    assert [event for event in again.events if event[2] > step] == [event for event in whole.events if event[2] > step] and again.epoch == 3
+
+
+def test_no_link_is_left_to_a_best_that_went(tmp_path):
+    """Scores 25, 1, 9, 49 of which the highest is the best: the second finds the first better, the fourth takes its place."""
+    fit(tmp_path, 18, told_at=17, checkpoint=JUDGED | {"mode": "max", "save_top_k": 1, "save_last": "link", "every_n_train_steps": 100})
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step=16.ckpt"]
+
+
 @pytest.mark.parametrize("options, validated", [({}, [4, 8, 12]), ({"val_check_interval": 3}, [3, 7, 11]), ({"val_check_interval": 1}, range(1, 13))])
 def test_each_validation_judges_its_own_weights_and_they_go_on(tmp_path, options, validated):
     whole = fit(tmp_path, checkpoint=JUDGED, **options)
