@@ -20,6 +20,7 @@ from evaluation.share import Share
 from evaluation.stamps import git_revision
 from evaluation.tasks import PictureTask
 from evaluation.writer import BackgroundWriter
+from moma_lightning.pictures import is_black
 
 
 def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> None:
@@ -146,10 +147,6 @@ class PictureMaker(Share):
         if self.method is not None:
             self.method.teardown()
             self.method = None
-
-
-def is_black(picture: Image.Image) -> bool:
-    return picture.convert("RGB").getbbox() is None
 
 
 def shared(method: Method, plans: list[Planned]) -> list[list[Planned]]:

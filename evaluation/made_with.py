@@ -40,14 +40,7 @@ def made_with(config: EvalConfig, methods: Iterable[Method] = ()) -> dict[str, A
 def changed_since(before: Mapping[str, Any], config: EvalConfig) -> list[str]:
     """Names of what is another now than `made_with` said it was."""
     now = made_with(config) | {"others": {path: known_identity(path) for path in before.get("others", {})}}
-    return [name for name in now if not same(before.get(name), now[name])]
-
-
-def same(before: Any, now: Any) -> bool:
-    """By `same_identity`, throughout what is nested by name."""
-    if isinstance(now, Mapping):
-        return isinstance(before, Mapping) and before.keys() == now.keys() and all(same(before[name], now[name]) for name in now)
-    return same_identity(before, now)
+    return [name for name in now if not same_identity(before.get(name), now[name])]
 
 
 def options_of(methods: Mapping[str, Method]) -> dict[str, Any]:

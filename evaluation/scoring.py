@@ -15,6 +15,7 @@ from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress
 from evaluation.stamps import load_pictures, read_stamp
+from moma_lightning.pictures import is_black
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +108,15 @@ def generated_rows(evaluation: Evaluation, name: str, method: Method, subject: S
 
 
 def scored_rows(plans: list[Planned], real: list[Reference], judges: Judges) -> list[dict[str, Any]]:
-    """Rows of pictures of one reference and kind."""
+    """Rows of pictures of one reference and kind. Raises ValueError, with their paths, for those that are all black."""
     tasks, protocol = [plan.task for plan in plans], judges.protocol
+    pictures = load_pictures([plan.path for plan in plans], torch.get_num_threads())
+    if black := [str(plan.path) for plan, picture in zip(plans, pictures, strict=True) if is_black(picture)]:
+        raise ValueError(f"{', '.join(black)}: all black, as a safety checker or values that are not finite in 16 bits leave a picture, which is none of the "
+                         "method's; delete it and draw it again without the checker, or in bfloat16")
     group = Group(
         tasks[0].kind,
-        load_pictures([plan.path for plan in plans], torch.get_num_threads()),
+        pictures,
         [task.prompt for task in tasks],
         comparison(protocol.comparison, real, tasks[0].reference),
         real[tasks[0].reference],

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from moma_lightning.digests import same_identity
 from moma_lightning.files import write_bytes
 from moma_lightning.pictures import to_rgb
 
@@ -48,9 +49,17 @@ def read_stamp(picture: Path) -> dict[str, Any] | None:
 def is_current(picture: Path, settings: dict[str, Any]) -> bool:
     """Whether the picture is there, whole, and made with these settings; one at None is as one that is not there, which it may not have been yet."""
     stamp = read_stamp(picture)
-    if stamp is None or without_none(stamp.get("settings")) != without_none(json.loads(json.dumps(settings))) or not picture.exists():
+    if stamp is None or not are_same(stamp.get("settings"), json.loads(json.dumps(settings))) or not picture.exists():
         return False
     return hashlib.sha256(picture.read_bytes()).hexdigest() == stamp.get("sha256")
+
+
+def are_same(then: Any, now: dict[str, Any]) -> bool:
+    """Nested settings; those called weights are identities of models."""
+    then, now = without_none(then), without_none(now)
+    if not isinstance(then, dict) or then.keys() != now.keys():
+        return False
+    return all(same_identity(then[name], now[name]) if name == "weights" else then[name] == now[name] for name in now)
 
 
 def without_none(settings: Any) -> Any:

@@ -1,8 +1,10 @@
 """What a model is, in a few letters: the digest of its files, or its name and commit on the hub."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moma_lightning.hub import hub_name, loaded_commit, local_path
 
@@ -21,9 +23,15 @@ def content_digest(path: Path) -> str:
 
 
 def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Without hidden ones. Linked folders are entered, which `Path.rglob` passes over, but for one that leads back to a folder that it lies in."""
+    """Without hidden ones and what may not be read. Linked folders are entered, which `Path.rglob` passes over, but for one that leads back to a folder
+    that it lies in.
+    """
     above |= {folder.resolve()}
-    for path in folder.iterdir():
+    try:
+        paths = list(folder.iterdir())
+    except PermissionError:  # as a file system's lost+found
+        return
+    for path in paths:
         if path.name.startswith("."):
             continue
         if path.is_file():
@@ -46,6 +54,21 @@ def at_commit(name: str, commit: str | None) -> str:
     return name if commit is None else f"{name} ({commit})"
 
 
-def same_identity(then: str | None, now: str | None) -> bool:
-    """A commit counts where it is known now: what was made elsewhere is looked at on machines without the weights, too."""
-    return now == then or (then is not None and now == then.partition(" (")[0])
+def same_identity(then: Any, now: Any) -> bool:
+    """Of identities, throughout what is nested by name. A branch at a commit is that commit by its own name; and a commit counts where it is known now:
+    what was made elsewhere is looked at on machines without the weights, too.
+    """
+    if isinstance(now, Mapping):
+        return isinstance(then, Mapping) and then.keys() == now.keys() and all(same_identity(then[name], now[name]) for name in now)
+    if not (isinstance(then, str) and isinstance(now, str)):
+        return now == then
+    return now == then.partition(" (")[0] or pinned(now) == pinned(then)
+
+
+def pinned(told: str) -> str:
+    """`owner/name@branch (commit)` as `owner/name@commit`; what is no such name as it is."""
+    name, _, commit = told.removesuffix(")").partition(" (")
+    try:
+        return str(replace(hub_name(name), revision=commit)) if commit else told
+    except FileNotFoundError:
+        return told

@@ -129,7 +129,7 @@ def loaded_commit(name: str) -> str | None:
         return None
     try:
         return hub_commit(hub)
-    except (OSError, HFValidationError, httpx.TransportError):
+    except (OSError, ValueError, httpx.TransportError):  # ValueError: a page of something in between
         return cached_commit(name)
 
 

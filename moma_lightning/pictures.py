@@ -19,6 +19,11 @@ def to_grey(picture: Image.Image, turn: bool = True) -> Image.Image:
     return on_ground(picture, "black").convert("L")
 
 
+def is_black(picture: Image.Image) -> bool:
+    """Whether every pixel is black, transparent or not."""
+    return picture.convert("RGB").getbbox() is None
+
+
 def is_coloured(picture: Image.Image) -> bool:
     """Whether more than one percent of what is not transparent is not grey."""
     picture = scaled_to_bytes(picture)

@@ -19,6 +19,7 @@ from datamodules.caches.stamp import LIST, CacheStamp, source_state
 from datamodules.samples import BadSampleError, BadSamples, Triplet, decode, read_shards
 from datamodules.shards import expand_shards
 from datamodules.streams import TripletConfig, batched, of_pictures
+from moma_lightning.digests import same_identity
 from moma_lightning.files import write_beside, write_json
 from moma_lightning.modules.base import TrainedPartModule
 from moma_lightning.training.guards import Preempted, is_anothers_child, only_note_sigterm
@@ -85,8 +86,8 @@ class CacheMaker(LightningModule):
         wanted = CacheStamp(made_by=self.made_by, image_size=self.data.image_size, views=1 + self.config.mirrored, dtype=self.config.dtype,
                             **source_state(source, there))
         if there is not None and shard.is_file():
-            same = replace(wanted, samples=there.samples, left_out=there.left_out, size=shard.stat().st_size)
-            if there == same:
+            same = replace(wanted, samples=there.samples, left_out=there.left_out, size=shard.stat().st_size, made_by=there.made_by)
+            if there == same and same_identity(there.made_by, self.made_by):
                 if there.source_mtime_ns != same.source_mtime_ns:
                     same.write(shard)  # so that training need not read a source whose time alone is another
                 return same.samples

@@ -18,7 +18,7 @@ from evaluation.figures.style import DPI, colors_of, encoded, svg_address
 from evaluation.figures.tables import difference_rows
 from evaluation.figures.write import charts, made_grids, read_grid, scored_grids
 from evaluation.generation import generate
-from evaluation.made_with import changed_since, known_identity, made_with, options_of, same
+from evaluation.made_with import changed_since, known_identity, made_with, options_of
 from evaluation.methods import Moma, RealImages
 from evaluation.names import method_name, methods_of
 from evaluation.plan import Evaluation
@@ -155,16 +155,6 @@ def test_whatever_draws_or_is_judged_counts(evaluated, change, tmp_path):
     value = "bfloat16" if change == "mllm_dtype" else str(tmp_path / "other")
     changed = {"data": value} if change == "data" else {"foundation": replace(evaluated.foundation, **{change: value})}
     assert changed_since(before, replace(evaluated, **changed)) == [change] and changed_since(before, evaluated) == []
-
-
-@pytest.mark.parametrize(("then", "now", "is_same"), [
-    ("o/m@main (abc)", "o/m@main (abc)", True), ("o/m@main (abc)", "o/m@main", True), ("o/m@main (abc)", "o/m@main (def)", False),
-    ("o/m@main", "o/m@main (def)", False), ("o/m@main (abc)", "o/n@main", False),
-])
-def test_a_commit_counts_where_it_is_known(then, now, is_same):
-    assert same(then, now) is is_same
-    assert same({"dino": then, "clip": "c"}, {"dino": now, "clip": "c"}) is is_same
-    assert not same({"dino": then}, {"dino": now, "clip": "c"})
 
 
 def test_a_branch_that_has_moved_on_is_other_weights(evaluated, monkeypatch):

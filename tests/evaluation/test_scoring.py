@@ -107,6 +107,15 @@ def test_pictures_that_are_not_whole_are_never_scored(tmp_path, harm):
         fake_score(config)
 
 
+def test_black_pictures_of_before_are_not_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.generation.is_black", lambda picture: False)
+    monkeypatch.setattr(Painter, "generate", lambda self, subject, reference, tasks: [Image.new("RGB", (24, 24)) for _ in tasks])
+    config = fake_config(tmp_path, {"a": Painter(0.3)})
+    generate(config)
+    with pytest.raises(ValueError, match=r"red_mug.*\.png: all black"):
+        fake_score(config)
+
+
 def test_a_truncated_real_picture_is_named(tmp_path):
     config = fake_config(tmp_path, {"real_images": RealImages()})
     path = tmp_path / "data" / "dataset" / "tabby" / "01.png"

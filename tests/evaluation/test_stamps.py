@@ -24,6 +24,15 @@ def test_a_picture_does_not_wait_for_the_disk_and_an_empty_one_does_not_count(tm
     assert not is_current(tmp_path / "a.png", {"seed": 3})
 
 
+def test_a_picture_of_weights_whose_commit_nobody_knows_here_is_as_it_was(tmp_path):
+    """As where it is scored on a machine without them; its prompt is compared to the letter."""
+    made = {"weights": {"adapter": "o/m@main (abc)", "decoder": None}, "task": {"prompt": "a cat (red)"}}
+    write_picture(tmp_path / "a.png", Image.new("RGB", (4, 4)), made, {})
+    for adapter, is_same in (("o/m@main (abc)", True), ("o/m@main", True), ("o/m@abc", True), ("o/m@main (def)", False), ("o/n@main", False)):
+        assert is_current(tmp_path / "a.png", made | {"weights": {"adapter": adapter, "decoder": None}}) is is_same
+    assert not is_current(tmp_path / "a.png", made | {"task": {"prompt": "a cat"}})
+
+
 def test_pictures_are_read_in_order_by_several_threads_and_a_cut_one_is_named(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(20)]
     for i, path in enumerate(paths):

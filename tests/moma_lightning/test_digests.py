@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.mini.models import MINI
-from moma_lightning.digests import content_digest
+from moma_lightning.digests import content_digest, same_identity
 
 
 def test_the_shipped_base_has_the_digest_of_its_manifest():
@@ -40,3 +40,30 @@ def test_what_lies_behind_a_linked_folder_counts_as_if_it_lay_there(linked, tmp_
     assert content_digest(linked) == content_digest(plain)
     (linked / "unet/deep/weights").write_text("v2")
     assert content_digest(linked) != content_digest(plain)
+
+
+@pytest.mark.parametrize(("then", "now", "is_same"), [
+    ("o/m@main (abc)", "o/m@main (abc)", True), ("o/m@main (abc)", "o/m@main", True), ("o/m@main (abc)", "o/m@main (def)", False),
+    ("o/m@main", "o/m@main (def)", False), ("o/m@main (abc)", "o/n@main", False),
+    ("o/m@main/unet (abc)", "o/m@abc/unet", True), ("o/m (abc)", "o/m@abc", True), ("o/m@main (abc)", "o/m@def", False),
+    ("vit.dino (abc)", "vit.dino (def)", False),
+    (None, "o/m@main", False), ("o/m@main", None, False), (None, None, True),
+])
+def test_a_commit_counts_where_it_is_known_and_by_its_own_name(then, now, is_same):
+    assert same_identity(then, now) is is_same
+    assert same_identity({"dino": then, "clip": "c"}, {"dino": now, "clip": "c"}) is is_same
+    assert not same_identity({"dino": then}, {"dino": now, "clip": "c"})
+
+
+def test_what_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a").write_text("a")
+    before, listed = content_digest(tmp_path), Path.iterdir
+
+    def iterdir(path):
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert content_digest(tmp_path) == before
