@@ -166,8 +166,11 @@ def _refuse(config: Any) -> None:
     if config.trainer.enable_checkpointing is False:
         raise SystemExit("trainer.enable_checkpointing is false: a run goes on from its checkpoints; see checkpoint.* for how often they are written")
     often = config.checkpoint
-    if not (often.every_n_train_steps or often.train_time_interval or often.save_top_k):
-        raise SystemExit("checkpoint.every_n_epochs with save_top_k 0 writes nothing to go on from: set every_n_train_steps, or save_top_k to 1 or -1")
+    nothing_said = (often.every_n_epochs, often.every_n_train_steps, often.train_time_interval) == (None, None, None)  # Lightning's is each epoch then
+    by_epochs = often.every_n_epochs or nothing_said
+    if not (often.every_n_train_steps or often.train_time_interval or (by_epochs and often.save_top_k)):
+        raise SystemExit("checkpoint.* writes nothing to go on from before training ends: set every_n_train_steps or train_time_interval, or every_n_epochs "
+                         "and save_top_k to 1 or -1")
     if often.save_weights_only or often.save_on_exception:
         raise SystemExit("checkpoint.save_weights_only and save_on_exception leave a checkpoint that no training goes on from as if nothing had happened: "
                          "the optimizer is missing, or the batch that failed counts as trained")

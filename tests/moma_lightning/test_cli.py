@@ -68,9 +68,13 @@ def test_with_a_logger_of_ones_own_the_config_is_in_the_runs_folder(run, tmp_pat
     assert [path.parent for path in tmp_path.rglob("config.yaml")] == [tmp_path / "runs/tiny/stage1"]
 
 
-def test_checkpoints_by_epochs_that_keep_none_are_refused(run):
+@pytest.mark.parametrize("rest", [["--checkpoint.every_n_epochs", "1"], ["--checkpoint.save_top_k", "1"]])
+def test_options_that_write_no_checkpoint_before_the_end_are_refused(run, rest):
     with pytest.raises(SystemExit, match="writes nothing to go on from"):
-        run("--checkpoint.every_n_train_steps", "0", "--checkpoint.every_n_epochs", "1")
+        run("--checkpoint.every_n_train_steps", "0", *rest)
+
+
+def test_checkpoints_may_be_by_epochs(run):
     run("--checkpoint.every_n_train_steps", "0", "--checkpoint.every_n_epochs", "1", "--checkpoint.save_top_k", "1", max_steps=1)
 
 
