@@ -79,7 +79,8 @@ class StopOnSignal(Callback):
 
 def only_note_sigterm(trainer: Trainer) -> None:
     """Let a SIGTERM be noted in `trainer.received_sigterm`: Lightning's own handler waits, within it, for all processes to be told, of which one may be
-    through. Lightning puts back what was there before."""
+    through. Lightning puts back what was there before.
+    """
     def note(number: int, frame: Any) -> None:
         trainer._signal_connector.received_sigterm = True
 
