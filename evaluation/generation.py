@@ -17,10 +17,9 @@ from evaluation.methods import Method, Reference
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress, run_processes
 from evaluation.share import Share
-from evaluation.stamps import git_revision
+from evaluation.stamps import git_revision, refuse_black
 from evaluation.tasks import PictureTask
 from evaluation.writer import BackgroundWriter
-from moma_lightning.pictures import is_black
 
 
 def generate(config: EvalConfig, methods: dict[str, Method] | None = None) -> None:
@@ -123,9 +122,7 @@ class PictureMaker(Share):
                 raise ValueError(f"{name}: generate has to return a list of PIL pictures, one a task, not {made!r:.80}")
             if len(made) != len(part):
                 raise ValueError(f"{name}: {len(made)} pictures of {subject.name} for {len(part)} tasks")
-            if black := [task for task, picture in zip(part, made, strict=True) if is_black(picture)]:
-                raise ValueError(f"{name}: {len(black)} of {len(part)} pictures of {subject.name} are all black, the first of {black[0].prompt!r}: hidden by a "
-                                 "safety checker, or not finite in 16 bits, which is none of the method's; draw them without the checker, or in bfloat16")
+            refuse_black({f"{name}, {subject.name}, {task.prompt!r}": picture for task, picture in zip(part, made, strict=True)})
             images += made
         return images
 

@@ -14,8 +14,7 @@ from evaluation.metrics import Masker, build_encoders
 from evaluation.oracle import check_oracle
 from evaluation.plan import Evaluation, Planned
 from evaluation.processes import Progress
-from evaluation.stamps import load_pictures, read_stamp
-from moma_lightning.pictures import is_black
+from evaluation.stamps import load_pictures, read_stamp, refuse_black
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +110,7 @@ def scored_rows(plans: list[Planned], real: list[Reference], judges: Judges) -> 
     """Rows of pictures of one reference and kind. Raises ValueError, with their paths, for those that are all black."""
     tasks, protocol = [plan.task for plan in plans], judges.protocol
     pictures = load_pictures([plan.path for plan in plans], torch.get_num_threads())
-    if black := [str(plan.path) for plan, picture in zip(plans, pictures, strict=True) if is_black(picture)]:
-        raise ValueError(f"{', '.join(black)}: all black, as a safety checker or values that are not finite in 16 bits leave a picture, which is none of the "
-                         "method's; delete it and draw it again without the checker, or in bfloat16")
+    refuse_black({str(plan.path): picture for plan, picture in zip(plans, pictures, strict=True)})
     group = Group(
         tasks[0].kind,
         pictures,

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 
 from moma_lightning.digests import same_identity
 from moma_lightning.files import write_bytes
-from moma_lightning.pictures import to_rgb
+from moma_lightning.pictures import is_black, to_rgb
 
 
 def stamp_path(picture: Path) -> Path:
@@ -83,6 +83,13 @@ def load_pictures(paths: Sequence[Path], threads: int) -> list[Image.Image]:
         return [load_picture(path) for path in paths]
     with ThreadPoolExecutor(max(1, min(threads, len(paths))), "picture-reader") as pool:
         return list(pool.map(load_picture, paths))
+
+
+def refuse_black(pictures: Mapping[str, Image.Image]) -> None:
+    """Raises ValueError with the names of those that are all black: what hid them is none of the method's, and would be scored as its own."""
+    if black := [name for name, picture in pictures.items() if is_black(picture)]:
+        raise ValueError(f"{'; '.join(black)}: all black, as safety checkers leave a picture, or values that are not finite in 16 bits; draw it again (where "
+                         "it is there, delete it first) without the checker, or in bfloat16")
 
 
 @cache

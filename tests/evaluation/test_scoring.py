@@ -108,7 +108,7 @@ def test_pictures_that_are_not_whole_are_never_scored(tmp_path, harm):
 
 
 def test_black_pictures_of_before_are_not_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.generation.is_black", lambda picture: False)
+    monkeypatch.setattr("evaluation.generation.refuse_black", lambda pictures: None)
     monkeypatch.setattr(Painter, "generate", lambda self, subject, reference, tasks: [Image.new("RGB", (24, 24)) for _ in tasks])
     config = fake_config(tmp_path, {"a": Painter(0.3)})
     generate(config)
